@@ -1,0 +1,1 @@
+"""Models that travel in a registered version: saved form, loading and prediction."""

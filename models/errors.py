@@ -1,0 +1,44 @@
+"""Exception tree of the project.
+
+PlanesError
+├── DataError      an image, annotation file or data set that cannot be used
+├── RecipeError    a setting that is unknown or out of range
+├── ModelError     a saved model that cannot be built, saved or loaded
+│   └── EngineMissing   the detection library that a model needs is not installed
+├── RegistryError  a name, version, alias or stage that cannot be resolved or moved
+└── OutputError    a result that cannot be written
+"""
+
+
+class PlanesError(Exception):
+    """Root of all errors meant for people: one line that says what to do."""
+
+
+class DataError(PlanesError):
+    """An image, annotation file or data set that cannot be used."""
+
+
+class RecipeError(PlanesError):
+    """A setting that is unknown or out of range."""
+
+
+class ModelError(PlanesError):
+    """A saved model that cannot be built, saved or loaded."""
+
+
+class EngineMissing(ModelError):
+    """The detection library that a model needs is not installed."""
+
+
+class RegistryError(PlanesError):
+    """A name, version, alias or stage that cannot be resolved or moved."""
+
+
+class OutputError(PlanesError):
+    """A result that cannot be written."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of any exception as one line, never empty."""
+    text = " ".join(str(error).split())
+    return text or type(error).__name__

@@ -1,0 +1,173 @@
+"""Boxes and masks: clipping, IoU, xywh, run-length encoding, crop windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from models.instances import RLE
+
+
+def clip_boxes(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Clip xyxy boxes (N, 4) to an image; float32, shape kept.
+
+    >>> clip_boxes(np.array([[-5, 2, 30, 8]]), 6, 20).tolist()
+    [[0.0, 2.0, 20.0, 6.0]]
+    """
+    clipped = np.asarray(boxes, dtype=np.float32).reshape(-1, 4).copy()
+    clipped[:, 0::2] = clipped[:, 0::2].clip(0, width)
+    clipped[:, 1::2] = clipped[:, 1::2].clip(0, height)
+    return clipped
+
+
+def xywh_to_xyxy(boxes_xywh: Any) -> np.ndarray:
+    """COCO's x, y, width, height (N, 4) to xyxy float32.
+
+    >>> xywh_to_xyxy([[1, 2, 3, 4]]).tolist()
+    [[1.0, 2.0, 4.0, 6.0]]
+    """
+    boxes = np.asarray(boxes_xywh, dtype=np.float64).reshape(-1, 4).copy()
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes.astype(np.float32)
+
+
+def xyxy_to_xywh(boxes: Any) -> np.ndarray:
+    """xyxy (N, 4) to COCO's x, y, width, height, float64.
+
+    >>> xyxy_to_xywh([[1, 2, 4, 6]]).tolist()
+    [[1.0, 2.0, 3.0, 4.0]]
+    """
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).copy()
+    boxes[:, 2:] -= boxes[:, :2]
+    return boxes
+
+
+def box_area(boxes: np.ndarray) -> np.ndarray:
+    """Area in pixels of xyxy boxes (N, 4); 0 for empty ones."""
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    return (boxes[:, 2] - boxes[:, 0]).clip(0) * (boxes[:, 3] - boxes[:, 1]).clip(0)
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection over union of xyxy boxes, (N, 4) and (M, 4) to float64 (N, M).
+
+    >>> box_iou(np.array([[0, 0, 2, 2]]), np.array([[1, 0, 3, 2], [5, 5, 6, 6]])).round(3).tolist()
+    [[0.333, 0.0]]
+    """
+    a = np.asarray(a, dtype=np.float64).reshape(-1, 4)
+    b = np.asarray(b, dtype=np.float64).reshape(-1, 4)
+    top_left = np.maximum(a[:, None, :2], b[None, :, :2])
+    bottom_right = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    overlap = (bottom_right - top_left).clip(0).prod(axis=2)
+    union = box_area(a)[:, None] + box_area(b)[None, :] - overlap
+    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+
+
+def crop_window(box: Any, height: int, width: int, margin: float = 0.0) -> tuple[int, int, int, int]:
+    """Whole-pixel window (x1, y1, x2, y2) around a box, inside the image, at least 1 x 1.
+
+    ``margin`` widens the box on each side by that share of its own width and height.
+
+    >>> crop_window([10.2, 10.0, 20.5, 20.0], 100, 100)
+    (10, 10, 21, 20)
+    >>> crop_window([0, 0, 10, 10], 12, 100, margin=0.5)
+    (0, 0, 15, 12)
+    """
+    x1, y1, x2, y2 = (float(v) for v in box)
+    dx, dy = margin * (x2 - x1), margin * (y2 - y1)
+    left = int(min(max(np.floor(x1 - dx), 0), width - 1))
+    top = int(min(max(np.floor(y1 - dy), 0), height - 1))
+    right = int(max(min(np.ceil(x2 + dx), width), left + 1))
+    bottom = int(max(min(np.ceil(y2 + dy), height), top + 1))
+    return left, top, right, bottom
+
+
+def rle_encode(mask: np.ndarray) -> RLE:
+    """Encode a dense bool or uint8 mask (H, W) as COCO compressed RLE with text counts."""
+    encoded = coco_mask.encode(np.asfortranarray(np.asarray(mask, dtype=np.uint8)))
+    return rle_text(encoded)
+
+
+def rle_decode(rle: RLE) -> np.ndarray:
+    """Decode COCO RLE to a bool mask (H, W)."""
+    return coco_mask.decode(rle_bytes(rle)).astype(bool)
+
+
+def rle_text(rle: RLE) -> RLE:
+    """The same RLE with plain ints and its counts as text (JSON form)."""
+    counts = rle["counts"]
+    return {
+        "size": [int(v) for v in rle["size"]],
+        "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts,
+    }
+
+
+def rle_bytes(rle: RLE) -> RLE:
+    """The same RLE with its counts as bytes (pycocotools' form)."""
+    counts = rle["counts"]
+    return {"size": list(rle["size"]), "counts": counts.encode("ascii") if isinstance(counts, str) else counts}
+
+
+def rle_area(rles: Sequence[RLE]) -> np.ndarray:
+    """Areas in pixels of N RLE masks, int64 (N,)."""
+    if not rles:
+        return np.zeros(0, np.int64)
+    return coco_mask.area([rle_bytes(r) for r in rles]).astype(np.int64)
+
+
+def rle_boxes(rles: Sequence[RLE]) -> np.ndarray:
+    """Tight boxes of N RLE masks, xyxy float32 (N, 4); zeros for an empty mask."""
+    if not rles:
+        return np.zeros((0, 4), np.float32)
+    return xywh_to_xyxy(coco_mask.toBbox([rle_bytes(r) for r in rles]))
+
+
+def rle_iou(a: Sequence[RLE], b: Sequence[RLE]) -> np.ndarray:
+    """Intersection over union of masks of one image size, float64 (N, M)."""
+    if not a or not b:
+        return np.zeros((len(a), len(b)))
+    return np.asarray(coco_mask.iou([rle_bytes(r) for r in a], [rle_bytes(r) for r in b], [0] * len(b)))
+
+
+def rle_from_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> RLE:
+    """Union of COCO polygons ``[[x1, y1, ...], ...]`` as RLE, rasterised by pycocotools."""
+    parts = coco_mask.frPyObjects([list(map(float, p)) for p in polygons], height, width)
+    return rle_text(coco_mask.merge(parts))
+
+
+def rle_paste(mask: np.ndarray, left: int, top: int, height: int, width: int) -> RLE:
+    """RLE of a whole image (height, width) that is empty but for ``mask`` at (left, top).
+
+    Works column by column on the crop: no dense mask of the image is made.
+    COCO RLE counts runs down the columns, so only rows above and below the crop
+    in its own columns, and the whole columns left and right of it, are added.
+
+    >>> small = np.array([[1, 0], [1, 1]], dtype=bool)
+    >>> rle_decode(rle_paste(small, 1, 1, 4, 4)).astype(int).tolist()
+    [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
+    """
+    mask = np.asarray(mask, dtype=bool)
+    rows, columns = mask.shape
+    if left < 0 or top < 0 or left + columns > width or top + rows > height:
+        raise ValueError(f"crop {columns}x{rows} at ({left}, {top}) leaves the image {width}x{height}")
+    padded = np.zeros((columns, rows + 2), dtype=np.int8)
+    padded[:, 1:-1] = mask.T
+    column, edge = np.nonzero(np.diff(padded, axis=1))
+    # Positions in column order at which the value changes; runs are their differences.
+    changes = (column.astype(np.int64) + left) * height + top + edge
+    # A run that reaches the bottom of one image column may go on at the top of the
+    # next: both changes then fall on one position and cancel out.
+    if len(changes) > 1:
+        same = np.flatnonzero(changes[1:] == changes[:-1])
+        changes = np.delete(changes, np.concatenate([same, same + 1]))
+    bounds = np.concatenate([[0], changes, [height * width]])
+    counts = np.diff(bounds)
+    # A mask that starts at pixel 0 already has its leading empty run of length 0; a
+    # mask that ends at the last pixel must not get a trailing one.
+    if len(counts) > 1 and counts[-1] == 0:
+        counts = counts[:-1]
+    uncompressed = {"size": [height, width], "counts": [int(v) for v in counts]}
+    return rle_text(coco_mask.frPyObjects(uncompressed, height, width))

@@ -1,0 +1,141 @@
+"""The Predictor protocol and the saved form of a model: a folder of model.json and weights.safetensors."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.errors import ModelError, one_line
+from models.instances import Instances
+
+FORMAT = 1
+SPEC_FILE = "model.json"
+WEIGHTS_FILE = "weights.safetensors"
+MAX_SPEC_BYTES = 1_000_000
+
+# (kind, engine) -> function that builds a predictor from (spec, weights, device); imported on use.
+BUILDERS = {
+    ("detector", "torchvision"): "models.torchvision_engine:load_detector",
+    ("segmenter", "smp"): "models.unet:load_segmenter",
+    ("segmenter", "skipnet"): "models.unet:load_segmenter",
+}
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """Anything that finds planes; no base class and no registration needed."""
+
+    def predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
+        """One Instances per RGB uint8 (H, W, 3) image, in order, with ``image_id`` "0", "1", ..."""
+        ...
+
+
+class ModelSpec(BaseModel):
+    """Content of model.json. Unknown keys are errors; ``architecture`` is checked by its engine."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    kind: str = Field(max_length=64)
+    engine: str = Field(max_length=64)
+    architecture: dict[str, Any]
+    classes: list[str] = Field(min_length=1, max_length=10_000)
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+def save_model(folder: str | Path, spec: ModelSpec, weights: Mapping[str, Any]) -> Path:
+    """Write ``folder`` with model.json and weights.safetensors, whole or not at all.
+
+    An existing folder of the same name is replaced. ``weights`` is a torch state dict.
+
+    Raises:
+        ModelError: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        temporary.chmod(0o755)
+        save_file(tensors, str(temporary / WEIGHTS_FILE))
+        (temporary / SPEC_FILE).write_text(json.dumps(spec.model_dump(), indent=2) + "\n")
+        for path in temporary.iterdir():
+            path.chmod(0o644)
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(temporary, folder)
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot save the model ({one_line(error)})") from None
+    return folder
+
+
+def read_spec(folder: str | Path) -> ModelSpec:
+    """Read and validate model.json.
+
+    Raises:
+        ModelError: missing, not JSON, of an unknown format, or with wrong fields.
+    """
+    path = Path(folder) / SPEC_FILE
+    try:
+        if path.stat().st_size > MAX_SPEC_BYTES:
+            raise ModelError(f"{path}: larger than {MAX_SPEC_BYTES:,} bytes, not a model description")
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: not a saved model (no {SPEC_FILE})") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not valid JSON ({one_line(error)})") from None
+    if isinstance(content, dict) and content.get("format") not in (None, FORMAT):
+        raise ModelError(f"{path}: format {content['format']!r}, this release reads {FORMAT}; install the matching release")
+    try:
+        return ModelSpec.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(v) for v in first["loc"]) or "whole file"
+        raise ModelError(f"{path}: {where}: {first['msg']}") from None
+
+
+def load_model(folder: str | Path, device: str = "cpu") -> Predictor:
+    """Load a saved folder with the installed code; nothing of the folder is executed.
+
+    Raises:
+        ModelError: not a saved model, an unknown kind, or weights that do not fit.
+        EngineMissing: the detection library it needs is not installed.
+    """
+    spec = read_spec(folder)
+    target = BUILDERS.get((spec.kind, spec.engine))
+    if target is None:
+        known = ", ".join("/".join(key) for key in BUILDERS)
+        raise ModelError(f"{folder}: unknown model {spec.kind}/{spec.engine}; known: {known}")
+    module, function = target.split(":")
+    return getattr(importlib.import_module(module), function)(spec, read_weights(folder), device)
+
+
+def read_weights(folder: str | Path) -> dict[str, Any]:
+    """Tensors of weights.safetensors on the CPU.
+
+    Raises:
+        ModelError: missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(folder) / WEIGHTS_FILE
+    try:
+        return load_file(str(path))
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: not a saved model (no {WEIGHTS_FILE})") from None
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: damaged weights ({one_line(error)})") from None

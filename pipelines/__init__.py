@@ -1,0 +1,1 @@
+"""Everything that makes a version: data, training, evaluation, tracking, registry."""

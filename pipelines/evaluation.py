@@ -1,0 +1,135 @@
+"""Predictions and truth to COCO's twelve numbers, IoU and Dice; pure functions, no MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
+
+from models.errors import DataError
+from models.geometry import rle_iou, rle_text, xyxy_to_xywh
+from models.instances import RLE, Instances
+from pipelines.data.dataset import Dataset
+
+# The order in which COCOeval prints its twelve numbers.
+COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Numbers with the settings they were made at; a metric is NaN where there is no truth for it."""
+
+    metrics: dict[str, float]
+    settings: dict[str, Any]
+
+    def finite(self, prefix: str = "") -> dict[str, float]:
+        """The metrics that exist, their names prefixed, for logging."""
+        return {prefix + k: v for k, v in self.metrics.items() if math.isfinite(v)}
+
+
+def evaluate_instances(
+    dataset: Dataset,
+    predictions: Sequence[Instances],
+    kind: Literal["bbox", "segm"] = "bbox",
+    score_threshold: float = 0.05,
+    max_dets: tuple[int, int, int] = (1, 10, 100),
+) -> Evaluation:
+    """COCO's twelve numbers of predictions against a data set with truth.
+
+    Only predictions with a score of at least ``score_threshold`` count; images
+    without predictions need no entry. Computed by faster-coco-eval.
+
+    Raises:
+        DataError: the data set has no truth (or no masks, for ``segm``), or predictions
+            for images that it does not have.
+    """
+    if not dataset.has_truth:
+        raise DataError(f"{dataset.name}: no ground truth to evaluate against")
+    if kind == "segm" and not dataset.has_masks:
+        raise DataError(f"{dataset.name}: planes have no outlines, so masks cannot be evaluated")
+    numbers = {s.image_id: i for i, s in enumerate(dataset.samples, start=1)}
+    unknown = [p.image_id for p in predictions if p.image_id not in numbers]
+    if unknown:
+        raise DataError(f"{dataset.name}: predictions for an image that it does not have ({unknown[0]})")
+    truth = COCO(dataset.to_coco())
+    results = coco_results([p.above(score_threshold) for p in predictions], numbers, kind)
+    settings = {
+        "kind": kind,
+        "score_threshold": score_threshold,
+        "max_dets": list(max_dets),
+        "data": dataset.name,
+        "split": dataset.split,
+        "digest": dataset.digest(),
+        "images": len(dataset),
+        "planes": dataset.planes,
+        "predictions": len(results),
+    }
+    if not results:
+        stats = [0.0 if dataset.planes else math.nan] * len(COCO_METRICS)
+    else:
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluator = COCOeval_faster(truth, truth.loadRes(results), iouType=kind)
+            evaluator.params.maxDets = list(max_dets)
+            evaluator.run()
+        stats = [float(v) if v > -1 else math.nan for v in evaluator.stats[: len(COCO_METRICS)]]
+    return Evaluation(dict(zip(COCO_METRICS, stats, strict=True)), settings)
+
+
+def coco_results(
+    predictions: Sequence[Instances], numbers: Mapping[str, int], kind: Literal["bbox", "segm"]
+) -> list[dict[str, Any]]:
+    """COCO results entries (category 1), image ids taken from ``numbers``."""
+    results = []
+    for found in predictions:
+        for i, box in enumerate(xyxy_to_xywh(found.boxes)):
+            entry: dict[str, Any] = {"image_id": numbers[found.image_id], "category_id": 1, "score": float(found.scores[i])}
+            entry["bbox"] = box.tolist()
+            if kind == "segm":
+                if found.masks is None:
+                    raise DataError(f"{found.image_id}: predictions have no masks to evaluate")
+                entry["segmentation"] = rle_text(found.masks[i])
+                del entry["bbox"]
+            results.append(entry)
+    return results
+
+
+def instance_ious(dataset: Dataset, masks: Sequence[Sequence[RLE]]) -> np.ndarray:
+    """IoU of each annotated plane (crowds left out) with the mask predicted in its box, float64 (N,).
+
+    ``masks[i][j]`` belongs to box j of image i.
+    """
+    values = []
+    for sample, predicted in zip(dataset.samples, masks, strict=True):
+        for truth, guess, crowd in zip(sample.masks, predicted, sample.crowd, strict=True):
+            if truth is not None and not crowd:
+                values.append(float(rle_iou([guess], [truth])[0, 0]))
+    return np.array(values)
+
+
+def evaluate_masks(dataset: Dataset, masks: Sequence[Sequence[RLE]]) -> Evaluation:
+    """Mean IoU, mean Dice and the spread of IoU over planes, at the images' own resolution.
+
+    Raises:
+        DataError: the planes have no outlines.
+    """
+    if not dataset.has_masks:
+        raise DataError(f"{dataset.name}: planes have no outlines (segmentation) to evaluate against")
+    ious = instance_ious(dataset, masks)
+    dice = 2 * ious / (1 + ious)
+    settings = {
+        "kind": "crop masks",
+        "data": dataset.name,
+        "split": dataset.split,
+        "digest": dataset.digest(),
+        "images": len(dataset),
+        "planes": len(ious),
+    }
+    metrics = {"IoU": ious.mean(), "Dice": dice.mean(), "IoU_min": ious.min(), "IoU_median": np.median(ious)}
+    metrics["IoU_above_75"] = (ious >= 0.75).mean()
+    return Evaluation({k: float(v) for k, v in metrics.items()}, settings)

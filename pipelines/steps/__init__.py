@@ -1,0 +1,1 @@
+"""One short file per MLproject entry point: parse, wire, call."""

@@ -1,0 +1,123 @@
+"""The edge between our errors and the command line, and the progress shown there."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from models.errors import PlanesError, one_line
+
+T = TypeVar("T")
+
+
+def friendly(command: Callable[..., T]) -> Callable[..., T]:
+    """Turn our errors into one line on stderr with exit code 1; Ctrl-C into a hint with exit code 130."""
+
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, **options: Any) -> T:
+        try:
+            return command(*arguments, **options)
+        except PlanesError as error:
+            raise click.ClickException(one_line(error)) from None
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted; the same command goes on from the last checkpoint.", err=True)
+            raise SystemExit(130) from None
+
+    return wrapped
+
+
+def split_overrides(values: Sequence[str]) -> list[str]:
+    """``--set`` values, each of which may hold several ``key=value`` separated by spaces."""
+    return [part for value in values for part in shlex.split(value)]
+
+
+class ProgressListener:
+    """Shows training: a bar on a terminal, else a line every ``seconds``."""
+
+    def __init__(self, title: str, seconds: float = 20.0) -> None:
+        self.title, self.seconds = title, seconds
+        self._bar: Any = None
+        self._task: Any = None
+        self._total, self._begin, self._said = 0, 0, 0.0
+        self._started = time.monotonic()
+
+    def on_start(self, history: Sequence[dict[str, Any]], total: int) -> None:
+        """Open the bar; say so when training goes on from a checkpoint."""
+        self._total, self._begin = total, len(history)
+        self._started = self._said = time.monotonic()
+        if history and len(history) < total:
+            click.echo(f"{self.title}: going on from step {len(history)} of {total}")
+        self._bar = terminal_bar()
+        if self._bar:
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=total, completed=self._begin)
+
+    def on_step(self, record: dict[str, Any]) -> None:
+        """Advance; a validation is always told."""
+        now, step = time.monotonic(), record["step"]
+        validation = " ".join(f"{k} {v:.3f}" for k, v in record.items() if k in ("val/AP", "val/AP50", "val/IoU"))
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=f"{self.title}  loss {record['train/loss']:.3f}")
+            if validation:
+                self._bar.console.print(f"{self.title}: step {step} {validation}")
+        elif validation or now - self._said > self.seconds:
+            self._said = now
+            left = (now - self._started) / max(1, step - self._begin) * (self._total - step)
+            text = f"{self.title}: step {step}/{self._total} loss {record['train/loss']:.3f}"
+            click.echo(f"{text} {validation or f'about {left:.0f} s left'}")
+        if step == self._total:
+            self.close()
+
+    def on_checkpoint(self, history: Sequence[dict[str, Any]]) -> None:
+        """Nothing to show."""
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+def terminal_bar() -> Any:
+    """A rich progress bar on stderr, or None where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return None
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+def show_progress(items: Iterable[T], total: int, title: str, seconds: float = 20.0) -> Iterator[T]:
+    """Pass items through, showing how many are done."""
+    bar = terminal_bar()
+    if bar:
+        with bar:
+            task = bar.add_task(title, total=total)
+            for item in items:
+                yield item
+                bar.advance(task)
+        return
+    said = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        if time.monotonic() - said > seconds or done == total:
+            said = time.monotonic()
+            click.echo(f"{title}: {done}/{total}")
+
+
+@contextmanager
+def stage(title: str) -> Iterator[None]:
+    """Say what begins and how long it took."""
+    started = time.monotonic()
+    click.echo(f"== {title}")
+    yield
+    click.echo(f"   done in {time.monotonic() - started:.0f} s")

@@ -1,0 +1,1 @@
+"""Training loops; no MLflow and no command line."""

@@ -1,0 +1,91 @@
+"""Training of a crop segmenter: losses, validation IoU, saved folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import segmentation_models_pytorch as smp
+import torch
+from torch import nn
+
+from models.instances import RLE
+from models.predictor import save_model
+from models.torch_tools import channels_last
+from models.unet import CropSegmenter, build_segmenter, normalise, segmenter_spec
+from pipelines.data.batches import SegmenterBatches
+from pipelines.data.dataset import Dataset
+from pipelines.evaluation import evaluate_masks
+from pipelines.recipe import UNetRecipe
+from pipelines.training.loop import Job, Listener, Outcome, run
+
+
+def train_unet(
+    recipe: UNetRecipe,
+    train: Dataset,
+    val: Dataset | None,
+    folder: Path,
+    device: str,
+    listeners: Sequence[Listener] = (),
+) -> tuple[Path, Outcome]:
+    """Train (or resume) in ``folder`` and save the chosen weights as ``folder/model``.
+
+    Raises:
+        PlanesError: data, settings or weights that cannot be used.
+    """
+    model = channels_last(build_segmenter(recipe.architecture, recipe.weights))
+    batches = SegmenterBatches(
+        train,
+        recipe.augmentation,
+        recipe.architecture,
+        recipe.training.batch_size,
+        recipe.box_jitter,
+        recipe.training.seed,
+    )
+
+    def validate(network: nn.Module) -> dict[str, float]:
+        segmenter = CropSegmenter(network, recipe.architecture, device)
+        return evaluate_masks(val, list(segment_dataset(segmenter, val))).finite() if val else {}
+
+    job = Job(
+        model,
+        batches,
+        segmenter_loss(recipe.loss, recipe.architecture.normalisation),
+        recipe.training,
+        recipe.optimizer,
+        folder,
+        device,
+        validate if val and val.planes else None,
+        "IoU",
+        listeners,
+    )
+    outcome = run(job)
+    saved = save_model(folder / "model", segmenter_spec(recipe.architecture, [recipe.data.category]), outcome.weights)
+    return saved, outcome
+
+
+def segmenter_loss(
+    name: str, normalisation: Literal["imagenet", "crop"] = "imagenet"
+) -> Callable[[nn.Module, tuple[np.ndarray, np.ndarray], torch.device], Mapping[str, torch.Tensor]]:
+    """The loss function of a batch (crops, coverage masks): ``bce`` or ``bce_dice``."""
+    bce = nn.BCEWithLogitsLoss()
+    dice = smp.losses.DiceLoss("binary")
+
+    def loss(model: nn.Module, batch: tuple[np.ndarray, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+        crops, masks = batch
+        logits = model(normalise(crops, normalisation).to(device))
+        target = torch.from_numpy(masks)[:, None].to(device)
+        parts = {"loss_bce": bce(logits, target)}
+        if name == "bce_dice":
+            parts["loss_dice"] = dice(logits, (target >= 0.5).float())
+        return parts
+
+    return loss
+
+
+def segment_dataset(segmenter: CropSegmenter, dataset: Dataset) -> Iterator[list[RLE]]:
+    """Masks in the annotated boxes of each image, one list per image."""
+    for sample in dataset.samples:
+        yield segmenter.masks_in_boxes([sample.read()], [sample.boxes])[0]

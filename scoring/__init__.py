@@ -1,0 +1,1 @@
+"""Everything that uses a version: batch scoring, its outputs, comparison."""

@@ -1,0 +1,72 @@
+"""Scoring runs in MLflow: linked to the version and the data set, and read back for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlflow
+from mlflow.entities import LoggedModelInput
+from mlflow.tracking import MlflowClient
+
+from models.errors import RegistryError, one_line
+from pipelines import tracking
+from pipelines.data.dataset import Dataset
+from pipelines.registry import Resolved
+from scoring.compare import Scored
+from scoring.job import JobResult
+
+
+def log_job(job: JobResult, resolved: Resolved, dataset: Dataset, params: dict[str, object]) -> str:
+    """Log one scoring as an MLflow run with its outputs; return the run's id."""
+    tags = {"task": "score", "version": job.label}
+    with tracking.tracked_run(f"score {job.label} on {dataset.name}/{dataset.split}", tags) as run:
+        tracking.log_params({**params, "model": job.label, "data_digest": dataset.digest()})
+        tracking.log_dataset(dataset, "scoring")
+        if resolved.model_id:
+            mlflow.log_inputs(models=[LoggedModelInput(resolved.model_id)])
+        counts = {"images": job.images, "instances": job.instances, "errors": len(job.failures)}
+        mlflow.log_metrics({**counts, "seconds": job.seconds, "images_per_second": job.images / job.seconds})
+        for prefix, evaluation in job.evaluations:
+            tracking.log_evaluation(f"test/{prefix}", evaluation, dataset, resolved.model_id)
+        mlflow.log_artifacts(str(job.folder), "scoring")
+        return run.info.run_id
+
+
+def load_scored(run_id: str) -> Scored:
+    """Read a past scoring run back.
+
+    Raises:
+        RegistryError: no such run, or not a scoring run.
+    """
+    client = MlflowClient()
+    try:
+        run = client.get_run(run_id)
+    except mlflow.MlflowException as error:
+        raise RegistryError(f"run {run_id!r}: not found ({one_line(error)[:120]}); {recent_runs()}") from None
+    if run.data.tags.get("task") != "score":
+        raise RegistryError(f"run {run_id!r}: not a scoring run; {recent_runs()}")
+    metrics = {k.removeprefix("test/"): v for k, v in run.data.metrics.items() if k.startswith("test/")}
+    data = next((i.dataset for i in run.inputs.dataset_inputs), None)
+    return Scored(
+        run.data.tags.get("version", run_id),
+        data.name if data else "unknown data",
+        run.data.params.get("data_digest", "unknown"),
+        metrics,
+        int(run.data.metrics.get("images", 0)),
+        run.data.metrics.get("seconds", 0.0),
+    )
+
+
+def recent_runs(most: int = 5) -> str:
+    """The newest scoring runs, for error messages."""
+    experiments = [e.experiment_id for e in MlflowClient().search_experiments(max_results=100)]
+    runs = MlflowClient().search_runs(experiments, "tags.task = 'score'", max_results=most)
+    listed = ", ".join(f"{r.info.run_id} ({r.data.tags.get('version', '?')})" for r in runs)
+    return f"newest scoring runs: {listed}" if listed else "there are no scoring runs yet"
+
+
+def log_comparison(csv: Path, labels: Sequence[str]) -> None:
+    """Log a comparison table as a run of its own."""
+    with tracking.tracked_run(f"compare {', '.join(labels)}", {"task": "compare"}):
+        mlflow.log_artifact(str(csv))

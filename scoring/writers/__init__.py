@@ -1,0 +1,1 @@
+"""Outputs of a scoring job, all made from the instance table."""

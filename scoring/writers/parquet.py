@@ -1,0 +1,64 @@
+"""The instance table as parquet, the first output; and the table of images that failed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from models.errors import DataError, one_line
+from models.instances import Instances, from_rows, to_rows
+from scoring.reader import Failure
+
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("instance", pa.int32()),
+        ("x1", pa.float32()),
+        ("y1", pa.float32()),
+        ("x2", pa.float32()),
+        ("y2", pa.float32()),
+        ("score", pa.float32()),
+        ("label", pa.int64()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("mask_size", pa.list_(pa.int32())),
+        ("mask_counts", pa.string()),
+    ]
+)
+
+
+def write_instances(found: Sequence[Instances], path: Path) -> None:
+    """Write the instance table, whole or not at all; images without planes have no row."""
+    _write(pa.Table.from_pylist(to_rows(found), schema=SCHEMA), path)
+
+
+def read_instances(path: Path) -> list[Instances]:
+    """Read an instance table back.
+
+    Raises:
+        DataError: absent, damaged, or not an instance table.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a readable parquet file ({one_line(error)[:160]})") from None
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise DataError(f"{path}: not an instance table (no column {missing[0]!r})")
+    return from_rows(table.to_pylist())
+
+
+def write_failures(failures: Sequence[Failure], path: Path) -> None:
+    """Write image_id, path and message of what could not be scored."""
+    schema = pa.schema([("image_id", pa.string()), ("path", pa.string()), ("message", pa.string())])
+    _write(pa.Table.from_pylist([f.__dict__ for f in failures], schema=schema), path)
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    os.replace(temporary, path)

@@ -1,0 +1,60 @@
+"""Fixtures shared by all tests: small data, small models, real images where they are at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+# Two test processes with two threads each on two cores would only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests talk to loopback alone.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+    os.environ.pop(name, None)
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def isaid() -> Path:
+    """Real course-layout data."""
+    if not (SHARED / "isaid-planes").is_dir():
+        pytest.skip("real images of iSAID planes are not at hand (../shared/data/isaid-planes)")
+    return SHARED / "isaid-planes"
+
+
+@pytest.fixture(scope="session")
+def dota() -> Path:
+    """Real tiles with plane boxes."""
+    if not (SHARED / "dota-planes").is_dir():
+        pytest.skip("real tiles of DOTA planes are not at hand (../shared/data/dota-planes)")
+    return SHARED / "dota-planes"
+
+
+@pytest.fixture(scope="session")
+def airfield(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small synthetic airfield: 5 training and 2 test scenes of 512 pixels."""
+    from pipelines.data.synthetic import AirfieldSettings, prepare_airfield
+
+    folder = tmp_path_factory.mktemp("data") / "airfield"
+    prepare_airfield(folder, AirfieldSettings(train=5, test=2, size=512, planes_min=6, planes_max=9))
+    return folder
+
+
+def write_image(path: Path, height: int = 60, width: int = 80, seed: int = 0) -> np.ndarray:
+    """Write a random RGB image and return it."""
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    return image

@@ -1,0 +1,76 @@
+"""A project folder in which the real commands have trained two small models."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+UNET = ("training.batch_size=4", "architecture.crop_size=64", "training.evaluate_every=4", "training.checkpoint_every=2")
+DETECTOR = ("training.batch_size=2", "window=128", "training.evaluate_every=4", "training.checkpoint_every=2")
+
+
+@dataclass(frozen=True)
+class Project:
+    """A working folder with its own store; commands run there as a user would run them."""
+
+    folder: Path
+    data: Path
+
+    @property
+    def client(self) -> MlflowClient:
+        """A client of the folder's store."""
+        return MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
+
+    def run(self, *arguments: str, code: int | None = 0, timeout: float = 400, **env: str) -> subprocess.CompletedProcess:
+        """Run a command with this Python's programs first on PATH; check its exit code."""
+        done = subprocess.run(
+            arguments, cwd=self.folder, env=self.env(**env), capture_output=True, text=True, timeout=timeout, check=False
+        )
+        if code is not None:
+            assert done.returncode == code, f"{arguments}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def env(self, **more: str) -> dict[str, str]:
+        """The environment of a command."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {**os.environ, "PATH": path, "COLUMNS": "200", **more}
+
+    def step(self, name: str, *arguments: str, **options) -> subprocess.CompletedProcess:
+        """Run an entry point."""
+        return self.run("python", "-m", f"pipelines.steps.{name}", *arguments, **options)
+
+    def score(self, *arguments: str, **options) -> subprocess.CompletedProcess:
+        """Run the score command."""
+        return self.run("score", *arguments, **options)
+
+    def train_unet(self, *arguments: str, **options) -> subprocess.CompletedProcess:
+        """Train a tiny U-Net."""
+        return self.step("train_unet", "--data", str(self.data), "--set", " ".join(UNET), *arguments, **options)
+
+    def train_detector(self, *arguments: str, **options) -> subprocess.CompletedProcess:
+        """Train a tiny detector."""
+        return self.step("train_detector", "--data", str(self.data), "--set", " ".join(DETECTOR), *arguments, **options)
+
+
+def error_line(done: subprocess.CompletedProcess) -> str:
+    """The one line that a failed command says; no traceback."""
+    assert "Traceback" not in done.stderr, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
+    assert len(lines) == 1, done.stderr
+    assert done.stderr.rstrip().endswith(lines[0])
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory, airfield: Path) -> Project:
+    """planes-unet/1 (8 steps) and planes-det/1 (40 steps) trained and registered."""
+    made = Project(tmp_path_factory.mktemp("project"), airfield)
+    made.train_unet("--steps", "8")
+    made.train_detector("--steps", "40")
+    return made

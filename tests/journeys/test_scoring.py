@@ -1,0 +1,138 @@
+"""Scoring through the command: every way to name a model and data; outputs; broken input; comparison."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import cv2
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import write_image
+from tests.journeys.conftest import error_line
+
+pytestmark = pytest.mark.xdist_group("journey")
+
+
+@pytest.fixture(scope="module")
+def scored(project):
+    """planes-det/1 in production, and what scoring the test set with it said."""
+    project.step("promote", "--model", "planes-det/1", "--data", str(project.data))
+    done = project.score("--model", "planes-det/Production", "--data", str(project.data), "--out", "out")
+    return project, done
+
+
+def test_outputs_metrics_and_run(scored):
+    project, done = scored
+    folder = project.folder / "out" / "planes-det-1"
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"instances.parquet", "errors.parquet", "coco_results.json", "metrics.json", "overlays"}
+    table = pq.read_table(folder / "instances.parquet")
+    results = json.loads((folder / "coco_results.json").read_text())
+    assert table.num_rows == len(results) > 0
+    overlay = cv2.imread(str(next((folder / "overlays").iterdir())))
+    assert overlay.shape == (512, 512, 3)
+    metrics = json.loads((folder / "metrics.json").read_text())[0]
+    assert re.search(rf"planes-det/1 +{metrics['metrics']['AP']:.3f}", done.stdout)
+
+    run_id = re.search(r"run ([0-9a-f]{32})", done.stdout)[1]
+    run = project.client.get_run(run_id)
+    version = project.client.get_model_version("planes-det", "1")
+    assert run.data.metrics["test/AP"] == pytest.approx(metrics["metrics"]["AP"])
+    assert [i.model_id for i in run.inputs.model_inputs] == [version.model_id]
+    assert run.inputs.dataset_inputs[0].dataset.digest == run.data.params["data_digest"]
+
+
+def test_scoring_gives_the_metrics_that_training_logged(scored):
+    project, _ = scored
+    logged = json.loads(project.client.get_model_version("planes-det", "1").tags["metrics"])
+    scored_now = json.loads((project.folder / "out/planes-det-1/metrics.json").read_text())[0]["metrics"]
+    assert {k: round(v, 4) for k, v in scored_now.items()} == logged
+
+
+@pytest.mark.parametrize(
+    "model", ["planes-det/1", "planes-det/v1", "planes-det/production", "planes-det@production", "models:/planes-det/1", "planes-det/latest"]
+)
+def test_every_way_to_name_a_version(scored, model):
+    project, _ = scored
+    done = project.score("--model", model, "--data", str(project.data / "test" / "A0005.png"), "--out", "named")
+    assert "planes-det/1:" in done.stdout
+
+
+def test_a_saved_folder_needs_no_registry(scored, tmp_path):
+    project, _ = scored
+    folder = next((project.folder / ".planes" / "training").glob("planes-det-*/model"))
+    done = project.score("--model", str(folder), "--data", str(project.data / "test_coco.json"), "--out", str(tmp_path / "o"))
+    assert "AP50" in done.stdout
+
+
+def test_two_versions_on_the_same_images_and_again_from_their_runs(scored):
+    project, _ = scored
+    project.train_detector("--steps", "4")
+    arguments = ("--model", "planes-det/1", "--model", "planes-det/2", "--data", str(project.data), "--out", "both")
+    done = project.score(*arguments)
+    table = (project.folder / "both" / "comparison.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table] == ["model", "planes-det/1", "planes-det/2"]
+    runs = re.findall(r"run ([0-9a-f]{32})", done.stdout)
+    assert len(runs) == 2
+    past = project.score("compare", *runs, "--out", "past.csv")
+    for line in past.stdout.splitlines():
+        assert line in done.stdout
+    other = project.score("--model", "planes-det/1", "--data", str(project.data), "--split", "train", "--out", "train")
+    third = re.search(r"run ([0-9a-f]{32})", other.stdout)[1]
+    message = error_line(project.score("compare", runs[0], third, code=1))
+    assert "only equal data can be compared" in message
+    training = project.client.get_model_version("planes-det", "1").run_id
+    assert "not a scoring run; newest scoring runs:" in error_line(project.score("compare", training, code=1))
+    assert "not found" in error_line(project.score("compare", "abc", code=1))
+
+
+def test_the_unet_is_scored_in_the_true_boxes_and_refuses_data_without(scored, tmp_path):
+    project, _ = scored
+    done = project.score("--model", "planes-unet/1", "--data", str(project.data), "--out", "crops")
+    assert "IoU" in done.stdout
+    table = pq.read_table(project.folder / "crops/planes-unet-1/instances.parquet").to_pylist()
+    assert all(row["mask_counts"] for row in table)
+    write_image(tmp_path / "a.png")
+    message = error_line(project.score("--model", "planes-unet/1", "--data", str(tmp_path), code=1))
+    assert "segments planes in given boxes and the data has none" in message
+
+
+def test_a_corrupt_image_is_reported_and_the_others_are_scored(scored, tmp_path):
+    project, _ = scored
+    write_image(tmp_path / "good one.png", 200, 300)
+    (tmp_path / "bad.png").write_bytes((tmp_path / "good one.png").read_bytes()[:500])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    done = project.score("--model", "planes-det/1", "--data", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert "in 1 images, 2 unreadable (see errors.parquet)" in done.stdout
+    failed = pq.read_table(tmp_path / "out/planes-det-1/errors.parquet").to_pylist()
+    assert sorted(f["image_id"] for f in failed) == ["bad", "empty"]
+    assert all(f["path"] in f["message"] for f in failed)
+    alone = project.score("--model", "planes-det/1", "--data", str(tmp_path / "bad.png"), "--out", str(tmp_path / "o"), code=1)
+    assert "none of 1 images could be read; the first:" in error_line(alone)
+
+
+def test_mistakes_are_one_line(scored, tmp_path):
+    project, _ = scored
+    data = ("--data", str(project.data))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "wrong.json").write_text('{"a": 1}')
+    (tmp_path / "broken.json").write_text('{"a": ')
+    (tmp_path / "file").write_text("")
+    cases = [
+        (("--model", "planes-dett/1", *data), "no registered model 'planes-dett'; registered:"),
+        (("--model", "planes-det/Staging", *data), "has no version, alias or stage 'Staging'; versions: 1"),
+        (("--model", "planes-det/99", *data), "aliases: production -> 1"),
+        (("--model", "planes-det", *data), "expected a saved folder, NAME/VERSION"),
+        (("--model", "planes-det/1", "--data", str(tmp_path / "empty")), "no images there"),
+        (("--model", "planes-det/1", "--data", str(tmp_path / "absent")), "no such file or folder"),
+        (("--model", "planes-det/1", "--data", str(tmp_path / "wrong.json")), "neither COCO"),
+        (("--model", "planes-det/1", "--data", str(tmp_path / "broken.json")), "not valid JSON"),
+        (("--model", "planes-det/1", *data, "--out", str(tmp_path / "file" / "out")), "cannot be written"),
+        (("--model", "planes-det/1", *data, "--device", "cuda:7"), "no CUDA device here"),
+    ]
+    for arguments, message in cases:
+        assert message in error_line(project.score(*arguments, code=1)), arguments
+    assert "give at least one --model" in project.score(*data, code=2).stderr
+    assert "give --data" in project.score("--model", "planes-det/1", code=2).stderr

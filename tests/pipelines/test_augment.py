@@ -1,0 +1,109 @@
+"""Boxes and masks move with the pixels."""
+
+import numpy as np
+import pytest
+
+from models.geometry import box_iou, rle_boxes, rle_decode, rle_encode
+from models.unet import SegmenterArchitecture
+from pipelines.data.augment import Augmentation, jitter_light, move_boxes, random_linear, random_window, warp
+from pipelines.data.batches import DetectorBatches, SegmenterBatches, epoch_items, mirror_whole
+from pipelines.data.opening import open_dataset
+
+STRONG = Augmentation(rotation=0, scale=0.4, brightness=0.3, contrast=0.3, saturation=0.5, grayscale=0.2)
+
+
+def _picture():
+    image = np.zeros((300, 400, 3), np.uint8)
+    image[120:160, 200:290] = 255
+    return image, np.array([[200, 120, 290, 160]], np.float32)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_boxes_follow_the_pixels_of_a_window(seed):
+    image, boxes = _picture()
+    window, affine = random_window(np.random.default_rng(seed), image, boxes, STRONG, 256, 1.0)
+    moved, kept = move_boxes(boxes, affine, 256, 0.01)
+    assert kept.tolist() == [0]
+    drawn = rle_boxes([rle_encode(window[:, :, 0] >= 128)])
+    assert box_iou(moved, drawn)[0, 0] > 0.93
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_boxes_follow_the_pixels_of_a_whole_image(seed):
+    image, boxes = _picture()
+    turned, moved = mirror_whole(np.random.default_rng(seed), image, boxes, Augmentation())
+    assert rle_boxes([rle_encode(turned[:, :, 0] > 0)]).tolist() == moved.tolist()
+
+
+def test_quarter_turns_and_mirrors_change_no_pixel_value():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    seen = set()
+    for seed in range(60):
+        linear = random_linear(np.random.default_rng(seed), Augmentation())
+        affine = np.concatenate([linear, (32 - linear @ [32, 32])[:, None]], 1)
+        window = warp(image, affine, 64)
+        assert np.sort(window, axis=None).tolist() == np.sort(image, axis=None).tolist()
+        seen.add(window.tobytes())
+    assert len(seen) == 8
+
+
+def test_a_sliver_of_a_plane_does_not_count():
+    boxes = np.array([[-90, 10, 10, 60], [-20, 10, 80, 60]], np.float32)
+    identity = np.array([[1.0, 0, 0], [0, 1, 0]])
+    moved, kept = move_boxes(boxes, identity, 100, 0.35)
+    assert kept.tolist() == [1]
+    assert moved.tolist() == [[0, 10, 80, 60]]
+
+
+def test_light_is_left_alone_at_strength_zero():
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    assert np.abs(jitter_light(np.random.default_rng(0), image, Augmentation()).astype(int) - image).max() <= 1
+    assert jitter_light(np.random.default_rng(0), image, Augmentation(grayscale=1)).std(axis=2).max() == 0
+
+
+def test_batches_depend_on_the_step_alone(airfield):
+    data = open_dataset(airfield, "train")
+    first, second = (DetectorBatches(data, STRONG, 2, 128, 0.8, 0.3, 7) for _ in range(2))
+    first[0], first[1]
+    for (image, boxes), (again, same) in zip(first[5], second[5], strict=True):
+        assert image.tobytes() == again.tobytes()
+        assert boxes.tobytes() == same.tobytes()
+    assert first[4][0][0].tobytes() != first[5][0][0].tobytes()
+
+
+def test_every_item_is_seen_once_an_epoch():
+    items = [i for step in range(15) for i in epoch_items(3, step, 4, 20)]
+    for epoch in range(3):
+        assert sorted(items[20 * epoch : 20 * (epoch + 1)]) == list(range(20))
+    assert items[:20] != items[20:40]
+
+
+@pytest.mark.parametrize("rotation", [0, 60])
+def test_crops_are_filled_by_their_plane(airfield, rotation):
+    data = open_dataset(airfield, "train")
+    settings = Augmentation(rotation=rotation)
+    batches = SegmenterBatches(data, settings, SegmenterArchitecture(crop_size=64), 8, 0.0, 0)
+    crops, masks = batches[0]
+    assert crops.shape == (8, 64, 64, 3)
+    assert masks.shape == (8, 64, 64)
+    for mask in masks:
+        rows, columns = np.nonzero(mask > 0.5)
+        # A tight box touches all four borders, to the pixel that resampling may cost.
+        assert max(rows.min(), columns.min(), 63 - rows.max(), 63 - columns.max()) <= 4
+
+
+def test_without_augmentation_a_crop_is_the_box(airfield):
+    data = open_dataset(airfield, "train")
+    plain = Augmentation(mirror=False, quarter_turns=False)
+    batches = SegmenterBatches(data, plain, SegmenterArchitecture(crop_size=64), 1, 0.0, 0)
+    _, masks = batches[0]
+    best = 0.0
+    for sample in data.samples:
+        for mask, box in zip(sample.masks, sample.boxes.astype(int), strict=True):
+            x1, y1, x2, y2 = box
+            import cv2
+
+            crop = cv2.resize(rle_decode(mask)[y1:y2, x1:x2].astype(np.float32), (64, 64))
+            a, b = crop > 0.5, masks[0] > 0.5
+            best = max(best, (a & b).sum() / (a | b).sum())
+    assert best > 0.9
