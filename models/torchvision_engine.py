@@ -58,7 +58,9 @@ class DetectorArchitecture(BaseModel):
 
     ``levels`` are backbone stages (1 = stride 4 ... 4 = stride 32; for mobilenet the
     last ones of its strided stages); ``anchor_sizes`` has one list of pixels per
-    feature map, the extra pooled one included; ``min_size`` null keeps native pixels.
+    feature map, the extra pooled one included; ``train_proposals`` are kept in training:
+    few of them make the sampled background the hard one, which short trainings need;
+    ``min_size`` null keeps native pixels.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -75,6 +77,7 @@ class DetectorArchitecture(BaseModel):
     roi_batch_size: int = Field(default=512, ge=1, le=4096)
     proposals_before_nms: int = Field(default=2000, ge=1, le=20_000)
     proposals: int = Field(default=1000, ge=1, le=20_000)
+    train_proposals: int = Field(default=2000, ge=1, le=20_000)
     min_size: int | None = Field(default=800, ge=32, le=20_000)
     max_size: int = Field(default=1333, ge=32, le=20_000)
     score_threshold: float = Field(default=0.05, ge=0, le=1)
@@ -112,7 +115,7 @@ def build_detector(architecture: DetectorArchitecture, classes: int, weights: st
         box_batch_size_per_image=architecture.roi_batch_size,
         rpn_pre_nms_top_n_train=architecture.proposals_before_nms,
         rpn_pre_nms_top_n_test=architecture.proposals_before_nms,
-        rpn_post_nms_top_n_train=architecture.proposals,
+        rpn_post_nms_top_n_train=architecture.train_proposals,
         rpn_post_nms_top_n_test=architecture.proposals,
         box_score_thresh=architecture.score_threshold,
         box_nms_thresh=architecture.nms_threshold,

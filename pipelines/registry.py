@@ -95,7 +95,7 @@ def log_and_register(
     try:
         for version in client.search_model_versions(f"run_id = '{run_id}'"):
             if version.name == name:
-                return version, str(version.model_id)
+                return version, str(logged_model_id(version))
         info = mlflow.pyfunc.log_model(
             name=name,
             python_model=str(PACKAGE / "pyfunc.py"),
@@ -142,7 +142,13 @@ def resolve(text: str) -> Resolved:
     found = _pick(name, what, sign == "@", versions)
     if found is None:
         raise RegistryError(f"model {text!r}: {name} has no version, alias or stage {what!r}; {describe(name, versions)}")
-    return Resolved(text, name, str(found.version), found.run_id, found.model_id)
+    return Resolved(text, name, str(found.version), found.run_id, logged_model_id(found))
+
+
+def logged_model_id(version: ModelVersion) -> str | None:
+    """MLflow's id of the logged model behind a version; SQL stores tell it by the version's source only."""
+    match = re.search(r"^models:/(m-\w+)$", version.source or "")
+    return version.model_id or (match[1] if match else None)
 
 
 def _pick(name: str, what: str, alias_only: bool, versions: Sequence[ModelVersion]) -> ModelVersion | None:
@@ -236,7 +242,7 @@ def fetch(resolved: Resolved) -> Path:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
     except (mlflow.MlflowException, OSError) as error:
         raise RegistryError(f"{uri}: its artefacts cannot be fetched ({one_line(error)[:200]})") from None
-    folder = local / "artifacts" / "model"
-    if not (folder / SPEC_FILE).is_file():
-        raise RegistryError(f"{uri}: not a version made by this project (no artifacts/model/{SPEC_FILE})")
-    return folder
+    specs = list(local.glob(f"artifacts/*/{SPEC_FILE}"))
+    if len(specs) != 1:
+        raise RegistryError(f"{uri}: not a version made by this project (no artifacts/*/{SPEC_FILE})")
+    return specs[0].parent

@@ -24,7 +24,7 @@ def log_job(job: JobResult, resolved: Resolved, dataset: Dataset, params: dict[s
         tracking.log_params({**params, "model": job.label, "data_digest": dataset.digest()})
         tracking.log_dataset(dataset, "scoring")
         if resolved.model_id:
-            mlflow.log_inputs(models=[LoggedModelInput(resolved.model_id)])
+            mlflow.log_input(model=LoggedModelInput(resolved.model_id))
         counts = {"images": job.images, "instances": job.instances, "errors": len(job.failures)}
         mlflow.log_metrics({**counts, "seconds": job.seconds, "images_per_second": job.images / job.seconds})
         for prefix, evaluation in job.evaluations:

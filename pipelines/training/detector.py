@@ -34,6 +34,7 @@ def train_detector(
     Raises:
         PlanesError: data, settings or weights that cannot be used.
     """
+    torch.manual_seed(recipe.training.seed)
     model = channels_last(build_detector(recipe.architecture, 1, recipe.weights))
     batches = DetectorBatches(
         train,

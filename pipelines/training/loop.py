@@ -97,7 +97,6 @@ def run(job: Job) -> Outcome:
     Raises:
         ModelError: the loss is not finite, or the checkpoint cannot be used.
     """
-    torch.manual_seed(job.training.seed)
     cuda = job.device.startswith("cuda")
     precision = ("bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed") if cuda else "32-true"
     devices = [int(job.device.partition(":")[2] or 0)] if cuda else 1

@@ -35,6 +35,7 @@ def train_unet(
     Raises:
         PlanesError: data, settings or weights that cannot be used.
     """
+    torch.manual_seed(recipe.training.seed)
     model = channels_last(build_segmenter(recipe.architecture, recipe.weights))
     batches = SegmenterBatches(
         train,

@@ -40,7 +40,7 @@ def test_outputs_metrics_and_run(scored):
     run = project.client.get_run(run_id)
     version = project.client.get_model_version("planes-det", "1")
     assert run.data.metrics["test/AP"] == pytest.approx(metrics["metrics"]["AP"])
-    assert [i.model_id for i in run.inputs.model_inputs] == [version.model_id]
+    assert [i.model_id for i in run.inputs.model_inputs] == [version.source.removeprefix("models:/")]
     assert run.inputs.dataset_inputs[0].dataset.digest == run.data.params["data_digest"]
 
 
@@ -52,7 +52,15 @@ def test_scoring_gives_the_metrics_that_training_logged(scored):
 
 
 @pytest.mark.parametrize(
-    "model", ["planes-det/1", "planes-det/v1", "planes-det/production", "planes-det@production", "models:/planes-det/1", "planes-det/latest"]
+    "model",
+    [
+        "planes-det/1",
+        "planes-det/v1",
+        "planes-det/production",
+        "planes-det@production",
+        "models:/planes-det/1",
+        "planes-det/latest",
+    ],
 )
 def test_every_way_to_name_a_version(scored, model):
     project, _ = scored
@@ -63,7 +71,9 @@ def test_every_way_to_name_a_version(scored, model):
 def test_a_saved_folder_needs_no_registry(scored, tmp_path):
     project, _ = scored
     folder = next((project.folder / ".planes" / "training").glob("planes-det-*/model"))
-    done = project.score("--model", str(folder), "--data", str(project.data / "test_coco.json"), "--out", str(tmp_path / "o"))
+    done = project.score(
+        "--model", str(folder), "--data", str(project.data / "test_coco.json"), "--out", str(tmp_path / "o")
+    )
     assert "AP50" in done.stdout
 
 
@@ -109,7 +119,9 @@ def test_a_corrupt_image_is_reported_and_the_others_are_scored(scored, tmp_path)
     failed = pq.read_table(tmp_path / "out/planes-det-1/errors.parquet").to_pylist()
     assert sorted(f["image_id"] for f in failed) == ["bad", "empty"]
     assert all(f["path"] in f["message"] for f in failed)
-    alone = project.score("--model", "planes-det/1", "--data", str(tmp_path / "bad.png"), "--out", str(tmp_path / "o"), code=1)
+    alone = project.score(
+        "--model", "planes-det/1", "--data", str(tmp_path / "bad.png"), "--out", str(tmp_path / "o"), code=1
+    )
     assert "none of 1 images could be read; the first:" in error_line(alone)
 
 

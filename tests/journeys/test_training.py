@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +27,12 @@ def test_a_run_holds_all_that_is_needed_to_judge_it(project):
     version = _version(project, "planes-unet")
     run = project.client.get_run(version.run_id)
     assert run.info.status == "FINISHED"
-    for key, value in (("training.steps", "8"), ("architecture.network", "unet"), ("training.seed", "0"), ("device", "cpu")):
+    for key, value in (
+        ("training.steps", "8"),
+        ("architecture.network", "unet"),
+        ("training.seed", "0"),
+        ("device", "cpu"),
+    ):
         assert run.data.params[key] == value
     assert run.data.tags["git_commit"]
     assert [s for s, _ in _history(project, version.run_id, "train/loss")] == list(range(1, 9))
@@ -47,11 +53,11 @@ def test_the_version_tells_where_it_comes_from_and_how_good_it_is(project):
     version = _version(project, "planes-det")
     assert set(json.loads(version.tags["metrics"])) >= {"AP", "AP50", "AR100"}
     assert version.tags["engine"] == "torchvision"
-    model = project.client.get_logged_model(version.model_id)
+    model = project.client.get_logged_model(version.source.removeprefix("models:/"))
     metrics = {m.key: m for m in model.metrics}
     assert metrics["test/AP"].dataset_digest == version.tags["test_digest"]
     evaluation = project.client.download_artifacts(version.run_id, "evaluation/test.json")
-    settings = json.loads(open(evaluation).read())["settings"]
+    settings = json.loads(Path(evaluation).read_text())["settings"]
     assert (settings["score_threshold"], settings["max_dets"], settings["split"]) == (0.05, [1, 10, 100], "test")
 
 

@@ -1,0 +1,117 @@
+"""What the house promises, checked: layers, sizes, dependencies that agree, a start-up that stays light."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+PACKAGES = ("models", "pipelines", "scoring")
+
+
+def _sources(root):
+    return [p for package in PACKAGES for p in sorted((root / package).rglob("*.py"))]
+
+
+def test_layers_hold(root):
+    done = subprocess.run([str(Path(sys.executable).parent / "lint-imports")], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_files_functions_and_parameters_stay_small(root):
+    for path in _sources(root):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 300, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                docstring = len((ast.get_docstring(node, clean=False) or "").splitlines())
+                assert node.end_lineno - node.lineno - docstring <= 45, (path, node.name)
+
+
+def test_every_public_thing_says_what_it_is(root):
+    for path in _sources(root):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), (path, node.name)
+
+
+def test_package_fronts_import_nothing(root):
+    for path in _sources(root):
+        if path.name == "__init__.py":
+            assert not [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))], (
+                path
+            )
+
+
+def _pins(text):
+    return sorted(line.strip() for line in text.splitlines() if line.strip() and not line.startswith(("#", "-r")))
+
+
+def test_dependencies_agree(root):
+    required = _pins((root / "requirements.txt").read_text())
+    conda = yaml.safe_load((root / "conda.yaml").read_text())["dependencies"]
+    pip = next(d["pip"] for d in conda if isinstance(d, dict))
+    assert sorted(pip) == required
+    assert "detectron2" in conda
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", pin) for pin in required)
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["dependencies"]
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"]["file"] == ["requirements.txt"]
+    assert all("==" in pin for pin in _pins((root / "requirements-dev.txt").read_text()))
+
+
+def test_imports_are_declared(root):
+    names = {
+        "cv2": "opencv-python",
+        "PIL": "pillow",
+        "yaml": "pyyaml",
+        "segmentation_models_pytorch": "segmentation-models-pytorch",
+    }
+    names |= {"faster_coco_eval": "faster-coco-eval", "lightning_fabric": "lightning-fabric"}
+    required = {pin.split("==")[0] for pin in _pins((root / "requirements.txt").read_text())}
+    for path in _sources(root):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for module in {m.split(".")[0] for m in modules} - sys.stdlib_module_names - set(PACKAGES):
+                assert names.get(module, module) in required, (path, module)
+
+
+def test_help_loads_nothing_heavy():
+    script = (
+        "import sys\nfrom scoring.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'mlflow', 'pandas', 'numpy', 'cv2', 'ray', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--score-threshold" in done.stdout
+
+
+def test_help_answers_at_once():
+    program = Path(sys.executable).parent / "score"
+    if not program.exists():
+        pytest.skip("the package is not installed, so there is no score command")
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([str(program), "--help"], capture_output=True, check=True, env={**os.environ})
+        times.append(time.perf_counter() - started)
+    # The promise is 0.3 s on an idle machine (measured: 0.1 s); here others run beside it.
+    assert min(times) < 0.6, times
+
+
+def test_versions_agree(root):
+    version = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+    assert f"## {version}" in (root / "CHANGELOG.md").read_text()
