@@ -60,7 +60,7 @@ class DetectorArchitecture(BaseModel):
     last ones of its strided stages); ``anchor_sizes`` has one list of pixels per
     feature map, the extra pooled one included; ``train_proposals`` are kept in training:
     few of them make the sampled background the hard one, which short trainings need;
-    ``min_size`` null keeps native pixels.
+    ``min_size`` null keeps the image's own scale, times ``zoom``.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -80,6 +80,7 @@ class DetectorArchitecture(BaseModel):
     train_proposals: int = Field(default=2000, ge=1, le=20_000)
     min_size: int | None = Field(default=800, ge=32, le=20_000)
     max_size: int = Field(default=1333, ge=32, le=20_000)
+    zoom: float = Field(default=1.0, ge=0.1, le=8)
     score_threshold: float = Field(default=0.05, ge=0, le=1)
     nms_threshold: float = Field(default=0.5, ge=0, le=1)
     max_detections: int = Field(default=300, ge=1, le=10_000)
@@ -103,6 +104,8 @@ def build_detector(architecture: DetectorArchitecture, classes: int, weights: st
             f"architecture.anchor_sizes: {len(architecture.anchor_sizes)} lists for {maps} feature maps "
             f"({len(architecture.levels)} levels{' + 1 pooled' if architecture.pooled_level else ''})"
         )
+    if len({len(sizes) for sizes in architecture.anchor_sizes}) > 1:
+        raise ModelError("architecture.anchor_sizes: every feature map needs the same number of sizes")
     names = [str(i) for i in range(len(architecture.levels))]
     model = FasterRCNN(
         backbone,
@@ -125,7 +128,8 @@ def build_detector(architecture: DetectorArchitecture, classes: int, weights: st
     )
     if architecture.min_size is None:
         old = model.transform
-        model.transform = _NativePixels(old.min_size[-1], old.max_size, old.image_mean, old.image_std)
+        model.transform = _OwnScale(old.min_size[-1], old.max_size, old.image_mean, old.image_std)
+        model.transform.zoom = architecture.zoom
     if weights == "coco":
         load_matching(model, _coco_weights(architecture.backbone), "coco")
     elif weights not in ("none", "imagenet"):
@@ -166,11 +170,16 @@ def _backbone(architecture: DetectorArchitecture, pretrained: bool) -> BackboneW
     )
 
 
-class _NativePixels(GeneralizedRCNNTransform):
-    """Normalises only; torchvision's own ``_skip_resize`` holds in training alone."""
+class _OwnScale(GeneralizedRCNNTransform):
+    """Scales by a fixed factor instead of to a fixed size; training windows are cut at that scale already."""
+
+    zoom: float = 1.0
 
     def resize(self, image, target=None):  # type: ignore[no-untyped-def]
-        return image, target
+        if self.training or self.zoom == 1:
+            return image, target
+        size = [max(1, round(side * self.zoom)) for side in image.shape[-2:]]
+        return nn.functional.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0], target
 
 
 class _NoExtraBlock(LastLevelMaxPool):

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def friendly(command: Callable[..., T]) -> Callable[..., T]:
-    """Turn our errors into one line on stderr with exit code 1; Ctrl-C into a hint with exit code 130."""
+    """Turn our errors into one line on stderr with exit code 1; Ctrl-C into exit code 130."""
 
     @functools.wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> T:
@@ -26,7 +26,7 @@ def friendly(command: Callable[..., T]) -> Callable[..., T]:
         except PlanesError as error:
             raise click.ClickException(one_line(error)) from None
         except KeyboardInterrupt:
-            click.echo("\nInterrupted; the same command goes on from the last checkpoint.", err=True)
+            click.echo("Interrupted.", err=True)
             raise SystemExit(130) from None
 
     return wrapped

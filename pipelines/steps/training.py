@@ -195,6 +195,9 @@ def _train_in(
                 saved, outcome = train_detector(recipe, train, val, folder, device, listeners)
             else:
                 saved, outcome = train_unet(recipe, train, val, folder, device, listeners)
+        except KeyboardInterrupt:
+            click.echo("\nStopped; the same command goes on from this step.", err=True)
+            raise
         finally:
             progress.close()
         mlflow.log_metrics({"wall_seconds": time.monotonic() - started, "best_step": outcome.step})

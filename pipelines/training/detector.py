@@ -44,6 +44,7 @@ def train_detector(
         recipe.focus,
         recipe.min_visible,
         recipe.training.seed,
+        recipe.architecture.zoom,
     )
 
     def validate(network: nn.Module) -> dict[str, float]:

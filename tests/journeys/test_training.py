@@ -86,6 +86,26 @@ def test_kill_9_and_the_same_command_give_the_undisturbed_weights(project, tmp_p
     assert [s for s, _ in _history(project, run_id, "train/loss")] == list(range(1, 13))
 
 
+def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(project, tmp_path):
+    command = ["python", "-m", "pipelines.steps.train_unet", "--data", str(project.data), "--name", "stopped"]
+    command += ["--set", " ".join(UNET), "--steps", "200", "--work-dir", str(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=project.folder, env=project.env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("*/checkpoint.pt")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from this step" in said
+    assert "Traceback" not in said
+    run_id = json.loads(next(tmp_path.glob("*/run.json")).read_text())["run_id"]
+    assert project.client.get_run(run_id).info.status == "KILLED"
+    steps = [s for s, _ in _history(project, run_id, "train/loss")]
+    assert steps == list(range(1, len(steps) + 1))
+
+
 def test_an_equal_training_is_reused_when_asked_for(project):
     again = project.train_unet("--steps", "8", "--reuse")
     assert "version 1 has this recipe, data and code; reused" in again.stdout

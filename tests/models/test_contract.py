@@ -142,6 +142,7 @@ def test_skipnet_is_the_network_described():
     ("build", "message"),
     [
         (lambda: build_detector(SMALL.model_copy(update={"anchor_sizes": [[8]]}), 1), "1 lists for 2 feature maps"),
+        (lambda: build_detector(SMALL.model_copy(update={"anchor_sizes": [[8], [8, 9]]}), 1), "same number of sizes"),
         (lambda: build_detector(SMALL.model_copy(update={"levels": [2, 9]}), 1), "not 9"),
         (lambda: build_detector(SMALL, 1, "/absent/weights.pth"), "no such file"),
         (lambda: build_detector(SMALL, 1, "coco"), "torchvision has none for resnet18"),
