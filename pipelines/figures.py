@@ -46,10 +46,10 @@ def loss_figure(history: Sequence[dict[str, Any]], title: str) -> Figure:
     return figure
 
 
-def draw_instances(image: np.ndarray, instances: Instances, colour: tuple[int, int, int] = FOUND) -> np.ndarray:
-    """A copy of the RGB image with boxes, outlines and scores drawn in."""
-    canvas = image.copy()
-    thickness = max(1, round(max(image.shape[:2]) / 900))
+def draw_instances(image: np.ndarray, instances: Instances, thickness: int | None = None) -> np.ndarray:
+    """A copy of the RGB image with boxes, outlines and scores drawn in, lines ``thickness`` pixels wide."""
+    canvas, colour = image.copy(), FOUND
+    thickness = thickness or _line_width(image)
     for i, box in enumerate(instances.boxes):
         x1, y1, x2, y2 = (int(round(float(v))) for v in box)
         if instances.masks is None:
@@ -61,10 +61,10 @@ def draw_instances(image: np.ndarray, instances: Instances, colour: tuple[int, i
     return canvas
 
 
-def draw_truth(image: np.ndarray, sample: Sample) -> np.ndarray:
+def draw_truth(image: np.ndarray, sample: Sample, thickness: int | None = None) -> np.ndarray:
     """A copy of the RGB image with the annotated planes drawn in, as outlines where there are any."""
     canvas = image.copy()
-    thickness = max(1, round(max(image.shape[:2]) / 900))
+    thickness = thickness or _line_width(image)
     for box, mask in zip(sample.boxes, sample.masks, strict=True):
         x1, y1, x2, y2 = (int(round(float(v))) for v in box)
         if mask is None:
@@ -72,6 +72,10 @@ def draw_truth(image: np.ndarray, sample: Sample) -> np.ndarray:
         else:
             _outline(canvas, mask, TRUTH, thickness)
     return canvas
+
+
+def _line_width(image: np.ndarray) -> int:
+    return max(1, round(max(image.shape[:2]) / 900))
 
 
 def _outline(canvas: np.ndarray, mask: RLE, colour: tuple[int, int, int], thickness: int) -> None:
@@ -87,7 +91,9 @@ def image_sheet(rows: Sequence[tuple[np.ndarray, Sample, Instances]], width: int
     """Rows of image | truth | prediction, RGB uint8; planes below a score of 0.5 are left out."""
     lines = []
     for image, sample, found in rows:
-        panels = [image, draw_truth(image, sample), draw_instances(image, found.above(0.5))]
+        # Wide enough to be seen once the image is shrunk to its panel.
+        line = 1 + round(image.shape[1] / width)
+        panels = [image, draw_truth(image, sample, line), draw_instances(image, found.above(0.5), line)]
         height = round(width * image.shape[0] / image.shape[1])
         lines.append(np.hstack([_panel(p, width, height) for p in panels]))
     sheet = np.vstack(lines)
