@@ -1,0 +1,1 @@
+"""Readers, splits, crops and the synthetic airfield; no MLflow."""

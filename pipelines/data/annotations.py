@@ -1,0 +1,142 @@
+"""Checks that every reader of annotations shares: one raw annotation to box, mask and problems."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.errors import DataError, one_line
+from models.geometry import clip_boxes, rle_area, rle_boxes, rle_bytes, rle_from_polygons, rle_text, xywh_to_xyxy
+from models.instances import RLE
+from pipelines.data.dataset import Problems, Sample
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One checked annotation."""
+
+    box: np.ndarray
+    mask: RLE | None
+    crowd: bool
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        DataError: absent, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not valid JSON ({one_line(error)})") from None
+
+
+def read_plane(entry: Mapping[str, Any], height: int, width: int, where: str, problems: Problems) -> Plane | None:
+    """Check one annotation; None where nothing sensible is left of it.
+
+    A box is taken from ``bbox``, or from the outline where it is missing or odd; a
+    box that leaves the image is clipped; an outline that cannot be used is dropped
+    and the box kept.
+    """
+    mask = _mask(entry.get("segmentation"), height, width, where, problems)
+    box = _box(entry.get("bbox"))
+    if box is None:
+        if mask is None:
+            problems.add("annotations without usable box or outline dropped", where)
+            return None
+        problems.add("boxes taken from the outline", where)
+        box = rle_boxes([mask])[0]
+    clipped = clip_boxes(box, height, width)[0]
+    if clipped[2] - clipped[0] <= 0 or clipped[3] - clipped[1] <= 0:
+        problems.add("boxes outside their image dropped", where)
+        return None
+    # Annotation tools write borders one pixel or so outside: not worth a word.
+    if np.abs(clipped - box).max() > 1.5:
+        problems.add("boxes clipped to their image", where)
+    return Plane(clipped, mask, bool(entry.get("iscrowd", 0)))
+
+
+def _box(value: Any) -> np.ndarray | None:
+    try:
+        numbers = [float(v) for v in value]
+    except (TypeError, ValueError):
+        return None
+    if len(numbers) != 4 or not all(math.isfinite(v) for v in numbers) or numbers[2] <= 0 or numbers[3] <= 0:
+        return None
+    return xywh_to_xyxy([numbers])[0]
+
+
+def _mask(value: Any, height: int, width: int, where: str, problems: Problems) -> RLE | None:
+    if value is None or value == []:
+        return None
+    try:
+        mask = _rle(value, height, width) if isinstance(value, dict) else _polygons(value, height, width, where, problems)
+    except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
+        problems.add("unusable outlines dropped", f"{where}: {one_line(error)[:80]}")
+        return None
+    if mask is not None and rle_area([mask])[0] == 0:
+        problems.add("empty outlines dropped", where)
+        return None
+    return mask
+
+
+def _rle(value: Mapping[str, Any], height: int, width: int) -> RLE:
+    from pycocotools import mask as coco_mask
+
+    if [int(v) for v in value["size"]] != [height, width]:
+        raise ValueError(f"RLE of size {value['size']} in an image of [{height}, {width}]")
+    if isinstance(value["counts"], list):
+        counts = [int(v) for v in value["counts"]]
+        if sum(counts) != height * width or min(counts) < 0:
+            raise ValueError("RLE counts do not sum to the image")
+        return rle_text(coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width))
+    rle = rle_text({"size": [height, width], "counts": value["counts"]})
+    # A damaged string decodes to runs beyond the image: pycocotools then raises.
+    coco_mask.decode(rle_bytes(rle))
+    return rle
+
+
+def _polygons(value: Any, height: int, width: int, where: str, problems: Problems) -> RLE | None:
+    if value and isinstance(value[0], (int, float)):
+        value = [value]
+    good = []
+    for polygon in value:
+        points = [float(v) for v in polygon]
+        if len(points) % 2 or len(points) < 6 or not all(math.isfinite(v) for v in points):
+            problems.add("odd polygons dropped", f"{where}: {len(points)} numbers")
+            continue
+        good.append(points)
+    return rle_from_polygons(good, height, width) if good else None
+
+
+def make_sample(
+    image_id: str,
+    path: Path,
+    size: tuple[int, int],
+    scene: str,
+    planes: list[Plane],
+    truth: bool = True,
+    number: int | None = None,
+) -> Sample:
+    """Build a Sample from checked planes."""
+    return Sample(
+        image_id,
+        path,
+        size[0],
+        size[1],
+        scene,
+        np.array([p.box for p in planes], np.float32).reshape(-1, 4),
+        tuple(p.mask for p in planes),
+        np.array([p.crowd for p in planes], bool),
+        truth,
+        number,
+    )

@@ -1,0 +1,127 @@
+"""Reader of COCO JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from models.errors import DataError
+from models.image import image_size
+from pipelines.data.annotations import make_sample, read_json, read_plane
+from pipelines.data.dataset import Dataset, Problems, with_unique_ids, scene_of
+
+
+def read_coco(
+    path: Path, split: str = "all", category: str = "plane", scene_pattern: str | None = None, name: str | None = None
+) -> Dataset:
+    """Read a COCO file; images are looked for beside it, in ``<split>/`` and in ``images/``.
+
+    The category is chosen by name (any case), never by number. An image entry may
+    name its ``scene``. What is wrong is counted in ``problems``.
+
+    Raises:
+        DataError: no COCO file, no such category, duplicate ids, or no image found.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise DataError(f"{path}: not a COCO file (no list of images)")
+    problems = Problems()
+    wanted, known = _category_ids(content, category, path)
+    images = _images(content["images"], path)
+    annotations = _by_image(content.get("annotations", []), images, wanted, known, path, problems)
+    samples = []
+    for key, entry in images.items():
+        file = find_image(path.parent, str(entry["file_name"]), split, path.stem)
+        where = f"{path.name} image {entry['file_name']}"
+        if file is None:
+            problems.add("missing images left out", where)
+            continue
+        size = _size(entry, file, where, problems)
+        if size is None:
+            continue
+        planes = [
+            read_plane(a, *size, f"{path.name} annotation {a.get('id', '?')}", problems) for a in annotations.get(key, [])
+        ]
+        scene = str(entry.get("scene") or scene_of(file.stem, scene_pattern))
+        known_truth = isinstance(content.get("annotations"), list)
+        number = key if isinstance(key, int) else None
+        samples.append(make_sample(file.stem, file, size, scene, [p for p in planes if p], known_truth, number))
+    if not samples:
+        raise DataError(f"{path}: none of its {len(images)} images was found under {path.parent}")
+    chosen = with_unique_ids(samples, path)
+    first = min((i for i in wanted if isinstance(i, int)), default=1)
+    return Dataset(name or path.parent.resolve().name, path, split, category, chosen, problems, first)
+
+
+def find_image(root: Path, file_name: str, split: str, stem: str) -> Path | None:
+    """The file of an image entry: beside the JSON, in the folder of its split, or in ``images/``."""
+    named = stem.removesuffix("_coco").removeprefix("instances_")
+    for folder in (".", split, named, "images", f"images/{split}", f"images/{named}"):
+        candidate = root / folder / file_name
+        if candidate.is_file():
+            return candidate
+    # A COCO file in annotations/ has its images beside that folder.
+    return find_image(root.parent, file_name, split, stem) if root.name == "annotations" else None
+
+
+def _category_ids(content: Mapping[str, Any], category: str, path: Path) -> tuple[set[Any], set[Any]]:
+    """(ids of the wanted category, all known ids)."""
+    categories = content.get("categories")
+    if not isinstance(categories, list):
+        if content.get("annotations"):
+            raise DataError(f"{path}: no list of categories, so {category!r} cannot be found by name")
+        return set(), set()
+    names = {c.get("id"): str(c.get("name", "")) for c in categories if isinstance(c, dict)}
+    ids = {i for i, name in names.items() if name.lower() == category.lower()}
+    if not ids:
+        raise DataError(f"{path}: no category {category!r}; it has: {', '.join(sorted(names.values())) or 'none'}")
+    return ids, set(names)
+
+
+def _images(entries: list[Any], path: Path) -> dict[Any, Mapping[str, Any]]:
+    images: dict[Any, Mapping[str, Any]] = {}
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or "id" not in entry or not entry.get("file_name"):
+            raise DataError(f"{path}: images[{number}] has no id or file_name")
+        if entry["id"] in images:
+            raise DataError(f"{path}: image id {entry['id']} appears twice")
+        images[entry["id"]] = entry
+    return images
+
+
+def _by_image(
+    entries: Any, images: Mapping[Any, Any], wanted: set[Any], known: set[Any], path: Path, problems: Problems
+) -> dict[Any, list[Mapping[str, Any]]]:
+    grouped: dict[Any, list[Mapping[str, Any]]] = {}
+    seen: set[Any] = set()
+    for number, entry in enumerate(entries if isinstance(entries, list) else []):
+        if not isinstance(entry, dict) or "image_id" not in entry:
+            raise DataError(f"{path}: annotations[{number}] has no image_id")
+        where = f"annotation {entry.get('id', number)}"
+        if entry.get("category_id") not in known:
+            problems.add("annotations of unknown categories dropped", where)
+            continue
+        if entry["category_id"] not in wanted:
+            continue
+        if entry["image_id"] not in images:
+            problems.add("annotations of unknown images dropped", where)
+            continue
+        if entry.get("id") is not None and entry["id"] in seen:
+            problems.add("duplicate annotation ids dropped", where)
+            continue
+        seen.add(entry.get("id"))
+        grouped.setdefault(entry["image_id"], []).append(entry)
+    return grouped
+
+
+def _size(entry: Mapping[str, Any], file: Path, where: str, problems: Problems) -> tuple[int, int] | None:
+    try:
+        size = image_size(file)
+    except DataError:
+        problems.add("unreadable images left out", where)
+        return None
+    stated = (entry.get("height"), entry.get("width"))
+    if None not in stated and tuple(stated) != size:
+        problems.add("image sizes corrected from the file", f"{where}: {stated[1]}x{stated[0]}")
+    return size

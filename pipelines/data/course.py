@@ -1,0 +1,76 @@
+"""Reader of the course's layout: ``train/*.png``, ``test/*.png`` and ``train.json``, a list of annotations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from models.errors import DataError
+from models.image import IMAGE_SUFFIXES, image_size
+from pipelines.data.annotations import make_sample, read_json, read_plane
+from pipelines.data.coco import find_image
+from pipelines.data.dataset import Dataset, Problems, with_unique_ids, scene_of
+
+
+def read_course(
+    path: Path, split: str = "train", category: str = "plane", scene_pattern: str | None = None, name: str | None = None
+) -> Dataset:
+    """Read ``train.json``: each entry has file_name, category_name, bbox xywh, segmentation polygons.
+
+    Images of the folder without any annotation count as images without planes.
+
+    Raises:
+        DataError: not such a list, category unknown, or no image found.
+    """
+    content = read_json(path)
+    if not isinstance(content, list) or not all(isinstance(e, dict) and e.get("file_name") for e in content):
+        raise DataError(f"{path}: not the course's form (a list of annotations with file_name)")
+    problems = Problems()
+    names = {str(e.get("category_name", "")) for e in content}
+    if content and category.lower() not in {n.lower() for n in names}:
+        raise DataError(f"{path}: no category {category!r}; it has: {', '.join(sorted(names))}")
+    grouped = _by_file(content, category, problems)
+    folder = path.parent / path.stem
+    others = [p.name for p in list_images(folder) if p.name not in grouped] if folder.is_dir() else []
+    samples = []
+    for file_name in [*grouped, *others]:
+        file = find_image(path.parent, file_name, split, path.stem)
+        if file is None:
+            problems.add("missing images left out", file_name)
+            continue
+        try:
+            size = image_size(file)
+        except DataError:
+            problems.add("unreadable images left out", file_name)
+            continue
+        planes = [
+            read_plane(e, *size, f"{path.name} annotation {e.get('id', '?')}", problems) for e in grouped.get(file_name, [])
+        ]
+        samples.append(make_sample(file.stem, file, size, scene_of(file.stem, scene_pattern), [p for p in planes if p]))
+    if not samples:
+        raise DataError(f"{path}: none of its images was found under {path.parent}")
+    samples.sort(key=lambda s: s.image_id)
+    return Dataset(
+        name or path.parent.resolve().name, path, split, category, with_unique_ids(samples, path), problems
+    )
+
+
+def _by_file(content: list[Mapping[str, Any]], category: str, problems: Problems) -> dict[str, list[Mapping[str, Any]]]:
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    seen: set[Any] = set()
+    for number, entry in enumerate(content):
+        mine = grouped.setdefault(str(entry["file_name"]), [])
+        if str(entry.get("category_name", "")).lower() != category.lower():
+            continue
+        if entry.get("id") is not None and entry["id"] in seen:
+            problems.add("duplicate annotation ids dropped", f"annotation {entry['id']} (entry {number})")
+            continue
+        seen.add(entry.get("id"))
+        mine.append(entry)
+    return grouped
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files directly in a folder, by ending, sorted by name."""
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)

@@ -1,0 +1,226 @@
+"""The one data set type: images with planes, its problems, its digest and its split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from models.errors import DataError
+from models.geometry import rle_area, xyxy_to_xywh
+from models.image import read_image
+from models.instances import RLE
+
+# Names of cut tiles: DOTA's devkit (P0001__1.0__824___0), and x/y offsets at the end
+# (scene_512_1024, scene-x512-y1024, scene_tile_3).
+SCENE_OF_TILE = re.compile(r"^(?P<scene>.+?)(?:__[\d.]+__\d+___\d+|[_-]x?\d+[_-]y?\d+|[_-]tile[_-]?\d+)$", re.I)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and the planes in it.
+
+    boxes: (N, 4) float32 xyxy pixels; masks: one RLE of the image's size or None
+    per plane; crowd: (N,) bool; truth: False where nothing is known about its planes;
+    number: the image's id in the COCO file it comes from, if it comes from one.
+    """
+
+    image_id: str
+    path: Path
+    height: int
+    width: int
+    scene: str
+    boxes: np.ndarray
+    masks: tuple[RLE | None, ...]
+    crowd: np.ndarray
+    truth: bool = True
+    number: int | None = None
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether every plane has an outline."""
+        return len(self.masks) > 0 and all(m is not None for m in self.masks)
+
+    def read(self) -> np.ndarray:
+        """Decode the image, RGB uint8 (H, W, 3).
+
+        Raises:
+            DataError: not readable, or of another size than its annotation says.
+        """
+        image = read_image(self.path)
+        if image.shape[:2] != (self.height, self.width):
+            raise DataError(
+                f"{self.path}: is {image.shape[1]} x {image.shape[0]} pixels, "
+                f"its annotation says {self.width} x {self.height}"
+            )
+        return image
+
+
+@dataclass
+class Problems:
+    """What a reader found wrong and went on without: kind -> count, and the first example of each."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, kind: str, example: str) -> None:
+        """Count one problem."""
+        self.counts[kind] += 1
+        self.examples.setdefault(kind, example)
+
+    def summary(self) -> str:
+        """One line, such as ``3 boxes outside their image (first: ...)``; empty without problems."""
+        return "; ".join(f"{n} {kind} (first: {self.examples[kind]})" for kind, n in sorted(self.counts.items()))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images of one split, in a fixed order; ``category_id`` is the category's number in the source."""
+
+    name: str
+    source: Path
+    split: str
+    category: str
+    samples: tuple[Sample, ...]
+    problems: Problems = field(default_factory=Problems, compare=False)
+    category_id: int = 1
+    # Not an argument, so that a subset starts with none.
+    _digest: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def planes(self) -> int:
+        """Number of annotated planes, crowds left out."""
+        return sum(int((~s.crowd).sum()) for s in self.samples)
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether the planes of every image are known."""
+        return len(self.samples) > 0 and all(s.truth for s in self.samples)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether every plane has an outline, and there is one."""
+        return any(len(s.masks) for s in self.samples) and all(s.has_masks for s in self.samples if len(s.masks))
+
+    def digest(self) -> str:
+        """sha256 of the images' bytes and the annotations, 16 hex digits; paths and order do not count."""
+        if not self._digest:
+            self._digest.append(self._compute_digest())
+        return self._digest[0]
+
+    def _compute_digest(self) -> str:
+        parts = []
+        for sample in sorted(self.samples, key=lambda s: s.image_id):
+            try:
+                content = hashlib.sha256(sample.path.read_bytes()).hexdigest()
+            except OSError as error:
+                raise DataError(f"{sample.path}: cannot be read ({error.strerror})") from None
+            planes = [
+                [*(round(float(v), 2) for v in box), bool(crowd), None if mask is None else mask["counts"]]
+                for box, crowd, mask in zip(sample.boxes, sample.crowd, sample.masks, strict=True)
+            ]
+            parts.append([sample.image_id, content, sample.truth, planes])
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def subset(self, image_ids: Iterable[str], split: str) -> Dataset:
+        """The samples with these ids, in the order they have here."""
+        wanted = set(image_ids)
+        return replace(self, split=split, samples=tuple(s for s in self.samples if s.image_id in wanted))
+
+    def summary(self) -> str:
+        """One line for people: counts, then what was wrong."""
+        text = f"{self.name} {self.split}: {len(self)} images, {self.planes} planes"
+        if not self.has_truth:
+            text = f"{self.name} {self.split}: {len(self)} images, no ground truth"
+        problems = self.problems.summary()
+        return f"{text}; {problems}" if problems else text
+
+    def to_coco(self) -> dict:
+        """COCO form with image ids 1..N in sample order and one category, for the evaluators."""
+        images, annotations = [], []
+        for number, sample in enumerate(self.samples, start=1):
+            images.append({"id": number, "file_name": sample.image_id, "height": sample.height, "width": sample.width})
+            for box, mask, crowd in zip(xyxy_to_xywh(sample.boxes), sample.masks, sample.crowd, strict=True):
+                entry = {"id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": int(crowd)}
+                # As in COCO, the size classes go by the outline's area where there is one.
+                area = float(box[2] * box[3]) if mask is None else float(rle_area([mask])[0])
+                entry |= {"bbox": box.tolist(), "area": area}
+                if mask is not None:
+                    entry["segmentation"] = mask
+                annotations.append(entry)
+        return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": self.category}]}
+
+
+def scene_of(image_id: str, pattern: str | None = None) -> str:
+    """The source scene of a tile, by its name; a name that tells nothing is its own scene.
+
+    ``pattern`` is a regular expression whose first group (or whole match) is the scene.
+
+    >>> scene_of("P0001__1__824___0"), scene_of("harbour_512_0"), scene_of("P0699")
+    ('P0001', 'harbour', 'P0699')
+    >>> scene_of("P02211", r"^(P\\d{4})")
+    'P0221'
+    """
+    if pattern:
+        match = re.search(pattern, image_id)
+        if match:
+            return match.group(1) if match.groups() else match.group(0)
+        return image_id
+    match = SCENE_OF_TILE.match(image_id)
+    return match["scene"] if match else image_id
+
+
+def split_by_scene(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Part a data set into training and validation without parting a scene.
+
+    Scenes are ordered by a hash of (seed, scene), so that the split does not depend
+    on file order and adding a scene moves few others; scenes go to validation until
+    it holds ``fraction`` of the images. At least one scene stays in training.
+
+    Raises:
+        DataError: a fraction above 0 of a single scene.
+    """
+    scenes: dict[str, list[Sample]] = {}
+    for sample in dataset.samples:
+        scenes.setdefault(sample.scene, []).append(sample)
+    if fraction > 0 and len(scenes) < 2:
+        raise DataError(
+            f"{dataset.name}: one scene cannot be parted into training and validation; set data.val_fraction to 0"
+        )
+    order = sorted(scenes, key=lambda scene: hashlib.sha256(f"{seed}:{scene}".encode()).hexdigest())
+    wanted, chosen = fraction * len(dataset), []
+    for scene in order[:-1]:
+        if len(chosen) >= wanted:
+            break
+        chosen += [s.image_id for s in scenes[scene]]
+    rest = [s.image_id for s in dataset.samples if s.image_id not in set(chosen)]
+    return dataset.subset(rest, "train"), dataset.subset(chosen, "val")
+
+
+def with_unique_ids(samples: Sequence[Sample], source: Path) -> tuple[Sample, ...]:
+    """The samples, those that share a file name told apart by their path below the common folder.
+
+    Raises:
+        DataError: one file appears twice.
+    """
+    counts = Counter(s.image_id for s in samples)
+    if len(counts) < len(samples):
+        common = os.path.commonpath([s.path.parent for s in samples])
+        samples = [
+            s if counts[s.image_id] == 1 else replace(s, image_id=Path(os.path.relpath(s.path, common)).as_posix())
+            for s in samples
+        ]
+    for image_id, count in Counter(s.image_id for s in samples).items():
+        if count > 1:
+            raise DataError(f"{source}: image {image_id!r} appears {count} times; image names must be unique")
+    return tuple(samples)

@@ -1,0 +1,75 @@
+"""From what a user names (folder, JSON file, glob) to a Dataset."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+from models.errors import DataError
+from models.image import image_size
+from pipelines.data.annotations import make_sample, read_json
+from pipelines.data.coco import read_coco
+from pipelines.data.course import list_images, read_course
+from pipelines.data.dataset import Dataset, Problems, with_unique_ids, scene_of
+
+
+def open_dataset(
+    where: str | Path, split: str = "all", category: str = "plane", scene_pattern: str | None = None
+) -> Dataset:
+    """Open a COCO JSON, a course JSON, a data set folder, a folder of images, or a glob.
+
+    In a folder the annotations of ``split`` are looked for as ``<split>_coco.json``,
+    ``<split>.json``, ``annotations/instances_<split>.json`` (also with 2017), and
+    ``<split>/_annotations.coco.json``; without any, ``<split>/`` or the folder itself
+    is taken as images without ground truth. Of a single JSON file ``split`` is the label.
+
+    Raises:
+        DataError: nothing usable there.
+    """
+    path = Path(where)
+    if path.is_file() and path.suffix.lower() == ".json":
+        return _read_json_file(path, path.stem.removesuffix("_coco") if split == "all" else split, category, scene_pattern)
+    if path.is_dir():
+        for candidate in _annotation_files(path, split):
+            if candidate.is_file():
+                return _read_json_file(candidate, split, category, scene_pattern, path.resolve().name)
+        folder = path / split if (path / split).is_dir() else path
+        return _plain(list_images(folder), folder, split, category, scene_pattern)
+    if path.is_file():
+        return _plain([path], path, split, category, scene_pattern)
+    if glob.has_magic(str(where)):
+        files = sorted(Path(p) for p in glob.glob(str(where), recursive=True) if Path(p).is_file())
+        return _plain(files, path, split, category, scene_pattern)
+    raise DataError(f"{where}: no such file or folder")
+
+
+def _annotation_files(folder: Path, split: str) -> list[Path]:
+    names = [f"{split}_coco.json", f"{split}.json", f"annotations/instances_{split}.json"]
+    names += [f"annotations/instances_{split}2017.json", f"{split}/_annotations.coco.json"]
+    return [folder / name for name in names]
+
+
+def _read_json_file(
+    path: Path, split: str, category: str, scene_pattern: str | None, name: str | None = None
+) -> Dataset:
+    content = read_json(path)
+    if isinstance(content, dict) and "images" in content:
+        return read_coco(path, split, category, scene_pattern, name)
+    if isinstance(content, list):
+        return read_course(path, split, category, scene_pattern, name)
+    raise DataError(f"{path}: neither COCO (images, annotations, categories) nor the course's list of annotations")
+
+
+def _plain(files: list[Path], where: Path, split: str, category: str, scene_pattern: str | None) -> Dataset:
+    if not files:
+        raise DataError(f"{where}: no images there (PNG, JPEG, TIFF, BMP, WebP)")
+    problems, samples = Problems(), []
+    for file in files:
+        try:
+            size = image_size(file)
+        except DataError:
+            # Kept with size 0: whoever reads it says what is wrong with it.
+            problems.add("unreadable images", str(file))
+            size = (0, 0)
+        samples.append(make_sample(file.stem, file, size, scene_of(file.stem, scene_pattern), [], truth=False))
+    return Dataset(where.resolve().name, where, split, category, with_unique_ids(samples, where), problems)
