@@ -151,8 +151,15 @@ def log_evaluation(prefix: str, evaluation: Evaluation, dataset: Dataset, model_
 
 
 def log_params(params: Mapping[str, Any]) -> None:
-    """Log params; those of a resumed run are already there and equal."""
-    mlflow.log_params({k: "none" if v is None else v for k, v in params.items()})
+    """Log params of the active run; those that a resumed run has already are equal and stay.
+
+    ``mlflow run`` logs an entry point's parameters as they were given (``device``
+    auto): where ours says something else, it is logged as ``device.used``.
+    """
+    run = mlflow.active_run()
+    known = MlflowClient().get_run(run.info.run_id).data.params if run else {}
+    texts = {k: "none" if v is None else str(v) for k, v in params.items()}
+    mlflow.log_params({f"{k}.used" if known.get(k, v) != v else k: v for k, v in texts.items()})
 
 
 def log_environment() -> None:

@@ -125,7 +125,9 @@ def distractor(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, 
     pale = np.array(ROOFS[rng.integers(len(ROOFS))], np.float32)
     if kind == 0:
         for direction in (a, b):
-            _line(image, centre - direction * size / 2, centre + direction * size / 2, (228, 224, 214), max(int(size / 9), 2))
+            _line(
+                image, centre - direction * size / 2, centre + direction * size / 2, (228, 224, 214), max(int(size / 9), 2)
+            )
     elif kind == 1:
         for part, extent in (
             (centre, np.array([size, size * 0.26])),
@@ -134,7 +136,9 @@ def distractor(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, 
             cv2.fillPoly(image, [_rectangle(part + shadow * 0.5, extent, angle)], (60, 60, 58))
             cv2.fillPoly(image, [_rectangle(part, extent, angle)], pale.tolist())
     elif kind == 2:
-        cv2.ellipse(image, _point(centre), (int(size * 0.2), max(int(size * 0.1), 2)), np.degrees(angle), 0, 360, (66, 72, 66), -1)
+        cv2.ellipse(
+            image, _point(centre), (int(size * 0.2), max(int(size * 0.1), 2)), np.degrees(angle), 0, 360, (66, 72, 66), -1
+        )
         _line(image, centre, centre - a * size * 0.5, (66, 72, 66), max(int(size / 14), 1))
         for turn in (0.4, 0.4 + np.pi / 2):
             blade = np.array([np.cos(angle + turn), np.sin(angle + turn)])
@@ -146,8 +150,19 @@ def distractor(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, 
             _line(image, centre, centre + blade * size * 0.5, (236, 238, 238), 2)
         cv2.circle(image, _point(centre), 3, (240, 240, 240), -1)
     else:
-        cv2.ellipse(image, _point(centre + shadow * 0.3), (int(size * 0.5), max(int(size * 0.06), 2)), np.degrees(angle), 0, 360, (70, 70, 68), -1)
-        cv2.ellipse(image, _point(centre), (int(size * 0.5), max(int(size * 0.06), 2)), np.degrees(angle), 0, 360, pale.tolist(), -1)
+        cv2.ellipse(
+            image,
+            _point(centre + shadow * 0.3),
+            (int(size * 0.5), max(int(size * 0.06), 2)),
+            np.degrees(angle),
+            0,
+            360,
+            (70, 70, 68),
+            -1,
+        )
+        cv2.ellipse(
+            image, _point(centre), (int(size * 0.5), max(int(size * 0.06), 2)), np.degrees(angle), 0, 360, pale.tolist(), -1
+        )
 
 
 def _rectangle(centre: np.ndarray, extent: np.ndarray, angle: float) -> np.ndarray:

@@ -105,9 +105,7 @@ class SegmenterBatches:
         if not self.dataset.has_masks:
             raise DataError(f"{self.dataset.name}: planes have no outlines (segmentation) to train on")
         self._cache = ImageCache()
-        self._planes = [
-            (i, j) for i, s in enumerate(self.dataset.samples) for j in range(len(s.boxes)) if not s.crowd[j]
-        ]
+        self._planes = [(i, j) for i, s in enumerate(self.dataset.samples) for j in range(len(s.boxes)) if not s.crowd[j]]
         self._masks: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:

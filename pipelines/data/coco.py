@@ -9,7 +9,7 @@ from typing import Any
 from models.errors import DataError
 from models.image import image_size
 from pipelines.data.annotations import make_sample, read_json, read_plane
-from pipelines.data.dataset import Dataset, Problems, with_unique_ids, scene_of
+from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
 
 
 def read_coco(

@@ -10,7 +10,7 @@ from models.errors import DataError
 from models.image import IMAGE_SUFFIXES, image_size
 from pipelines.data.annotations import make_sample, read_json, read_plane
 from pipelines.data.coco import find_image
-from pipelines.data.dataset import Dataset, Problems, with_unique_ids, scene_of
+from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
 
 
 def read_course(
@@ -51,9 +51,7 @@ def read_course(
     if not samples:
         raise DataError(f"{path}: none of its images was found under {path.parent}")
     samples.sort(key=lambda s: s.image_id)
-    return Dataset(
-        name or path.parent.resolve().name, path, split, category, with_unique_ids(samples, path), problems
-    )
+    return Dataset(name or path.parent.resolve().name, path, split, category, with_unique_ids(samples, path), problems)
 
 
 def _by_file(content: list[Mapping[str, Any]], category: str, problems: Problems) -> dict[str, list[Mapping[str, Any]]]:

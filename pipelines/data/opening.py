@@ -10,7 +10,7 @@ from models.image import image_size
 from pipelines.data.annotations import make_sample, read_json
 from pipelines.data.coco import read_coco
 from pipelines.data.course import list_images, read_course
-from pipelines.data.dataset import Dataset, Problems, with_unique_ids, scene_of
+from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
 
 
 def open_dataset(
@@ -49,9 +49,7 @@ def _annotation_files(folder: Path, split: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_json_file(
-    path: Path, split: str, category: str, scene_pattern: str | None, name: str | None = None
-) -> Dataset:
+def _read_json_file(path: Path, split: str, category: str, scene_pattern: str | None, name: str | None = None) -> Dataset:
     content = read_json(path)
     if isinstance(content, dict) and "images" in content:
         return read_coco(path, split, category, scene_pattern, name)
