@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,14 +18,24 @@ T = TypeVar("T")
 
 
 def friendly(command: Callable[..., T]) -> Callable[..., T]:
-    """Turn our errors into one line on stderr with exit code 1; Ctrl-C into exit code 130."""
+    """Turn our errors, and MLflow's, into one line on stderr with exit code 1; Ctrl-C into exit code 130.
+
+    With PLANES_TRACEBACK=1 they are raised as they are.
+    """
 
     @functools.wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> T:
+        if os.environ.get("PLANES_TRACEBACK"):
+            return command(*arguments, **options)
         try:
             return command(*arguments, **options)
         except PlanesError as error:
             raise click.ClickException(one_line(error)) from None
+        except Exception as error:
+            # MLflow is not imported here: a mistake in a file name should be told at once.
+            if type(error).__module__.partition(".")[0] != "mlflow":
+                raise
+            raise click.ClickException(f"MLflow: {one_line(error)[:400]}") from None
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             raise SystemExit(130) from None
