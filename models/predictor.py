@@ -9,13 +9,15 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.errors import ModelError, one_line
 from models.instances import Instances
+
+A = TypeVar("A", bound=BaseModel)
 
 FORMAT = 1
 SPEC_FILE = "model.json"
@@ -105,6 +107,19 @@ def read_spec(folder: str | Path) -> ModelSpec:
         first = error.errors()[0]
         where = ".".join(str(v) for v in first["loc"]) or "whole file"
         raise ModelError(f"{path}: {where}: {first['msg']}") from None
+
+
+def parse_architecture(spec: ModelSpec, kind: type[A]) -> A:
+    """The spec's architecture as its engine's settings.
+
+    Raises:
+        ModelError: a field that is unknown or out of range, by name.
+    """
+    try:
+        return kind.model_validate(spec.architecture)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ModelError(f"{SPEC_FILE}: architecture.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def load_model(folder: str | Path, device: str = "cpu") -> Predictor:

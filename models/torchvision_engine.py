@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torchvision
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -21,7 +21,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from models.errors import ModelError
 from models.geometry import clip_boxes
 from models.instances import Instances
-from models.predictor import ModelSpec
+from models.predictor import ModelSpec, parse_architecture
 from models.torch_tools import (
     channels_last,
     download_error,
@@ -215,11 +215,7 @@ def load_detector(spec: ModelSpec, weights: Mapping[str, torch.Tensor], device: 
     Raises:
         ModelError: wrong architecture fields or weights that do not fit.
     """
-    try:
-        architecture = DetectorArchitecture.model_validate(spec.architecture)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ModelError(f"model.json: architecture.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    architecture = parse_architecture(spec, DetectorArchitecture)
     model = build_detector(architecture, len(spec.classes))
     load_strict(model, weights, f"detector {architecture.backbone}")
     return TorchvisionDetector(model, device)

@@ -8,13 +8,13 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from models.errors import ModelError, one_line
 from models.geometry import crop_window, rle_boxes, rle_encode, rle_paste
 from models.instances import RLE, Instances
-from models.predictor import ModelSpec
+from models.predictor import ModelSpec, parse_architecture
 from models.torch_tools import (
     channels_last,
     download_error,
@@ -124,11 +124,7 @@ def load_segmenter(spec: ModelSpec, weights: Mapping[str, torch.Tensor], device:
     Raises:
         ModelError: wrong architecture fields or weights that do not fit.
     """
-    try:
-        architecture = SegmenterArchitecture.model_validate(spec.architecture)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ModelError(f"model.json: architecture.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    architecture = parse_architecture(spec, SegmenterArchitecture)
     model = build_segmenter(architecture)
     load_strict(model, weights, f"segmenter {architecture.network}")
     return CropSegmenter(model, architecture, device)

@@ -90,12 +90,19 @@ def random_window(
 
 def warp(image: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray:
     """Resample an image into a square window; ``affine`` maps pixel edges, not pixel centres."""
-    centred = affine.copy()
-    centred[:, 2] += affine[:, :2] @ [0.5, 0.5] - 0.5
     shrink = np.sqrt(abs(np.linalg.det(affine[:, :2])))
-    if shrink < 0.55:
-        # Linear interpolation skips pixels when it shrinks: average them first.
-        image = cv2.blur(image, (round(1 / shrink), round(1 / shrink)))
+    linear, shift = affine[:, :2], affine[:, 2]
+    if shrink < 0.5:
+        # Linear interpolation skips pixels when it shrinks: average them first, and
+        # only those that the window shows.
+        corners = (np.array([[0, 0], [size, 0], [0, size], [size, size]]) - shift) @ np.linalg.inv(linear).T
+        reach = round(1 / shrink)
+        x1, y1 = np.maximum(np.floor(corners.min(0)).astype(int) - 2 * reach, 0)
+        x2, y2 = np.ceil(corners.max(0)).astype(int) + 2 * reach
+        if x2 > x1 and y2 > y1 and x1 < image.shape[1] and y1 < image.shape[0]:
+            image = cv2.blur(image[y1:y2, x1:x2], (reach, reach))
+            shift = shift + linear @ [x1, y1]
+    centred = np.concatenate([linear, (shift + linear @ [0.5, 0.5] - 0.5)[:, None]], axis=1)
     return cv2.warpAffine(image, centred, (size, size), flags=cv2.INTER_LINEAR)
 
 

@@ -39,6 +39,7 @@ def _segmenter(folder, **settings):
 MAKERS = {
     "detector": _detector,
     "detector resized": lambda f: _detector(f, min_size=96, max_size=160),
+    "detector zoomed": lambda f: _detector(f, zoom=0.5),
     "detector mobilenet": lambda f: _detector(f, backbone="mobilenet_v3_large"),
     "unet": lambda f: _segmenter(f, network="unet", encoder="resnet18"),
     "unet flips": lambda f: _segmenter(f, network="unet", encoder="resnet18", flips=True, normalisation="crop"),

@@ -35,6 +35,16 @@ def test_boxes_follow_the_pixels_of_a_whole_image(seed):
     assert rle_boxes([rle_encode(turned[:, :, 0] > 0)]).tolist() == moved.tolist()
 
 
+@pytest.mark.parametrize("zoom", [0.3, 0.55, 1.6])
+def test_boxes_follow_the_pixels_at_any_zoom(zoom):
+    image, boxes = _picture()
+    for seed in range(6):
+        window, affine = random_window(np.random.default_rng(seed), image, boxes, Augmentation(), 160, 1.0, zoom)
+        moved, _ = move_boxes(boxes, affine, 160, 0.01)
+        drawn = rle_boxes([rle_encode(window[:, :, 0] >= 128)])
+        assert np.abs(moved - drawn).max() <= 1.0
+
+
 def test_quarter_turns_and_mirrors_change_no_pixel_value():
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     seen = set()
