@@ -19,7 +19,9 @@ from scoring.job import JobResult
 
 def log_job(job: JobResult, resolved: Resolved, dataset: Dataset, params: dict[str, object]) -> str:
     """Log one scoring as an MLflow run with its outputs; return the run's id."""
-    tags = {"task": "score", "version": job.label}
+    # A number on training images must never look like one on test images.
+    prefix = next((f"{name}/" for name in ("train", "val") if dataset.split.startswith(name)), "test/")
+    tags = {"task": "score", "version": job.label, "metric_prefix": prefix}
     with tracking.tracked_run(f"score {job.label} on {dataset.name}/{dataset.split}", tags) as run:
         tracking.log_params({**params, "model": job.label, "data_digest": dataset.digest()})
         tracking.log_dataset(dataset, "scoring")
@@ -27,8 +29,8 @@ def log_job(job: JobResult, resolved: Resolved, dataset: Dataset, params: dict[s
             mlflow.log_input(model=LoggedModelInput(resolved.model_id))
         counts = {"images": job.images, "instances": job.instances, "errors": len(job.failures)}
         mlflow.log_metrics({**counts, "seconds": job.seconds, "images_per_second": job.images / job.seconds})
-        for prefix, evaluation in job.evaluations:
-            tracking.log_evaluation(f"test/{prefix}", evaluation, dataset, resolved.model_id)
+        for kind, evaluation in job.evaluations:
+            tracking.log_evaluation(prefix + kind, evaluation, dataset, resolved.model_id)
         mlflow.log_artifacts(str(job.folder), "scoring")
         return run.info.run_id
 
@@ -46,7 +48,8 @@ def load_scored(run_id: str) -> Scored:
         raise RegistryError(f"run {run_id!r}: not found ({one_line(error)[:120]}); {recent_runs()}") from None
     if run.data.tags.get("task") != "score":
         raise RegistryError(f"run {run_id!r}: not a scoring run; {recent_runs()}")
-    metrics = {k.removeprefix("test/"): v for k, v in run.data.metrics.items() if k.startswith("test/")}
+    prefix = run.data.tags.get("metric_prefix", "test/")
+    metrics = {k.removeprefix(prefix): v for k, v in run.data.metrics.items() if k.startswith(prefix)}
     data = next((i.dataset for i in run.inputs.dataset_inputs), None)
     return Scored(
         run.data.tags.get("version", run_id),

@@ -18,7 +18,7 @@ def real(tmp_path_factory, isaid):
 
 
 def test_unet_learns_the_real_planes_of_the_course_layout(real, isaid):
-    real.step("train_unet", "--data", str(isaid), "--recipe", "unet_scratch", OMP_NUM_THREADS="2", timeout=900)
+    real.step("train_unet", "--data", str(isaid), "--recipe", "unet_scratch", timeout=900)
     version = real.client.get_model_version("planes-unet", "1")
     assert json.loads(version.tags["metrics"])["IoU"] >= 0.84
     real.step("promote", "--model", "planes-unet/1", "--data", str(isaid), "--minimum", "0.84")

@@ -54,8 +54,8 @@ def test_the_version_tells_where_it_comes_from_and_how_good_it_is(project):
     assert set(json.loads(version.tags["metrics"])) >= {"AP", "AP50", "AR100"}
     assert version.tags["engine"] == "torchvision"
     model = project.client.get_logged_model(version.source.removeprefix("models:/"))
-    metrics = {m.key: m for m in model.metrics}
-    assert metrics["test/AP"].dataset_digest == version.tags["test_digest"]
+    # Only numbers on the test images carry the name test, whatever else was scored since.
+    assert {m.dataset_digest for m in model.metrics if m.key == "test/AP"} == {version.tags["test_digest"]}
     evaluation = project.client.download_artifacts(version.run_id, "evaluation/test.json")
     settings = json.loads(Path(evaluation).read_text())["settings"]
     assert (settings["score_threshold"], settings["max_dets"], settings["split"]) == (0.05, [1, 10, 100], "test")
@@ -90,7 +90,14 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(project, tmp_path):
     command = ["python", "-m", "pipelines.steps.train_unet", "--data", str(project.data), "--name", "stopped"]
     command += ["--set", " ".join(UNET), "--steps", "200", "--work-dir", str(tmp_path)]
     process = subprocess.Popen(
-        command, cwd=project.folder, env=project.env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=project.folder,
+        env=project.env(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite started in the background inherits that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not list(tmp_path.glob("*/checkpoint.pt")):
         assert process.poll() is None
@@ -116,10 +123,8 @@ def test_an_equal_training_is_reused_when_asked_for(project):
     ("arguments", "message"),
     [
         (("--recipe", "demo_unett"), "did you mean 'demo_unet'"),
-        (("--recipe", "demo_detector"), "is for task 'detector'"),
         (("--set", "optimizer.lrr=1"), "did you mean 'optimizer.lr'"),
         (("--data", "absent"), "absent: no such file or folder"),
-        (("--device", "tpu"), "device 'tpu'"),
         (("--weights", "/absent.pth"), "weights /absent.pth: no such file"),
     ],
 )
