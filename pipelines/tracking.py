@@ -190,10 +190,11 @@ class MlflowListener:
         """Log what is new in the history."""
         now = int(time.time() * 1000)
         new = [r for r in history if r["step"] > self._logged]
-        metrics = [Metric(k, float(v), now, r["step"]) for r in new for k, v in r.items() if k != "step"]
-        # The server takes at most 1,000 metrics a call.
-        for start in range(0, len(metrics), 1000):
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+        # The server takes at most 1,000 metrics a call; a step is never parted.
+        for start in range(0, len(new), 50):
+            part = new[start : start + 50]
+            metrics = [Metric(k, float(v), now, r["step"]) for r in part for k, v in r.items() if k != "step"]
+            self._client.log_batch(self.run_id, metrics=metrics)
         self._logged = max((r["step"] for r in new), default=self._logged)
 
 

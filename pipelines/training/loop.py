@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,9 +92,9 @@ def learning_rate(settings: OptimizerSettings, step: int, total: int) -> float:
 def run(job: Job) -> Outcome:
     """Train, or go on from the folder's checkpoint, until the last step.
 
-    Every ``checkpoint_every`` steps and on Ctrl-C the state is written to
-    ``folder/checkpoint.pt``, atomically. The weights returned are those of the best
-    validation, or the last ones without validation.
+    Every ``checkpoint_every`` steps and on Ctrl-C, which ends the step first, the state
+    is written to ``folder/checkpoint.pt``, atomically. The weights returned are those of
+    the best validation, or the last ones without validation.
 
     Raises:
         ModelError: the loss is not finite, or the checkpoint cannot be used.
@@ -108,8 +110,10 @@ def run(job: Job) -> Outcome:
     for listener in job.listeners:
         listener.on_start(state["history"], total)
     loader = iter(_loader(job.batches, state["step"], total, job.training.workers))
+    interrupt = _Interrupt()
     try:
         while state["step"] < total:
+            interrupt.check()
             step = state["step"]
             record = _step(job, fabric, model, optimizer, next(loader), step, total)
             record["epoch"] = (step + 1) / epoch
@@ -121,9 +125,12 @@ def run(job: Job) -> Outcome:
                 listener.on_step(record)
             if _due(step + 1, job.training.checkpoint_every or epoch, total):
                 _save(job, optimizer, state)
+        interrupt.check()
     except KeyboardInterrupt:
         _save(job, optimizer, state)
         raise
+    finally:
+        interrupt.restore()
     best = job.folder / BEST
     weights = torch.load(best, weights_only=True)["model"] if best.exists() and job.evaluate else job.model.state_dict()
     return Outcome(weights, state["best_step"] or total, state["best"], state["history"])
@@ -211,6 +218,36 @@ def write_atomically(content: Any, path: Path) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(temporary, path)
+
+
+class _Interrupt:
+    """Holds Ctrl-C back until a step is whole: half a step saved could not be resumed to the bit.
+
+    A second Ctrl-C stops at once. Outside the main thread, or where somebody else
+    handles the signal, nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        ours = threading.current_thread() is threading.main_thread()
+        self._installed = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._installed:
+            signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if it was asked for."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def restore(self) -> None:
+        """Give the signal back."""
+        if self._installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Remaining(torch.utils.data.Dataset):
