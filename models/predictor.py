@@ -27,6 +27,9 @@ MAX_SPEC_BYTES = 1_000_000
 # (kind, engine) -> function that builds a predictor from (spec, weights, device); imported on use.
 BUILDERS = {
     ("detector", "torchvision"): "models.torchvision_engine:load_detector",
+    ("detector", "detectron2"): "models.detectron2_engine:load_detectron2",
+    ("instance_segmenter", "torchvision"): "models.torchvision_engine:load_detector",
+    ("instance_segmenter", "detectron2"): "models.detectron2_engine:load_detectron2",
     ("segmenter", "smp"): "models.unet:load_segmenter",
     ("segmenter", "skipnet"): "models.unet:load_segmenter",
 }

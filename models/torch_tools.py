@@ -7,10 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from models.errors import ModelError, one_line
+from models.safe_pickle import only_arrays, read_pickled_arrays
 
 
 def pick_device(device: str) -> str:
@@ -71,7 +73,7 @@ def load_matching(model: nn.Module, weights: Mapping[str, torch.Tensor], source:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Tensors of a saved folder, a .safetensors or a .pth file; pickled code is never run.
+    """Tensors of a saved folder, a .safetensors, .pth or (arrays only) .pkl file; pickled code is never run.
 
     Raises:
         ModelError: missing, damaged, or not a table of tensors.
@@ -86,7 +88,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(str(path))
+        if path.suffix == ".pkl":
+            return _from_arrays(read_pickled_arrays(path), path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"weights {path}: cannot be read safely ({one_line(error)[:200]})") from None
     for key in ("model", "state_dict"):
@@ -95,6 +101,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise ModelError(f"weights {path}: not a table of tensors")
     return content
+
+
+def _from_arrays(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
+    table = content["model"] if isinstance(content.get("model"), dict) else content
+    arrays = only_arrays(table)
+    if not arrays:
+        raise ModelError(f"weights {path}: not a table of arrays")
+    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
 
 
 def download_error(what: str, error: Exception) -> ModelError:

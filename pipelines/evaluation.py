@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
+from tabulate import tabulate
 
 from models.errors import DataError
 from models.geometry import rle_iou, rle_text, xyxy_to_xywh
@@ -71,7 +72,7 @@ def evaluate_instances(
         "predictions": len(results),
     }
     if not results:
-        stats = [0.0 if dataset.planes else math.nan] * len(COCO_METRICS)
+        stats = _without_predictions(truth.dataset["annotations"])
     else:
         with contextlib.redirect_stdout(io.StringIO()):
             evaluator = COCOeval_faster(truth, truth.loadRes(results), iouType=kind)
@@ -79,6 +80,36 @@ def evaluate_instances(
             evaluator.run()
         stats = [float(v) if v > -1 else math.nan for v in evaluator.stats[: len(COCO_METRICS)]]
     return Evaluation(dict(zip(COCO_METRICS, stats, strict=True)), settings)
+
+
+def _without_predictions(annotations: Sequence[Mapping[str, Any]]) -> list[float]:
+    """0 for each number that there is truth for, else NaN, in the order of COCO_METRICS."""
+    areas = [a["area"] for a in annotations if not a["iscrowd"]]
+    classes = [[a for a in areas if low <= a <= high] for low, high in ((0, 32**2), (32**2, 96**2), (96**2, math.inf))]
+    all_and_sizes = [math.nan if not size else 0.0 for size in (areas, *classes)]
+    total, small, medium, large = all_and_sizes
+    return [total, total, total, small, medium, large, total, total, total, small, medium, large]
+
+
+def coco_tables(evaluation: Evaluation) -> str:
+    """The numbers in per cent as Detectron2 prints them, six of AP and six of AR, under the settings they were made at."""
+    settings = evaluation.settings
+    title = (
+        f"Evaluation results for {settings['kind']}: {settings['data']} {settings['split']}, {settings['images']} images, "
+        f"score >= {settings['score_threshold']:g}, maxDets {settings['max_dets'][-1]}"
+    )
+    tables = [
+        tabulate(
+            [[100 * evaluation.metrics[name] for name in names]],
+            headers=names,
+            tablefmt="pipe",
+            floatfmt=".3f",
+            stralign="center",
+            numalign="center",
+        )
+        for names in (COCO_METRICS[:6], COCO_METRICS[6:])
+    ]
+    return "\n".join([title, *tables])
 
 
 def coco_results(

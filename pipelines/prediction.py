@@ -13,7 +13,7 @@ from pipelines.data.dataset import Dataset, Sample
 from pipelines.evaluation import Evaluation, evaluate_instances, evaluate_masks
 
 # The number by which versions of a kind are compared.
-MAIN_METRIC = {"detector": "AP", "segmenter": "IoU"}
+MAIN_METRIC = {"detector": "AP", "segmenter": "IoU", "instance_segmenter": "mask_AP"}
 
 
 def is_segmenter(predictor: Predictor) -> bool:
@@ -45,7 +45,9 @@ def predict_dataset(predictor: Predictor, dataset: Dataset) -> Iterator[Instance
         yield predict_image(predictor, sample.read(), sample)
 
 
-def evaluate_predictions(predictions: list[Instances], dataset: Dataset, segmenter: bool) -> list[tuple[str, Evaluation]]:
+def evaluate_predictions(
+    predictions: list[Instances], dataset: Dataset, segmenter: bool, score_threshold: float = 0.05
+) -> list[tuple[str, Evaluation]]:
     """All numbers that the predictions allow, as (metric prefix, Evaluation).
 
     Boxes have no prefix, masks of detected planes ``mask_``; a crop segmenter is
@@ -54,7 +56,7 @@ def evaluate_predictions(predictions: list[Instances], dataset: Dataset, segment
     if segmenter:
         by_id = {p.image_id: list(p.masks or ()) for p in predictions}
         return [("", evaluate_masks(dataset, [by_id.get(s.image_id, []) for s in dataset.samples]))]
-    results = [("", evaluate_instances(dataset, predictions))]
+    results = [("", evaluate_instances(dataset, predictions, score_threshold=score_threshold))]
     if dataset.has_masks and predictions and all(p.masks is not None for p in predictions):
-        results.append(("mask_", evaluate_instances(dataset, predictions, "segm")))
+        results.append(("mask_", evaluate_instances(dataset, predictions, "segm", score_threshold)))
     return results

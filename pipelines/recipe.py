@@ -1,108 +1,37 @@
-"""Typed training settings: built-in defaults <- recipe YAML <- overrides; unknown keys name the nearest known one."""
+"""Recipes: YAML <- overrides -> typed settings; unknown keys name the nearest known one."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Any, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from models.errors import RecipeError, one_line
-from models.torchvision_engine import DetectorArchitecture
-from models.unet import SegmenterArchitecture
-from pipelines.data.augment import Augmentation
+from pipelines.settings import DetectorRecipe, Detectron2Recipe, MaskRecipe, Recipe, UNetRecipe
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+KINDS: dict[tuple[str, str], type[Recipe]] = {
+    ("unet", "torch"): UNetRecipe,
+    ("detector", "torchvision"): DetectorRecipe,
+    ("detector", "detectron2"): Detectron2Recipe,
+    ("maskrcnn", "torchvision"): MaskRecipe,
+    ("maskrcnn", "detectron2"): Detectron2Recipe,
+}
 
-
-class DataSettings(_Settings):
-    """Which planes to learn from and what is held back for validation."""
-
-    category: str = "plane"
-    val_fraction: float = Field(default=0.15, ge=0, lt=1)
-    scene_pattern: str | None = None
-
-
-class OptimizerSettings(_Settings):
-    """Optimiser and learning rate; ``clip_norm`` 0 switches gradient clipping off."""
-
-    name: Literal["adam", "adamw", "sgd"] = "adamw"
-    lr: float = Field(default=5e-4, gt=0)
-    weight_decay: float = Field(default=1e-4, ge=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    clip_norm: float = Field(default=5.0, ge=0)
-    schedule: Literal["constant", "cosine", "steps"] = "cosine"
-    warmup_steps: int = Field(default=50, ge=0)
-    milestones: list[int] = []
-    gamma: float = Field(default=0.1, gt=0, le=1)
-
-
-class TrainingSettings(_Settings):
-    """How long and how often; ``epochs``, where given, decides instead of ``steps``.
-
-    ``evaluate_every`` and ``checkpoint_every`` count steps; null means an epoch.
-    """
-
-    steps: int = Field(default=1000, ge=1)
-    epochs: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=8, ge=1)
-    evaluate_every: int | None = Field(default=None, ge=1)
-    checkpoint_every: int | None = Field(default=None, ge=1)
-    workers: int = Field(default=0, ge=0)
-    seed: int = Field(default=0, ge=0)
-
-
-class _Recipe(_Settings):
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
-    weights: str = "none"
-    data: DataSettings = DataSettings()
-    augmentation: Augmentation = Augmentation()
-    optimizer: OptimizerSettings = OptimizerSettings()
-    training: TrainingSettings = TrainingSettings()
-
-    def flat(self) -> dict[str, Any]:
-        """All settings as ``section.key`` -> value, for MLflow params."""
-        return dict(_flatten(self.model_dump()))
-
-    def key(self, *more: str) -> str:
-        """Digest of all settings and ``more``, 12 hex digits."""
-        return hashlib.sha256(json.dumps([self.model_dump(), more], sort_keys=True).encode()).hexdigest()[:12]
-
-
-class DetectorRecipe(_Recipe):
-    """Settings of ``train_detector``.
-
-    ``window``: side in pixels of the random windows to train on, null for whole
-    images; ``focus``: share of windows placed on a plane; ``min_visible``: share of a
-    cut plane's box that must be inside for it to count.
-    """
-
-    task: Literal["detector"]
-    architecture: DetectorArchitecture = DetectorArchitecture()
-    window: int | None = Field(default=None, ge=64, le=8192)
-    focus: float = Field(default=0.8, ge=0, le=1)
-    min_visible: float = Field(default=0.35, gt=0, le=1)
-
-
-class UNetRecipe(_Recipe):
-    """Settings of ``train_unet``; ``box_jitter`` moves each side by up to that share of the box."""
-
-    task: Literal["unet"]
-    architecture: SegmenterArchitecture = SegmenterArchitecture()
-    loss: Literal["bce", "bce_dice"] = "bce_dice"
-    box_jitter: float = Field(default=0.0, ge=0, le=0.5)
-
-
-Recipe = Annotated[DetectorRecipe | UNetRecipe, Field(discriminator="task")]
+# Short names that mean the same in every engine.
+SHORT = {
+    "steps": ("training.steps", "opts.SOLVER.MAX_ITER"),
+    "epochs": ("training.epochs", ""),
+    "batch_size": ("training.batch_size", "opts.SOLVER.IMS_PER_BATCH"),
+    "lr": ("optimizer.lr", "opts.SOLVER.BASE_LR"),
+    "seed": ("training.seed", "opts.SEED"),
+}
 
 
 def known_recipes() -> list[str]:
@@ -110,12 +39,34 @@ def known_recipes() -> list[str]:
     return sorted(p.stem for p in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(name: str, overrides: Sequence[str] = (), task: str | None = None) -> DetectorRecipe | UNetRecipe:
+def load_recipe(name: str, overrides: Sequence[str] = (), task: str | None = None, engine: str | None = None) -> Recipe:
     """Read a recipe by name or path and apply ``section.key=value`` overrides.
+
+    Where ``engine`` is another than the recipe's, its twin of that engine is taken,
+    the recipe called ``<name>_<engine>``. ``steps``, ``epochs``, ``batch_size``, ``lr``
+    and ``seed`` without a section mean the same in every engine.
 
     Raises:
         RecipeError: unknown recipe, unknown key (naming the nearest), or a bad value.
     """
+    content, path = _read(name)
+    if engine and _engine(content) != engine:
+        if f"{name}_{engine}" not in known_recipes():
+            others = [n for n in known_recipes() if (c := _read(n)[0]).get("task") == task and _engine(c) == engine]
+            raise RecipeError(
+                f"recipe {name}: is for engine {_engine(content)}; for {engine} there are {', '.join(others)}"
+            )
+        name = f"{name}_{engine}"
+        content, path = _read(name)
+    for override in overrides:
+        _apply(content, override)
+    if _engine(content) != "detectron2" and "opts" in content:
+        raise RecipeError(f"recipe {name}: opts are Detectron2's settings and this is for {_engine(content)}; use --set")
+    content.setdefault("name", path.stem)
+    return parse_recipe(content, f"recipe {name}", task)
+
+
+def _read(name: str) -> tuple[dict[str, Any], Path]:
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -127,20 +78,22 @@ def load_recipe(name: str, overrides: Sequence[str] = (), task: str | None = Non
         raise RecipeError(f"recipe {path}: not valid YAML ({one_line(error)[:200]})") from None
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {path}: expected keys and values")
-    for override in overrides:
-        _apply(content, override)
-    content.setdefault("name", path.stem)
-    return parse_recipe(content, f"recipe {name}", task)
+    return content, path
 
 
-def parse_recipe(content: Mapping[str, Any], where: str, task: str | None = None) -> DetectorRecipe | UNetRecipe:
+def _engine(content: Mapping[str, Any]) -> str:
+    return str(content.get("engine", "torch" if content.get("task") == "unet" else "torchvision"))
+
+
+def parse_recipe(content: Mapping[str, Any], where: str, task: str | None = None) -> Recipe:
     """Validate raw settings; ``where`` begins the error message."""
-    found = content.get("task")
+    found, engine = content.get("task"), _engine(content)
     if task and found != task:
         raise RecipeError(f"{where}: is for task {found!r}, this command trains {task!r}")
-    model = {"detector": DetectorRecipe, "unet": UNetRecipe}.get(str(found))
+    model = KINDS.get((str(found), engine))
     if model is None:
-        raise RecipeError(f"{where}: task: expected detector or unet, found {found!r}")
+        known = ", ".join(f"{t} with {e}" for t, e in KINDS)
+        raise RecipeError(f"{where}: task {found!r} with engine {engine!r}: expected one of {known}")
     try:
         return TypeAdapter(model).validate_python(content)
     except ValidationError as error:
@@ -177,11 +130,33 @@ def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     return paths
 
 
+def opts_overrides(pairs: Sequence[str]) -> list[str]:
+    """Detectron2's ``KEY VALUE KEY VALUE ...`` as overrides.
+
+    Raises:
+        RecipeError: a key without a value.
+    """
+    if len(pairs) % 2:
+        raise RecipeError(f"opts {' '.join(pairs)}: expected pairs of KEY VALUE, the last has no value")
+    return [f"opts.{key}={value}" for key, value in zip(pairs[::2], pairs[1::2], strict=True)]
+
+
 def _apply(content: dict[str, Any], override: str) -> None:
     key, sign, value = override.partition("=")
     if not sign or not key.strip():
         raise RecipeError(f"override {override!r}: expected section.key=value")
-    *sections, last = key.strip().split(".")
+    key = key.strip()
+    if key in SHORT:
+        if key == "steps" and _engine(content) != "detectron2":
+            # Where a recipe counts epochs, they would decide.
+            content.setdefault("training", {})["epochs"] = None
+        key = SHORT[key][_engine(content) == "detectron2"]
+        if not key:
+            raise RecipeError(f"override {override!r}: Detectron2 counts iterations; give steps instead")
+    if key.split(".")[0].isupper() and _engine(content) == "detectron2":
+        key = f"opts.{key}"
+    # Detectron2's own keys have dots; they stay whole.
+    *sections, last = key.split(".", 1) if key.startswith("opts.") else key.split(".")
     for section in sections:
         inner = content.setdefault(section, {})
         if not isinstance(inner, dict):
@@ -197,10 +172,3 @@ def _apply(content: dict[str, Any], override: str) -> None:
             content[last] = float(content[last])
         except ValueError:
             pass
-
-
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for name, value in content.items():
-        rows += _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
-    return rows

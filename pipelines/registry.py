@@ -76,16 +76,16 @@ class Resolved:
 
 
 def log_and_register(
-    folder: Path, name: str, example: np.ndarray, tags: Mapping[str, str], run_id: str
-) -> tuple[ModelVersion, str]:
-    """Log a saved folder to the active run as a models-from-code pyfunc and register it.
+    folder: Path, name: str, example: np.ndarray, tags: Mapping[str, str], run_id: str, register: bool = True
+) -> tuple[ModelVersion | None, str]:
+    """Log a saved folder to the active run as a models-from-code pyfunc and, with ``register``, register it.
 
     Args:
         example: RGB uint8 image, logged (base64 PNG) as the input example.
         tags: tags of the version.
 
     Returns:
-        The version and MLflow's id of the logged model. Where the run has already
+        The version (None where it is not registered) and MLflow's id of the logged model. Where the run has already
         registered one (a process that was killed just after), that one.
 
     Raises:
@@ -105,7 +105,7 @@ def log_and_register(
             input_example=_example_table(example),
             pip_requirements=[f"{p}=={installed(p)}" for p in SERVING_REQUIREMENTS],
         )
-        version = mlflow.register_model(info.model_uri, name, tags=dict(tags))
+        version = mlflow.register_model(info.model_uri, name, tags=dict(tags)) if register else None
     except mlflow.MlflowException as error:
         raise RegistryError(f"{name}: cannot be registered ({one_line(error)[:300]})") from None
     return version, str(info.model_id)

@@ -90,7 +90,8 @@ def tracked_run(
         mlflow.set_system_metrics_sampling_interval(2)
     run_id = given or (resume_id if resume_id and _exists(resume_id) else None)
     # Under `mlflow run` the run has a random name; ours says what it is.
-    with mlflow.start_run(run_id=run_id, run_name=name, log_system_metrics=system_metrics) as run:
+    nested = mlflow.active_run() is not None
+    with mlflow.start_run(run_id=run_id, run_name=name, log_system_metrics=system_metrics, nested=nested) as run:
         if given:
             mlflow.set_tag("mlflow.runName", name)
         mlflow.set_tags({**source_tags(), **tags})
@@ -176,6 +177,10 @@ class MlflowListener:
         self.run_id = run_id
         self._client = MlflowClient()
         self._logged = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Sent to the process that trains on several GPUs; a client cannot travel.
+        return MlflowListener, (self.run_id,)
 
     def on_start(self, history: Sequence[dict[str, Any]], total: int) -> None:
         """Catch up with a history that an earlier process left."""

@@ -78,6 +78,7 @@ def _score_one(version, dataset, out, settings, device):  # type: ignore[no-unty
     """Run one job, log it, and say what it left."""
     from models.predictor import load_model
     from pipelines import registry
+    from pipelines.evaluation import coco_tables
     from pipelines.steps.edge import show_progress
     from scoring import track
     from scoring.compare import Scored
@@ -90,6 +91,9 @@ def _score_one(version, dataset, out, settings, device):  # type: ignore[no-unty
     errors = f", {len(job.failures)} unreadable (see errors.parquet)" if job.failures else ""
     click.echo(f"{job.label}: {job.instances} planes in {job.images} images{errors}, {job.seconds:.1f} s, run {run_id}")
     click.echo(f"   outputs in {job.folder}")
+    for _, evaluation in job.evaluations:
+        if "max_dets" in evaluation.settings:
+            click.echo(coco_tables(evaluation))
     return Scored(job.label, f"{dataset.name}/{dataset.split}", dataset.digest(), job.metrics, job.images, job.seconds)
 
 

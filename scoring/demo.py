@@ -49,12 +49,12 @@ def main(data: str, out: str, device: str) -> None:
 
 
 def _train(task: str, recipe: str, name: str, title: str, data: str, device: str):  # type: ignore[no-untyped-def]
-    from pipelines.steps.training import TrainingRequest, report, train_and_register
+    from pipelines.steps.options import TrainingRequest
+    from pipelines.steps.training import report, train_and_register
 
     with stage(title):
-        request = TrainingRequest(task, recipe, data, name, device, (), ".planes/training", reuse=True, fresh=False)
-        trained = train_and_register(request)
-        report(trained, "segmenter" if task == "unet" else "detector")
+        trained = train_and_register(TrainingRequest(task, recipe, data, name, device, (), reuse=True))
+        report(trained)
     return trained
 
 

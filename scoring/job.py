@@ -121,7 +121,7 @@ def _write(job: JobResult, dataset: Dataset, found: list[Instances], settings: J
     scored = {f.image_id for f in found}
     truth = dataset.subset([s.image_id for s in dataset.samples if s.image_id in scored], dataset.split)
     if truth.has_truth and truth.planes:
-        job.evaluations = evaluate_predictions(found, truth, segmenter)
+        job.evaluations = evaluate_predictions(found, truth, segmenter, settings.score_threshold)
         content = [{"prefix": p, "metrics": e.finite(), "settings": e.settings} for p, e in job.evaluations]
         write_text(job.folder / "metrics.json", json.dumps(content, indent=2) + "\n")
 

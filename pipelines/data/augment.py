@@ -88,14 +88,52 @@ def random_window(
     return warp(image, affine, size), affine
 
 
-def warp(image: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray:
-    """Resample an image into a square window; ``affine`` maps pixel edges, not pixel centres."""
+def turned_whole(image: np.ndarray, linear: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Carry a whole image through a (2, 2) map; corners of the canvas that it leaves empty are black.
+
+    Mirrors and quarter turns change no pixel value.
+
+    Returns:
+        RGB uint8 image and (2, 3) float64, the affine map from image pixels to its pixels.
+    """
+    height, width = image.shape[:2]
+    corners = np.array([[0, 0], [width, 0], [0, height], [width, height]]) @ linear.T
+    shift = -corners.min(0)
+    affine = np.concatenate([linear, shift[:, None]], axis=1)
+    if np.abs(linear).round(9).tolist() in ([[1, 0], [0, 1]], [[0, 1], [1, 0]]):
+        if abs(linear[0, 1]) > 0.5:
+            image = image.transpose(1, 0, 2)
+        flips = linear.sum(axis=1) < 0
+        return np.ascontiguousarray(image[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1]), affine
+    size = np.maximum(np.ceil(np.ptp(corners, axis=0) - 1e-6), 1).astype(int)
+    return warp(image, affine, (int(size[1]), int(size[0]))), affine
+
+
+def shortest_edge(height: int, width: int, size: int, max_size: int) -> tuple[int, int]:
+    """Height and width with the shorter side at ``size``, the longer at most ``max_size``; size 0 keeps both.
+
+    Detectron2's ResizeShortestEdge.
+    """
+    if size == 0:
+        return height, width
+    scale = size / min(height, width)
+    new = [size, scale * width] if height < width else [scale * height, size]
+    if max(new) > max_size:
+        shrink = max_size / max(new)
+        new = [side * shrink for side in new]
+    return int(new[0] + 0.5), int(new[1] + 0.5)
+
+
+def warp(image: np.ndarray, affine: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """Resample an image into a square or (height, width) window; ``affine`` maps pixel edges, not pixel centres."""
+    height, width = (size, size) if isinstance(size, int) else size
     shrink = np.sqrt(abs(np.linalg.det(affine[:, :2])))
     linear, shift = affine[:, :2], affine[:, 2]
     if shrink < 0.5:
         # Linear interpolation skips pixels when it shrinks: average them first, and
         # only those that the window shows.
-        corners = (np.array([[0, 0], [size, 0], [0, size], [size, size]]) - shift) @ np.linalg.inv(linear).T
+        inverse = np.linalg.inv(linear).T
+        corners = (np.array([[0, 0], [width, 0], [0, height], [width, height]]) - shift) @ inverse
         reach = round(1 / shrink)
         x1, y1 = np.maximum(np.floor(corners.min(0)).astype(int) - 2 * reach, 0)
         x2, y2 = np.ceil(corners.max(0)).astype(int) + 2 * reach
@@ -103,11 +141,37 @@ def warp(image: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray:
             image = cv2.blur(image[y1:y2, x1:x2], (reach, reach))
             shift = shift + linear @ [x1, y1]
     centred = np.concatenate([linear, (shift + linear @ [0.5, 0.5] - 0.5)[:, None]], axis=1)
-    return cv2.warpAffine(image, centred, (size, size), flags=cv2.INTER_LINEAR)
+    return cv2.warpAffine(image, centred, (width, height), flags=cv2.INTER_LINEAR)
 
 
-def move_boxes(boxes: np.ndarray, affine: np.ndarray, size: int, min_visible: float) -> tuple[np.ndarray, np.ndarray]:
-    """Carry xyxy boxes (N, 4) into a window of ``size`` pixels.
+def move_mask(part: np.ndarray, left: int, top: int, affine: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Carry a mask into a window.
+
+    Args:
+        part: bool (h, w), the mask's own part of the image, at (left, top).
+        affine: (2, 3) map from image pixels to window pixels.
+        size: (height, width) of the window.
+
+    Returns:
+        uint8 (height, width), 1 where at least half of a pixel is covered.
+    """
+    rows, columns = part.shape
+    corners = np.array([[left, top], [left + columns, top], [left, top + rows], [left + columns, top + rows]])
+    moved = corners @ affine[:, :2].T + affine[:, 2]
+    window = np.zeros(size, np.uint8)
+    x1, y1 = np.maximum(np.floor(moved.min(0)).astype(int), 0)
+    x2, y2 = np.minimum(np.ceil(moved.max(0)).astype(int), [size[1], size[0]])
+    if x2 > x1 and y2 > y1:
+        shift = affine[:, 2] + affine[:, :2] @ [left, top] - [x1, y1]
+        inner = np.concatenate([affine[:, :2], shift[:, None]], axis=1)
+        window[y1:y2, x1:x2] = warp(part.astype(np.uint8) * 255, inner, (int(y2 - y1), int(x2 - x1))) >= 128
+    return window
+
+
+def move_boxes(
+    boxes: np.ndarray, affine: np.ndarray, size: int | tuple[int, int], min_visible: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Carry xyxy boxes (N, 4) into a square or (height, width) window.
 
     A turned box becomes the box around its turned ellipse, which encloses a plane
     less loosely than that around its corners.
@@ -122,7 +186,8 @@ def move_boxes(boxes: np.ndarray, affine: np.ndarray, size: int, min_visible: fl
     # Half extents of the turned inscribed ellipse; equal to the turned box for quarter turns.
     reach = np.sqrt((half**2) @ (affine[:, :2] ** 2).T)
     moved = np.concatenate([centre - reach, centre + reach], axis=1)
-    clipped = clip_boxes(moved, size, size)
+    height, width = (size, size) if isinstance(size, int) else size
+    clipped = clip_boxes(moved, height, width)
     visible = box_area(clipped) / np.maximum(box_area(moved), 1e-9)
     keep = np.flatnonzero((visible >= min_visible) & (box_area(clipped) >= 4))
     return clipped[keep], keep

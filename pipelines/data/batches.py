@@ -6,11 +6,22 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from models.errors import DataError
-from models.geometry import crop_window, rle_decode
+from models.geometry import crop_window, rle_boxes, rle_decode
 from models.unet import SegmenterArchitecture
-from pipelines.data.augment import Augmentation, jitter_light, move_boxes, random_linear, random_window, warp
+from pipelines.data.augment import (
+    Augmentation,
+    jitter_light,
+    move_boxes,
+    move_mask,
+    random_linear,
+    random_window,
+    shortest_edge,
+    turned_whole,
+    warp,
+)
 from pipelines.data.cache import ImageCache
 from pipelines.data.dataset import Dataset
 
@@ -33,11 +44,26 @@ def epoch_items(seed: int, step: int, batch_size: int, count: int) -> list[int]:
     return items
 
 
+@dataclass(frozen=True)
+class Example:
+    """A training image with its planes.
+
+    image: RGB uint8 (H, W, 3); boxes: xyxy float32 (K, 4); masks: uint8 (K, H, W), or
+    None where only boxes are wanted.
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    masks: np.ndarray | None = None
+
+
 @dataclass
 class DetectorBatches:
-    """Batch ``step`` -> list of (RGB uint8 image, xyxy float32 boxes (K, 4)).
+    """Batch ``step`` -> list of Example; the same for every engine.
 
-    With ``window`` pixels set, random windows are cut; else whole images are used.
+    With ``window`` pixels set, random windows are cut, scaled by ``zoom``; else whole
+    images are used, and where ``edges`` is given brought to one of those shorter sides,
+    at most ``max_edge`` long. ``masks``: make masks too.
     """
 
     dataset: Dataset
@@ -48,46 +74,75 @@ class DetectorBatches:
     min_visible: float
     seed: int
     zoom: float = 1.0
+    masks: bool = False
+    edges: tuple[int, ...] = (0,)
+    max_edge: int = 0
 
     def __post_init__(self) -> None:
         if not self.dataset.planes:
             raise DataError(f"{self.dataset.name}: no annotated planes to train on")
+        if self.masks and not self.dataset.has_masks:
+            raise DataError(f"{self.dataset.name}: planes have no outlines (segmentation) to train on")
         self._cache = ImageCache()
+        self._parts: dict[tuple[int, int], tuple[np.ndarray, int, int]] = {}
 
     def __len__(self) -> int:
         """Batches of an epoch."""
         return max(1, -(-len(self.dataset) // self.batch_size))
 
-    def __getitem__(self, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        items = epoch_items(self.seed, step, self.batch_size, len(self.dataset))
-        return [self._example(item, np.random.default_rng([self.seed, 2, step, i])) for i, item in enumerate(items)]
+    def __getitem__(self, step: int) -> list[Example]:
+        return self.share(step, 0, 1)
 
-    def _example(self, item: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def share(self, step: int, rank: int, world: int) -> list[Example]:
+        """The examples of batch ``step`` that fall to process ``rank`` of ``world``."""
+        items = epoch_items(self.seed, step, self.batch_size, len(self.dataset))
+        mine = list(enumerate(items))[rank::world]
+        return [self._example(item, np.random.default_rng([self.seed, 2, step, i])) for i, item in mine]
+
+    def _example(self, item: int, rng: np.random.Generator) -> Example:
         sample = self.dataset.samples[item]
-        boxes = sample.boxes[~sample.crowd]
-        image = self._cache.read(sample)
+        real = np.flatnonzero(~sample.crowd)
+        boxes, image = sample.boxes[real], self._cache.read(sample)
         if self.window:
             image, affine = random_window(rng, image, boxes, self.augmentation, self.window, self.focus, self.zoom)
-            boxes, _ = move_boxes(boxes, affine, self.window, self.min_visible)
         else:
-            image, boxes = mirror_whole(rng, image, boxes, self.augmentation)
-        return jitter_light(rng, image, self.augmentation), boxes
+            image, affine = turned_whole(image, random_linear(rng, self.augmentation))
+            image, affine = self._fit(image, affine, self.edges[rng.integers(len(self.edges))])
+        size = image.shape[:2]
+        boxes, kept = move_boxes(boxes, affine, size, self.min_visible)
+        image = jitter_light(rng, image, self.augmentation)
+        if not self.masks:
+            return Example(image, boxes)
+        masks = [move_mask(*self._part(item, int(real[k])), affine, size) for k in kept]
+        return _with_masks(image, masks)
+
+    def _fit(self, image: np.ndarray, affine: np.ndarray, edge: int) -> tuple[np.ndarray, np.ndarray]:
+        height, width = image.shape[:2]
+        new = shortest_edge(height, width, edge, self.max_edge)
+        if new == (height, width):
+            return image, affine
+        # Pillow's filter averages when it shrinks; Detectron2 resizes test images with it too.
+        resized = np.asarray(Image.fromarray(image).resize(new[::-1], Image.Resampling.BILINEAR))
+        return resized, np.diag([new[1] / width, new[0] / height]) @ affine
+
+    def _part(self, item: int, plane: int) -> tuple[np.ndarray, int, int]:
+        if (item, plane) not in self._parts:
+            sample = self.dataset.samples[item]
+            rle = sample.masks[plane]
+            x1, y1, x2, y2 = crop_window(rle_boxes([rle])[0], sample.height, sample.width)
+            self._parts[item, plane] = (rle_decode(rle)[y1:y2, x1:x2], x1, y1)
+        return self._parts[item, plane]
 
 
-def mirror_whole(
-    rng: np.random.Generator, image: np.ndarray, boxes: np.ndarray, settings: Augmentation
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mirror and quarter-turn a whole image, which changes no pixel value."""
-    boxes = boxes.astype(np.float32).copy()
-    if settings.mirror and rng.random() < 0.5:
-        image = image[:, ::-1]
-        boxes[:, [0, 2]] = image.shape[1] - boxes[:, [2, 0]]
-    for _ in range(int(rng.integers(4)) if settings.quarter_turns else 0):
-        # One turn to the left: x -> y, y -> width - x.
-        width = image.shape[1]
-        image = np.rot90(image)
-        boxes = np.stack([boxes[:, 1], width - boxes[:, 2], boxes[:, 3], width - boxes[:, 0]], axis=1)
-    return np.ascontiguousarray(image), boxes
+def _with_masks(image: np.ndarray, masks: list[np.ndarray]) -> Example:
+    """The example with boxes drawn tight around what is left of each mask; planes without a pixel are dropped."""
+    seen = [m for m in masks if m.any()]
+    if not seen:
+        return Example(image, np.zeros((0, 4), np.float32), np.zeros((0, *image.shape[:2]), np.uint8))
+    rows = [np.flatnonzero(m.any(axis=1))[[0, -1]] for m in seen]
+    columns = [np.flatnonzero(m.any(axis=0))[[0, -1]] for m in seen]
+    boxes = np.array([[c[0], r[0], c[1] + 1, r[1] + 1] for r, c in zip(rows, columns, strict=True)], np.float32)
+    return Example(image, boxes, np.stack(seen))
 
 
 @dataclass

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -121,10 +122,7 @@ class Dataset:
     def _compute_digest(self) -> str:
         parts = []
         for sample in sorted(self.samples, key=lambda s: s.image_id):
-            try:
-                content = hashlib.sha256(sample.path.read_bytes()).hexdigest()
-            except OSError as error:
-                raise DataError(f"{sample.path}: cannot be read ({error.strerror})") from None
+            content = _file_digest(sample.path)
             planes = [
                 [*(round(float(v), 2) for v in box), bool(crowd), None if mask is None else mask["counts"]]
                 for box, crowd, mask in zip(sample.boxes, sample.crowd, sample.masks, strict=True)
@@ -159,6 +157,20 @@ class Dataset:
                     entry["segmentation"] = mask
                 annotations.append(entry)
         return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": self.category}]}
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        state = path.stat()
+        return _content_digest(path, state.st_mtime_ns, state.st_size)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+@lru_cache(maxsize=200_000)
+def _content_digest(path: Path, modified: int, size: int) -> str:
+    """Of the bytes; size and time of change tell the cache when to look again."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def scene_of(image_id: str, pattern: str | None = None) -> str:

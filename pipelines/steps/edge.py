@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,11 +40,6 @@ def friendly(command: Callable[..., T]) -> Callable[..., T]:
             raise SystemExit(130) from None
 
     return wrapped
-
-
-def split_overrides(values: Sequence[str]) -> list[str]:
-    """``--set`` values, each of which may hold several ``key=value`` separated by spaces."""
-    return [part for value in values for part in shlex.split(value)]
 
 
 class ProgressListener:

@@ -7,15 +7,20 @@ from typing import Any
 import click
 
 from pipelines.steps.edge import friendly
-from pipelines.steps.training import report, request_from, train_and_register, training_options
+from pipelines.steps.options import request_from, training_options
 
 
 @click.command()
-@training_options("demo_detector", "planes-det")
+@training_options("demo_detector", "planes-det", ("torchvision", "detectron2"))
 @friendly
 def main(**options: Any) -> None:
-    """Train a detector of planes, log it to MLflow and register it."""
-    report(train_and_register(request_from("detector", options)), "detector")
+    """Train a detector of planes, log it to MLflow and register it.
+
+    KEY VALUE pairs are Detectron2's settings, such as SOLVER.BASE_LR 0.0005.
+    """
+    from pipelines.steps.training import report, train_and_register
+
+    report(train_and_register(request_from("detector", options)))
 
 
 if __name__ == "__main__":

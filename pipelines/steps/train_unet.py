@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from pipelines.steps.edge import friendly
-from pipelines.steps.training import report, request_from, train_and_register, training_options
+from pipelines.steps.options import request_from, training_options
 
 
 @click.command()
@@ -15,7 +15,9 @@ from pipelines.steps.training import report, request_from, train_and_register, t
 @friendly
 def main(**options: Any) -> None:
     """Train a segmenter of planes in their box crops, log it to MLflow and register it."""
-    report(train_and_register(request_from("unet", options)), "segmenter")
+    from pipelines.steps.training import report, train_and_register
+
+    report(train_and_register(request_from("unet", options)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What both training entry points share: options, run, evaluation, figures, registration."""
+"""What the training entry points share: run, evaluation, figures, registration."""
 
 from __future__ import annotations
 
@@ -6,156 +6,139 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import mlflow
 import numpy as np
 
 import models
-from models.errors import DataError
+from models.detectron2_engine import require_detectron2
+from models.errors import DataError, RecipeError
 from models.geometry import crop_window
-from models.instances import Instances
-from models.predictor import load_model
 from models.pyfunc import code_digest
 from models.torch_tools import pick_device
 from pipelines import figures, registry, tracking
-from pipelines.data.dataset import Dataset, Sample, split_by_scene
+from pipelines.data.dataset import Dataset, split_by_scene
 from pipelines.data.opening import open_dataset
-from pipelines.evaluation import Evaluation, instance_ious
-from pipelines.prediction import MAIN_METRIC, evaluate_predictions, is_segmenter, predict_image
-from pipelines.recipe import DetectorRecipe, UNetRecipe, load_recipe
-from pipelines.steps.edge import ProgressListener, split_overrides
+from pipelines.evaluation import Evaluation, coco_tables
+from pipelines.prediction import MAIN_METRIC
+from pipelines.recipe import load_recipe
+from pipelines.settings import Detectron2Recipe, Recipe, UNetRecipe
+from pipelines.sheets import evaluate_with_sheet
+from pipelines.steps.edge import ProgressListener
+from pipelines.steps.options import TrainingRequest
 from pipelines.training.detector import train_detector
-from pipelines.training.loop import Outcome
+from pipelines.training.loop import Listener, Outcome
 from pipelines.training.unet import train_unet
 
-AS_RECIPE = "recipe"
 RUN_FILE = "run.json"
+DONE_FILE = "registered"
+
+# Kind of model that a task makes.
+KIND = {"unet": "segmenter", "detector": "detector", "maskrcnn": "instance_segmenter"}
 
 
 @dataclass(frozen=True)
-class TrainingRequest:
-    """What a training command was asked for."""
+class TrainingData:
+    """The parts of a data set; validation and test may be absent."""
 
-    task: str
-    recipe: str
-    data: str
-    register_as: str
+    train: Dataset
+    val: Dataset | None
+    test: Dataset | None
+
+    def parts(self) -> list[tuple[Dataset, str]]:
+        """Those that exist, with the context MLflow shows them in."""
+        named = ((self.train, "training"), (self.val, "validation"), (self.test, "test"))
+        return [(dataset, context) for dataset, context in named if dataset is not None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training that is ready to start; ``key`` is a digest of recipe, data and code."""
+
+    request: TrainingRequest
+    recipe: Recipe
     device: str
-    overrides: tuple[str, ...]
-    work_dir: str
-    reuse: bool
-    fresh: bool
+    data: TrainingData
+    key: str
+    folder: Path
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The registered version, its test metrics, and the run that made it."""
+    """The version (None where it is not registered), its test metrics, and the run that made it."""
 
     name: str
-    version: str
+    version: str | None
     run_id: str
     metrics: dict[str, float]
+    task: str
     reused: bool = False
-
-
-def training_options(recipe: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """click options of a training entry point with its default recipe and registered name."""
-    options = [
-        click.option("--recipe", default=recipe, show_default=True, help="Recipe name or path of a YAML file."),
-        click.option("--data", default="data/airfield", show_default=True, help="Data folder, COCO JSON or course JSON."),
-        click.option("--name", default=name, show_default=True, help="Registered model to add a version to."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-        click.option("--steps", default=AS_RECIPE, show_default=True, help="Training steps."),
-        click.option("--epochs", default=AS_RECIPE, show_default=True, help="Epochs, instead of steps."),
-        click.option("--batch-size", default=AS_RECIPE, show_default=True, help="Examples per step."),
-        click.option("--lr", default=AS_RECIPE, show_default=True, help="Learning rate."),
-        click.option("--seed", default=AS_RECIPE, show_default=True, help="Seed of weights, data order and augmentation."),
-        click.option("--weights", default=AS_RECIPE, show_default=True, help="none, a library's weight name, or a path."),
-        click.option("--set", "overrides", multiple=True, help="section.key=value of the recipe; repeatable."),
-        click.option("--work-dir", default=".planes/training", show_default=True, help="Where checkpoints are kept."),
-        click.option("--reuse/--no-reuse", default=False, help="Take the version of an equal training, if there is one."),
-        click.option("--fresh", is_flag=True, help="Throw away an unfinished equal training instead of going on."),
-    ]
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-def request_from(task: str, options: dict[str, Any]) -> TrainingRequest:
-    """Collect command line options; named ones become overrides of the recipe."""
-    places = {
-        "steps": "training.steps",
-        "epochs": "training.epochs",
-        "batch_size": "training.batch_size",
-        "lr": "optimizer.lr",
-        "seed": "training.seed",
-        "weights": "weights",
-    }
-    named = [f"{place}={options[key]}" for key, place in places.items() if str(options[key]) != AS_RECIPE]
-    if str(options["steps"]) != AS_RECIPE and str(options["epochs"]) == AS_RECIPE:
-        named.append("training.epochs=null")
-    return TrainingRequest(
-        task,
-        options["recipe"],
-        options["data"],
-        options["name"],
-        options["device"],
-        (*split_overrides(options["overrides"]), *named),
-        options["work_dir"],
-        options["reuse"],
-        options["fresh"],
-    )
 
 
 def train_and_register(request: TrainingRequest) -> Trained:
     """Train (or resume, or reuse), evaluate, log and register.
 
     Raises:
-        PlanesError: recipe, data, weights or store that cannot be used.
+        PlanesError: recipe, data, weights, engine or store that cannot be used.
     """
-    recipe = load_recipe(request.recipe, request.overrides, request.task)
-    device = pick_device(request.device)
-    train, val, test = _data(request, recipe)
+    plan = plan_training(request)
     tracking.connect()
-    key = recipe.key(train.digest(), val.digest() if val else "", _code_digest())
-    known = registry.find_trained(request.register_as, key) if request.reuse else None
+    known = registry.find_trained(request.register_as, plan.key) if request.reuse else None
     if known is not None:
         click.echo(f"{request.register_as}: version {known.version} has this recipe, data and code; reused")
         metrics = json.loads(known.tags.get("metrics", "{}"))
-        return Trained(request.register_as, str(known.version), str(known.run_id), metrics, reused=True)
-    folder = Path(request.work_dir) / f"{request.register_as}-{key}"
-    if request.fresh or (folder / "registered").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    return _train_in(folder, request, recipe, device, key, (train, val, test))
+        return Trained(request.register_as, str(known.version), str(known.run_id), metrics, request.task, reused=True)
+    return run_plan(plan)
 
 
-def _data(request: TrainingRequest, recipe: DetectorRecipe | UNetRecipe) -> tuple[Dataset, Dataset | None, Dataset | None]:
+def plan_training(request: TrainingRequest) -> Plan:
+    """Read recipe and data; nothing is written yet.
+
+    Raises:
+        PlanesError: recipe, data or engine that cannot be used.
+    """
+    recipe = load_recipe(request.recipe, request.overrides, request.task, request.engine)
+    device = pick_device(request.device)
+    more = []
+    if isinstance(recipe, Detectron2Recipe):
+        require_detectron2()
+        from pipelines.training.detectron2_trainer import training_config
+
+        more.append(training_config(recipe, Path(), device).dump())
+    elif request.num_gpus > 1:
+        raise RecipeError("--num-gpus: several GPUs are used by the Detectron2 engine only")
+    data = _data(request, recipe)
+    key = recipe.key(data.train.digest(), data.val.digest() if data.val else "", _code_digest(), *more)
+    return Plan(request, recipe, device, data, key, Path(request.work_dir) / f"{request.register_as}-{key}")
+
+
+def _data(request: TrainingRequest, recipe: Recipe) -> TrainingData:
     where, settings = request.data, recipe.data
     full = open_dataset(where, "train", settings.category, settings.scene_pattern)
     click.echo(full.summary())
     if not full.has_truth or not full.planes:
         raise DataError(f"{where}: no annotated planes to train on (expected train_coco.json or train.json)")
-    train, val = split_by_scene(full, settings.val_fraction, recipe.training.seed)
-    test = None
-    if Path(where).is_dir():
-        try:
-            test = open_dataset(where, "test", settings.category, settings.scene_pattern)
-        except DataError as error:
-            click.echo(f"no test set: {error}")
-        if test is not None and not test.has_truth:
-            click.echo("no test metrics: the test images have no ground truth")
-            test = None
-    return train, val if len(val) else None, test
+    train, val = split_by_scene(full, settings.val_fraction, recipe.seed)
+    return TrainingData(train, val if len(val) else None, open_test(where, settings.category, settings.scene_pattern))
+
+
+def open_test(where: str, category: str, scene_pattern: str | None) -> Dataset | None:
+    """The test split of a data folder; None, said with its reason, where there is none with ground truth."""
+    if not Path(where).is_dir():
+        return None
+    try:
+        test = open_dataset(where, "test", category, scene_pattern)
+    except DataError as error:
+        click.echo(f"no test set: {error}")
+        return None
+    if not test.has_truth:
+        click.echo("no test metrics: the test images have no ground truth")
+        return None
+    return test
 
 
 def _code_digest() -> str:
@@ -163,38 +146,32 @@ def _code_digest() -> str:
     return code_digest(root / "models") + code_digest(root / "pipelines")
 
 
-def _train_in(
-    folder: Path,
-    request: TrainingRequest,
-    recipe: DetectorRecipe | UNetRecipe,
-    device: str,
-    key: str,
-    data: tuple[Dataset, Dataset | None, Dataset | None],
-) -> Trained:
-    train, val, test = data
+def run_plan(plan: Plan) -> Trained:
+    """Train in the plan's folder, going on from what an interrupted equal training left there.
+
+    Raises:
+        PlanesError: data, weights or store that cannot be used.
+    """
+    request, folder = plan.request, plan.folder
+    if request.fresh or (folder / DONE_FILE).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
     noted = folder / RUN_FILE
     earlier = json.loads(noted.read_text())["run_id"] if noted.exists() else None
-    tags = {"task": request.task, "recipe": request.recipe, "training_key": key, "registered_as": request.register_as}
-    title = f"{request.register_as} {request.recipe}"
+    tags = {"task": request.task, "recipe": plan.recipe.name, "training_key": plan.key}
+    tags |= {"registered_as": request.register_as, "engine": plan.recipe.engine}
+    tags |= {"variant": request.label} if request.label else {}
+    title = f"{request.register_as} {request.label or plan.recipe.name}"
     with tracking.tracked_run(title, tags, earlier, system_metrics=True) as run:
         run_id = run.info.run_id
         if earlier and earlier != run_id:
             mlflow.set_tag("resumed_from", earlier)
         noted.write_text(json.dumps({"run_id": run_id}))
-        tracking.log_params({**recipe.flat(), "device": device, "data": request.data, "data_digest": train.digest()})
-        mlflow.log_dict(recipe.model_dump(), "recipe.yaml")
-        tracking.log_environment()
-        for dataset, context in ((train, "training"), (val, "validation"), (test, "test")):
-            if dataset is not None:
-                tracking.log_dataset(dataset, context)
+        _log_inputs(plan)
         progress = ProgressListener(request.register_as)
         started = time.monotonic()
         try:
-            listeners = (tracking.MlflowListener(run_id), progress)
-            if isinstance(recipe, DetectorRecipe):
-                saved, outcome = train_detector(recipe, train, val, folder, device, listeners)
-            else:
-                saved, outcome = train_unet(recipe, train, val, folder, device, listeners)
+            saved, outcome = _train(plan, (tracking.MlflowListener(run_id), progress))
         except KeyboardInterrupt:
             click.echo("\nStopped; the same command goes on from this step.", err=True)
             raise
@@ -202,34 +179,67 @@ def _train_in(
             progress.close()
         mlflow.log_metrics({"wall_seconds": time.monotonic() - started, "best_step": outcome.step})
         mlflow.log_figure(figures.loss_figure(outcome.history, title), "figures/loss.png")
-        trained = _publish(request, saved, outcome, key, data, run_id, device)
-    (folder / "registered").write_text(trained.version)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+        trained = _publish(plan, saved, run_id)
+    (folder / DONE_FILE).write_text(str(trained.version))
+    for left in (*folder.glob("checkpoint.pt"), *folder.glob("model_*.pth"), folder / "last_checkpoint"):
+        left.unlink(missing_ok=True)
     return trained
 
 
-def _publish(
-    request: TrainingRequest,
-    saved: Path,
-    outcome: Outcome,
-    key: str,
-    data: tuple[Dataset, Dataset | None, Dataset | None],
-    run_id: str,
-    device: str,
-) -> Trained:
+def _log_inputs(plan: Plan) -> None:
+    data = {"data": plan.request.data, "data_digest": plan.data.train.digest()}
+    tracking.log_params({**plan.recipe.flat(), "device": plan.device, **data})
+    mlflow.log_dict(plan.recipe.model_dump(), "recipe.yaml")
+    tracking.log_environment()
+    for dataset, context in plan.data.parts():
+        tracking.log_dataset(dataset, context)
+    if isinstance(plan.recipe, Detectron2Recipe):
+        from pipelines.training.detectron2_trainer import training_config
+
+        mlflow.log_text(training_config(plan.recipe, Path(), plan.device).dump(), "detectron2_config.yaml")
+
+
+def _train(plan: Plan, listeners: Sequence[Listener]) -> tuple[Path, Outcome]:
+    recipe, data, folder, device = plan.recipe, plan.data, plan.folder, plan.device
+    if isinstance(recipe, Detectron2Recipe):
+        from pipelines.training.detectron2_trainer import LOG, train_detectron2
+
+        try:
+            return train_detectron2(recipe, data.train, data.val, folder, device, listeners, plan.request.num_gpus)
+        finally:
+            if (folder / LOG).exists():
+                mlflow.log_artifact(str(folder / LOG))
+    if isinstance(recipe, UNetRecipe):
+        return train_unet(recipe, data.train, data.val, folder, device, listeners)
+    return train_detector(recipe, data.train, data.val, folder, device, listeners)
+
+
+def _publish(plan: Plan, saved: Path, run_id: str) -> Trained:
     """Evaluate the saved folder on validation and test, register it, log metrics linked to the version."""
-    train, val, test = data
+    request, data = plan.request, plan.data
     results: list[tuple[str, Evaluation, Dataset]] = []
-    for dataset, prefix in ((val, "val/best_"), (test, "test/")):
+    for dataset, prefix in ((data.val, "val/best_"), (data.test, "test/")):
         if dataset is not None:
-            evaluations, sheet = evaluate_with_sheet(saved, dataset, device)
+            evaluations, sheet = evaluate_with_sheet(saved, dataset, plan.device)
             results += [(prefix + p, e, dataset) for p, e in evaluations]
             mlflow.log_image(sheet, f"figures/{dataset.split}_samples.png")
-    metrics = {p.removeprefix("test/") + k: v for p, e, d in results if d is test for k, v in e.finite().items()}
-    tags = {
+    metrics = {p.removeprefix("test/") + k: v for p, e, d in results if d is data.test for k, v in e.finite().items()}
+    tags = version_tags(saved, data.train, data.test, metrics) | {"training_key": plan.key, "recipe": plan.recipe.name}
+    example = example_image(request.task, data.train)
+    version, model_id = registry.log_and_register(saved, request.register_as, example, tags, run_id, request.register)
+    for prefix, evaluation, dataset in results:
+        tracking.log_evaluation(prefix, evaluation, dataset, model_id)
+        if dataset is data.test and "max_dets" in evaluation.settings:
+            click.echo(coco_tables(evaluation))
+    number = str(version.version) if version else None
+    mlflow.set_tag("version", f"{request.register_as}/{number}" if number else model_id)
+    return Trained(request.register_as, number, run_id, metrics, request.task)
+
+
+def version_tags(saved: Path, train: Dataset, test: Dataset | None, metrics: dict[str, float]) -> dict[str, str]:
+    """Tags of a version: code, data, engine, weights and test metrics."""
+    return {
         **tracking.source_tags(),
-        "training_key": key,
-        "recipe": request.recipe,
         "data": f"{train.name}/{train.split}",
         "data_digest": train.digest(),
         "test_digest": test.digest() if test else "none",
@@ -237,54 +247,19 @@ def _publish(
         "weights_sha256": hashlib.sha256((saved / "weights.safetensors").read_bytes()).hexdigest(),
         "engine": json.loads((saved / "model.json").read_text())["engine"],
     }
-    version, model_id = registry.log_and_register(saved, request.register_as, _example(request.task, train), tags, run_id)
-    for prefix, evaluation, dataset in results:
-        tracking.log_evaluation(prefix, evaluation, dataset, model_id)
-    mlflow.set_tag("version", f"{request.register_as}/{version.version}")
-    return Trained(request.register_as, str(version.version), run_id, metrics)
 
 
-def _example(task: str, train: Dataset) -> np.ndarray:
+def example_image(task: str, train: Dataset) -> np.ndarray:
     """A small input: a plane's crop for a segmenter, a corner with a plane for a detector."""
     sample = next(s for s in train.samples if len(s.boxes))
     x1, y1, x2, y2 = crop_window(sample.boxes[0], sample.height, sample.width, 0.0 if task == "unet" else 0.5)
     return sample.read()[y1:y2, x1:x2]
 
 
-def evaluate_with_sheet(
-    saved: Path, dataset: Dataset, device: str, samples: int = 3
-) -> tuple[list[tuple[str, Evaluation]], np.ndarray]:
-    """Predict a data set with a saved folder: its evaluations, and a sheet of the first samples."""
-    predictor = load_model(saved, device)
-    shown: list[tuple[np.ndarray, Sample, Instances]] = []
-    predictions = []
-    for sample in dataset.samples:
-        image = sample.read()
-        found = predict_image(predictor, image, sample)
-        predictions.append(found)
-        if len(shown) < samples and len(sample.boxes):
-            shown.append((image, sample, found))
-    segmenter = is_segmenter(predictor)
-    evaluations = evaluate_predictions(predictions, dataset, segmenter)
-    return evaluations, _crops(shown) if segmenter else figures.image_sheet(shown)
-
-
-def _crops(shown: Sequence[tuple[np.ndarray, Sample, Instances]], most: int = 12) -> np.ndarray:
-    rows = []
-    for image, sample, found in shown:
-        if not sample.has_masks or found.masks is None:
-            continue
-        one = Dataset("", sample.path, "", "", (sample,))
-        for box, truth, guess, iou in zip(
-            sample.boxes, sample.masks, found.masks, instance_ious(one, [found.masks]), strict=False
-        ):
-            rows.append((image, box, truth, guess, float(iou)))
-    return figures.crop_sheet(rows[:most])
-
-
-def report(trained: Trained, kind: str) -> None:
+def report(trained: Trained) -> None:
     """Say in one line what came out."""
-    metric = MAIN_METRIC[kind]
+    metric = MAIN_METRIC[KIND[trained.task]]
     value = trained.metrics.get(metric)
     shown = f"test {metric} {value:.3f}" if value is not None else "no test set"
-    click.echo(f"{trained.name} version {trained.version}: {shown} (run {trained.run_id})")
+    version = f"version {trained.version}" if trained.version else "(not registered)"
+    click.echo(f"{trained.name} {version}: {shown} (run {trained.run_id})")

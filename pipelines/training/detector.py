@@ -1,4 +1,4 @@
-"""Training of a box detector: losses, validation AP, saved folder."""
+"""Training of torchvision's Faster and Mask R-CNN: losses, validation AP, saved folder."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch import nn
 from models.instances import Instances
 from models.predictor import Predictor, save_model
 from models.torch_tools import channels_last
-from models.torchvision_engine import TorchvisionDetector, build_detector, detector_spec
-from pipelines.data.batches import DetectorBatches
+from models.torchvision_engine import TorchvisionDetector, detector_spec
+from models.torchvision_network import build_detector
+from pipelines.data.batches import DetectorBatches, Example
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation import evaluate_instances
-from pipelines.recipe import DetectorRecipe
+from pipelines.settings import DetectorRecipe, MaskRecipe
 from pipelines.training.loop import Job, Listener, Outcome, run
 
 
 def train_detector(
-    recipe: DetectorRecipe,
+    recipe: DetectorRecipe | MaskRecipe,
     train: Dataset,
     val: Dataset | None,
     folder: Path,
@@ -34,8 +35,9 @@ def train_detector(
     Raises:
         PlanesError: data, settings or weights that cannot be used.
     """
-    torch.manual_seed(recipe.training.seed)
+    torch.manual_seed(recipe.seed)
     model = channels_last(build_detector(recipe.architecture, 1, recipe.weights))
+    masks = recipe.task == "maskrcnn"
     batches = DetectorBatches(
         train,
         recipe.augmentation,
@@ -43,13 +45,13 @@ def train_detector(
         recipe.window,
         recipe.focus,
         recipe.min_visible,
-        recipe.training.seed,
+        recipe.seed,
         recipe.architecture.zoom,
+        masks,
     )
 
     def validate(network: nn.Module) -> dict[str, float]:
-        found = list(predict_dataset(TorchvisionDetector(network, device), val)) if val else []
-        return evaluate_instances(val, found).finite() if val else {}
+        return validation_metrics(TorchvisionDetector(network, device), val, masks) if val else {}
 
     job = Job(
         model,
@@ -60,7 +62,7 @@ def train_detector(
         folder,
         device,
         validate if val and val.planes else None,
-        "AP",
+        "mask_AP" if masks else "AP",
         listeners,
     )
     outcome = run(job)
@@ -68,18 +70,23 @@ def train_detector(
     return saved, outcome
 
 
-def detector_loss(
-    model: nn.Module, batch: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device
-) -> Mapping[str, torch.Tensor]:
-    """torchvision's four losses of a batch of (RGB uint8 image, xyxy boxes)."""
-    images = [torch.from_numpy(image.transpose(2, 0, 1).copy()).to(device).float() / 255 for image, _ in batch]
-    targets: list[dict[str, Any]] = [
-        {
-            "boxes": torch.from_numpy(np.ascontiguousarray(boxes, dtype=np.float32)).reshape(-1, 4).to(device),
-            "labels": torch.ones(len(boxes), dtype=torch.int64, device=device),
-        }
-        for _, boxes in batch
-    ]
+def validation_metrics(predictor: Predictor, val: Dataset, masks: bool) -> dict[str, float]:
+    """COCO's numbers of the boxes, and those of the masks prefixed ``mask_``."""
+    found = list(predict_dataset(predictor, val))
+    metrics = evaluate_instances(val, found).finite()
+    return metrics | (evaluate_instances(val, found, "segm").finite("mask_") if masks else {})
+
+
+def detector_loss(model: nn.Module, batch: Sequence[Example], device: torch.device) -> Mapping[str, torch.Tensor]:
+    """torchvision's losses of a batch: four, and a fifth where the examples have masks."""
+    images = [torch.from_numpy(e.image.transpose(2, 0, 1).copy()).to(device).float() / 255 for e in batch]
+    targets: list[dict[str, Any]] = []
+    for example in batch:
+        boxes = torch.from_numpy(np.ascontiguousarray(example.boxes, dtype=np.float32)).reshape(-1, 4).to(device)
+        labels = torch.ones(len(boxes), dtype=torch.int64, device=device)
+        targets.append({"boxes": boxes, "labels": labels})
+        if example.masks is not None:
+            targets[-1]["masks"] = torch.from_numpy(example.masks).to(device)
     return model(images, targets)
 
 

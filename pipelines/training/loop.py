@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from models.errors import ModelError, one_line
-from pipelines.recipe import OptimizerSettings, TrainingSettings
+from pipelines.settings import OptimizerSettings, TrainingSettings
 
 CHECKPOINT = "checkpoint.pt"
 BEST = "best.pt"
@@ -109,8 +109,8 @@ def run(job: Job) -> Outcome:
     total = total_steps(job.training, epoch)
     for listener in job.listeners:
         listener.on_start(state["history"], total)
-    loader = iter(_loader(job.batches, state["step"], total, job.training.workers))
-    interrupt = _Interrupt()
+    loader = iter(step_loader(job.batches, state["step"], total, job.training.workers))
+    interrupt = Interrupt()
     try:
         while state["step"] < total:
             interrupt.check()
@@ -220,7 +220,7 @@ def write_atomically(content: Any, path: Path) -> None:
     os.replace(temporary, path)
 
 
-class _Interrupt:
+class Interrupt:
     """Holds Ctrl-C back until a step is whole: half a step saved could not be resumed to the bit.
 
     A second Ctrl-C stops at once. Outside the main thread, or where somebody else
@@ -261,7 +261,8 @@ class _Remaining(torch.utils.data.Dataset):
         return self.batches[self.start + index]
 
 
-def _loader(batches: Batches, start: int, total: int, workers: int) -> torch.utils.data.DataLoader:
+def step_loader(batches: Batches, start: int, total: int, workers: int) -> torch.utils.data.DataLoader:
+    """The batches of steps ``start`` to ``total``, made by ``workers`` processes (0: by this one)."""
     remaining = _Remaining(batches, start, total)
     return torch.utils.data.DataLoader(
         remaining, batch_size=None, shuffle=False, num_workers=workers, collate_fn=lambda x: x

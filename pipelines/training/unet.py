@@ -18,7 +18,7 @@ from models.unet import CropSegmenter, build_segmenter, normalise, segmenter_spe
 from pipelines.data.batches import SegmenterBatches
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation import evaluate_masks
-from pipelines.recipe import UNetRecipe
+from pipelines.settings import UNetRecipe
 from pipelines.training.loop import Job, Listener, Outcome, run
 
 
@@ -35,7 +35,7 @@ def train_unet(
     Raises:
         PlanesError: data, settings or weights that cannot be used.
     """
-    torch.manual_seed(recipe.training.seed)
+    torch.manual_seed(recipe.seed)
     model = channels_last(build_segmenter(recipe.architecture, recipe.weights))
     batches = SegmenterBatches(
         train,
@@ -43,7 +43,7 @@ def train_unet(
         recipe.architecture,
         recipe.training.batch_size,
         recipe.box_jitter,
-        recipe.training.seed,
+        recipe.seed,
     )
 
     def validate(network: nn.Module) -> dict[str, float]:

@@ -7,7 +7,8 @@ import torch
 from models.errors import ModelError
 from models.geometry import rle_decode
 from models.predictor import Predictor, load_model, save_model
-from models.torchvision_engine import DetectorArchitecture, build_detector, detector_spec
+from models.torchvision_engine import detector_spec
+from models.torchvision_network import DetectorArchitecture, MaskArchitecture, build_detector
 from models.unet import SegmenterArchitecture, build_segmenter, segmenter_spec
 
 SMALL = DetectorArchitecture(
@@ -36,7 +37,33 @@ def _segmenter(folder, **settings):
     return save_model(folder, segmenter_spec(architecture, ["plane"]), build_segmenter(architecture).state_dict())
 
 
+def _mask_rcnn(folder, **changes):
+    architecture = MaskArchitecture(**{**SMALL.model_dump(), "mask_channels": 16, **changes})
+    torch.manual_seed(0)
+    return save_model(folder, detector_spec(architecture, ["plane"]), build_detector(architecture, 1).state_dict())
+
+
+def _detectron2(folder, config="COCO-Detection/faster_rcnn_R_50_FPN_1x", **settings):
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    from models.detectron2_engine import build_network, detectron2_spec, make_config
+
+    small = {
+        "MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64, "MODEL.FPN.OUT_CHANNELS": 16,
+        "MODEL.ROI_BOX_HEAD.FC_DIM": 32, "MODEL.ROI_MASK_HEAD.CONV_DIM": 16, "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+        "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0, "INPUT.MIN_SIZE_TEST": 96, "TEST.DETECTIONS_PER_IMAGE": 20,
+    }  # fmt: skip
+    cfg = make_config(config, {**small, **settings}, 1)
+    torch.manual_seed(0)
+    return save_model(folder, detectron2_spec(config, cfg, ["plane"]), build_network(cfg, "cpu").state_dict())
+
+
 MAKERS = {
+    "mask rcnn": _mask_rcnn,
+    "mask rcnn resized": lambda f: _mask_rcnn(f, min_size=96, max_size=160, heads="v2"),
+    "detectron2 detector": _detectron2,
+    "detectron2 own scale": lambda f: _detectron2(f, **{"INPUT.MIN_SIZE_TEST": 0, "INPUT.FORMAT": "RGB"}),
+    "detectron2 retinanet": lambda f: _detectron2(f, "COCO-Detection/retinanet_R_50_FPN_1x"),
+    "detectron2 mask rcnn": lambda f: _detectron2(f, "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x"),
     "detector": _detector,
     "detector resized": lambda f: _detector(f, min_size=96, max_size=160),
     "detector zoomed": lambda f: _detector(f, zoom=0.5),
@@ -146,7 +173,7 @@ def test_skipnet_is_the_network_described():
         (lambda: build_detector(SMALL.model_copy(update={"anchor_sizes": [[8], [8, 9]]}), 1), "same number of sizes"),
         (lambda: build_detector(SMALL.model_copy(update={"levels": [2, 9]}), 1), "not 9"),
         (lambda: build_detector(SMALL, 1, "/absent/weights.pth"), "no such file"),
-        (lambda: build_detector(SMALL, 1, "coco"), "torchvision has none for resnet18"),
+        (lambda: build_detector(SMALL, 1, "coco"), "torchvision has none for resnet18 v1; it has resnet50 v1, resnet50 v2"),
         (lambda: build_segmenter(SegmenterArchitecture(network="unett")), "Wrong architecture type"),
         (lambda: build_segmenter(SegmenterArchitecture(encoder="resnet17")), "Wrong encoder name"),
         (lambda: build_segmenter(SegmenterArchitecture(), "imagnet"), "Available options"),

@@ -1,0 +1,165 @@
+"""Ablation: variants of a recipe, their runs under one parent in MLflow, the table of results."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from models.errors import RecipeError
+
+PARENT = "mlflow.parentRunId"
+KEY = "ablation_key"
+
+# What the table shows of a run, where it has it, after the metric that decides.
+SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mask_AP", "mask_AP50", "IoU", "Dice", "at_0.6_AP", "at_0.6_mask_AP")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting of the ablation: ``key=value`` overrides of the recipe."""
+
+    overrides: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """Short name for run, table and chart.
+
+        >>> Variant(("optimizer.lr=0.001", "opts.SOLVER.MAX_ITER=500")).label
+        'lr=0.001 MAX_ITER=500'
+        """
+        pairs = (override.partition("=") for override in self.overrides)
+        return " ".join(f"{key.split('.')[-1]}={value}" for key, _, value in pairs)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a variant: its run, and the error where it failed."""
+
+    variant: Variant
+    run: Run | None
+    error: str = ""
+
+
+def make_variants(grid: Sequence[str], listed: Sequence[str]) -> list[Variant]:
+    """All combinations of ``key=v1,v2`` entries, or the listed ``key=v key=v`` variants.
+
+    >>> [v.label for v in make_variants(["lr=1e-3,1e-4", "steps=10,20"], [])]
+    ['lr=1e-3 steps=10', 'lr=1e-3 steps=20', 'lr=1e-4 steps=10', 'lr=1e-4 steps=20']
+    >>> [v.label for v in make_variants([], ["lr=1e-3 steps=10; lr=1e-4"])]
+    ['lr=1e-3 steps=10', 'lr=1e-4']
+
+    Raises:
+        RecipeError: neither or both, an entry without values, equal variants, or only one.
+    """
+    axes = [_axis(entry) for text in grid for entry in shlex.split(text)]
+    texts = [part.strip() for text in listed for part in text.split(";") if part.strip()]
+    if bool(axes) == bool(texts):
+        raise RecipeError('give either --grid "optimizer.lr=0.001,0.0005" or --variants "steps=100; steps=500 lr=0.001"')
+    chosen = (
+        [Variant(tuple(v)) for v in itertools.product(*axes)] if axes else [Variant(tuple(shlex.split(t))) for t in texts]
+    )
+    if len(set(chosen)) < len(chosen):
+        raise RecipeError("two variants of the ablation are equal")
+    if len(chosen) < 2:
+        raise RecipeError(f"an ablation needs at least two variants, found only {chosen[0].label}")
+    return chosen
+
+
+def _axis(entry: str) -> list[str]:
+    key, sign, values = entry.partition("=")
+    parts, depth, start = [], 0, 0
+    for i, letter in enumerate(values):
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            parts.append(values[start:i])
+            start = i + 1
+    parts.append(values[start:])
+    if not sign or not key or not all(p.strip() for p in parts):
+        raise RecipeError(f"--grid {entry!r}: expected key=value,value")
+    return [f"{key}={part.strip()}" for part in parts]
+
+
+def ablation_key(keys: Sequence[str]) -> str:
+    """Digest of the variants' training keys: what decides whether an ablation is the same one."""
+    return hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()[:12]
+
+
+def find_parent(key: str, but_not: str | None = None) -> Run | None:
+    """The newest parent run of this ablation, if there is one besides ``but_not``."""
+    client = MlflowClient()
+    experiments = [e.experiment_id for e in client.search_experiments(max_results=1000)]
+    runs = client.search_runs(experiments, f"tags.{KEY} = '{key}'", order_by=["attributes.start_time DESC"])
+    return next((run for run in runs if run.info.run_id != but_not), None)
+
+
+def adopt_children(old: Run, parent_id: str) -> int:
+    """Move the runs of an unfinished ablation under another parent and delete the old one; returns how many.
+
+    MLflow keeps deleted runs restorable; the old parent held nothing that the new one does not.
+    """
+    client = MlflowClient()
+    children = client.search_runs([old.info.experiment_id], f"tags.`{PARENT}` = '{old.info.run_id}'")
+    for child in children:
+        client.set_tag(child.info.run_id, PARENT, parent_id)
+    client.set_tag(old.info.run_id, "continued_in", parent_id)
+    client.delete_run(old.info.run_id)
+    return len(children)
+
+
+def finished_child(parent_id: str, training_key: str) -> Run | None:
+    """The finished run of a variant under its parent, if there is one."""
+    client = MlflowClient()
+    experiment = client.get_run(parent_id).info.experiment_id
+    condition = f"tags.`{PARENT}` = '{parent_id}' and tags.training_key = '{training_key}' and status = 'FINISHED'"
+    return next(iter(client.search_runs([experiment], condition)), None)
+
+
+def deciding_metric(results: Sequence[Result], main: str) -> str:
+    """The metric by which variants are compared: on the test set where there is one, else on validation."""
+    names = [name for r in results if r.run for name in r.run.data.metrics]
+    return next((n for n in (f"test/{main}", f"val/best_{main}") if n in names), f"test/{main}")
+
+
+def result_rows(results: Sequence[Result], metric: str) -> list[dict[str, Any]]:
+    """Rows of the table: variant, its overrides, the deciding metric, other metrics, loss, seconds, run."""
+    prefix = metric.rpartition("/")[0] + "/" + ("best_" if "/best_" in metric else "")
+    keys = list(dict.fromkeys(o.partition("=")[0] for r in results for o in r.variant.overrides))
+    rows = []
+    for result in results:
+        values = result.run.data.metrics if result.run else {}
+        given = dict(o.split("=", 1) for o in result.variant.overrides)
+        row: dict[str, Any] = {"variant": result.variant.label, **{k: given.get(k, "") for k in keys}}
+        row[metric] = values.get(metric, math.nan)
+        row |= {prefix + name: values[prefix + name] for name in SHOWN if prefix + name in values}
+        row |= {"train/loss": values.get("train/loss", math.nan), "seconds": values.get("wall_seconds", math.nan)}
+        rows.append({**row, "run_id": result.run.info.run_id if result.run else "", "error": result.error})
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    return [{k: row.get(k, math.nan) for k in columns} for row in rows]
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as CSV text; what is not known stays empty."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]))
+    writer.writeheader()
+    writer.writerows({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows)
+    return out.getvalue()
+
+
+def curves(result: Result, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric of a variant's run."""
+    if result.run is None:
+        return [], []
+    points = sorted(MlflowClient().get_metric_history(result.run.info.run_id, name), key=lambda p: p.step)
+    return [p.step for p in points], [p.value for p in points]

@@ -1,0 +1,27 @@
+"""Entry point ``train_maskrcnn``: train Mask R-CNN and register it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from pipelines.steps.edge import friendly
+from pipelines.steps.options import request_from, training_options
+
+
+@click.command()
+@training_options("demo_maskrcnn", "planes-mask", ("torchvision", "detectron2"))
+@friendly
+def main(**options: Any) -> None:
+    """Train Mask R-CNN on planes and their outlines, log it to MLflow and register it.
+
+    KEY VALUE pairs are Detectron2's settings, such as SOLVER.BASE_LR 0.0005.
+    """
+    from pipelines.steps.training import report, train_and_register
+
+    report(train_and_register(request_from("maskrcnn", options)))
+
+
+if __name__ == "__main__":
+    main()
