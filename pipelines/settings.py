@@ -129,10 +129,9 @@ class Detectron2Recipe(_Recipe, WindowSettings):
     def _dotted(cls, content: Any) -> Any:
         if isinstance(content, dict) and isinstance(content.get("opts"), dict):
             opts = dict(flatten(content["opts"]))
-            weights = opts.pop("MODEL.WEIGHTS", None)
             content = {**content, "opts": opts}
-            if weights is not None:
-                content["weights"] = weights or "none"
+            if "MODEL.WEIGHTS" in opts:
+                content["weights"] = opts.pop("MODEL.WEIGHTS") or "none"
         return content
 
     @property

@@ -84,7 +84,8 @@ def ablate(request: AblationRequest) -> None:
     with tracking.tracked_run(title, tags, earlier.info.run_id if earlier else None) as run:
         parent = _parent_of_children(run.info.run_id, earlier)
         os.environ.pop("MLFLOW_RUN_ID", None)
-        tracking.log_params({**request.__dict__, "variants": [v.label for v in variants], "metric": main_metric})
+        texts = {k: " ".join(getattr(request, k)) for k in ("grid", "variants", "overrides")}
+        tracking.log_params({**request.__dict__, **texts, "engine": plans[0].recipe.engine, "metric": main_metric})
         results: list[ablation.Result] = []
         for variant, plan in zip(variants, plans, strict=True):
             results.append(_one(variant, plan, parent, len(results) + 1, len(variants)))

@@ -179,7 +179,7 @@ def run_plan(plan: Plan) -> Trained:
             progress.close()
         mlflow.log_metrics({"wall_seconds": time.monotonic() - started, "best_step": outcome.step})
         mlflow.log_figure(figures.loss_figure(outcome.history, title), "figures/loss.png")
-        trained = _publish(plan, saved, run_id)
+        trained = publish(plan, saved, run_id)
     (folder / DONE_FILE).write_text(str(trained.version))
     for left in (*folder.glob("checkpoint.pt"), *folder.glob("model_*.pth"), folder / "last_checkpoint"):
         left.unlink(missing_ok=True)
@@ -214,17 +214,21 @@ def _train(plan: Plan, listeners: Sequence[Listener]) -> tuple[Path, Outcome]:
     return train_detector(recipe, data.train, data.val, folder, device, listeners)
 
 
-def _publish(plan: Plan, saved: Path, run_id: str) -> Trained:
-    """Evaluate the saved folder on validation and test, register it, log metrics linked to the version."""
+def publish(plan: Plan, saved: Path, run_id: str, trained_here: bool = True) -> Trained:
+    """Evaluate the saved folder on validation and test, register it, log metrics linked to the version.
+
+    Weights that were not ``trained_here`` may know the validation images: they are evaluated on test alone.
+    """
     request, data = plan.request, plan.data
     results: list[tuple[str, Evaluation, Dataset]] = []
-    for dataset, prefix in ((data.val, "val/best_"), (data.test, "test/")):
+    for dataset, prefix in ((data.val if trained_here else None, "val/best_"), (data.test, "test/")):
         if dataset is not None:
             evaluations, sheet = evaluate_with_sheet(saved, dataset, plan.device)
             results += [(prefix + p, e, dataset) for p, e in evaluations]
             mlflow.log_image(sheet, f"figures/{dataset.split}_samples.png")
     metrics = {p.removeprefix("test/") + k: v for p, e, d in results if d is data.test for k, v in e.finite().items()}
-    tags = version_tags(saved, data.train, data.test, metrics) | {"training_key": plan.key, "recipe": plan.recipe.name}
+    tags = version_tags(saved, data.train if trained_here else None, data.test, metrics)
+    tags |= {"recipe": plan.recipe.name} | ({"training_key": plan.key} if trained_here else {})
     example = example_image(request.task, data.train)
     version, model_id = registry.log_and_register(saved, request.register_as, example, tags, run_id, request.register)
     for prefix, evaluation, dataset in results:
@@ -236,12 +240,12 @@ def _publish(plan: Plan, saved: Path, run_id: str) -> Trained:
     return Trained(request.register_as, number, run_id, metrics, request.task)
 
 
-def version_tags(saved: Path, train: Dataset, test: Dataset | None, metrics: dict[str, float]) -> dict[str, str]:
+def version_tags(saved: Path, train: Dataset | None, test: Dataset | None, metrics: dict[str, float]) -> dict[str, str]:
     """Tags of a version: code, data, engine, weights and test metrics."""
     return {
         **tracking.source_tags(),
-        "data": f"{train.name}/{train.split}",
-        "data_digest": train.digest(),
+        "data": f"{train.name}/{train.split}" if train else "unknown",
+        "data_digest": train.digest() if train else "unknown",
         "test_digest": test.digest() if test else "none",
         "metrics": json.dumps({k: round(v, 4) for k, v in metrics.items()}),
         "weights_sha256": hashlib.sha256((saved / "weights.safetensors").read_bytes()).hexdigest(),

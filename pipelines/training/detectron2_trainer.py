@@ -188,6 +188,7 @@ def _log_to_file(folder: Path) -> None:
         logger = logging.getLogger(name)
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
+            handler.close()
         handler = logging.FileHandler(folder / LOG)
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
         logger.addHandler(handler)

@@ -264,6 +264,12 @@ class _Remaining(torch.utils.data.Dataset):
 def step_loader(batches: Batches, start: int, total: int, workers: int) -> torch.utils.data.DataLoader:
     """The batches of steps ``start`` to ``total``, made by ``workers`` processes (0: by this one)."""
     remaining = _Remaining(batches, start, total)
+    # A generator of its own: beginning to iterate draws a number, which would shift what the first step draws.
+    own = torch.Generator()
     return torch.utils.data.DataLoader(
-        remaining, batch_size=None, shuffle=False, num_workers=workers, collate_fn=lambda x: x
+        remaining, batch_size=None, shuffle=False, num_workers=workers, collate_fn=_as_it_is, generator=own
     )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -74,3 +75,15 @@ def project(tmp_path_factory: pytest.TempPathFactory, airfield: Path) -> Project
     made.train_unet("--steps", "8")
     made.train_detector("--steps", "40")
     return made
+
+
+@pytest.fixture(scope="module")
+def project_copy(tmp_path_factory: pytest.TempPathFactory, root: Path, airfield: Path) -> Project:
+    """A copy of what `mlflow run .` needs, with a store of its own."""
+    folder = tmp_path_factory.mktemp("copy") / "planes"
+    folder.mkdir()
+    for name in ("models", "pipelines", "scoring"):
+        shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("MLproject", "conda.yaml", "requirements.txt"):
+        shutil.copy(root / name, folder / name)
+    return Project(folder, airfield)

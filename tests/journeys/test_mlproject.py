@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import yaml
-
-from tests.journeys.conftest import Project
 
 pytestmark = pytest.mark.xdist_group("mlproject")
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory, root, airfield):
-    folder = tmp_path_factory.mktemp("copy") / "planes"
-    folder.mkdir()
-    for name in ("models", "pipelines", "scoring"):
-        shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("MLproject", "conda.yaml", "requirements.txt"):
-        shutil.copy(root / name, folder / name)
-    return Project(folder, airfield)
+def copy(project_copy):
+    return project_copy
 
 
 def _run(project, entry, *parameters):
@@ -35,6 +25,7 @@ def test_the_line_through_mlflow_run(copy):
     small = "overrides=training.batch_size=2 architecture.crop_size=64"
     _run(copy, "train_unet", data, "steps=3", "lr=0.001", small)
     _run(copy, "train_detector", data, "steps=3", "overrides=training.batch_size=2 window=128")
+    _run(copy, "train_maskrcnn", data, "steps=2", "overrides=training.batch_size=2 window=128")
     _run(copy, "promote", data, "model=planes-det/latest")
     _run(copy, "score", data, "model=planes-det/Production", "out=scored")
     assert (copy.folder / "scored" / "planes-det-1" / "instances.parquet").exists()
@@ -42,16 +33,17 @@ def test_the_line_through_mlflow_run(copy):
     runs = copy.client.search_runs([experiment.experiment_id])
     assert {r.info.status for r in runs} == {"FINISHED"}
     by_task = {r.data.tags.get("task"): r for r in runs}
-    assert {"unet", "detector", "promote", "score"} <= set(by_task)
+    assert {"unet", "detector", "maskrcnn", "promote", "score"} <= set(by_task)
     # One run each: the step writes into the run that `mlflow run` opened.
-    assert len(runs) == 5
+    assert len(runs) == 6
     assert by_task["unet"].data.params["optimizer.lr"] == "0.001"
     assert by_task["unet"].data.tags["mlflow.project.entryPoint"] == "train_unet"
 
 
 def test_every_parameter_is_typed_defaulted_and_used(root):
     project = yaml.safe_load((root / "MLproject").read_text())
-    assert set(project["entry_points"]) == {"main", "prepare_data", "train_unet", "train_detector", "promote", "score"}
+    training = {"train_unet", "train_detector", "train_maskrcnn", "import_model", "ablate"}
+    assert set(project["entry_points"]) == {"main", "prepare_data", "promote", "score"} | training
     for name, entry in project["entry_points"].items():
         for key, parameter in entry["parameters"].items():
             assert set(parameter) == {"type", "default"}, (name, key)

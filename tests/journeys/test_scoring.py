@@ -149,3 +149,12 @@ def test_mistakes_are_one_line(scored, tmp_path):
         assert message in error_line(project.score(*arguments, code=1)), arguments
     assert "give at least one --model" in project.score(*data, code=2).stderr
     assert "give --data" in project.score("--model", "planes-det/1", code=2).stderr
+
+
+def test_an_ap_carries_the_threshold_it_was_made_at(project):
+    done = project.score(
+        "--model", "planes-det/1", "--data", str(project.data), "--out", "high", "--score-threshold", "0.6"
+    )
+    assert "Evaluation results for bbox: airfield test, 2 images, score >= 0.6, maxDets 100" in done.stdout
+    content = json.loads((project.folder / "high" / "planes-det-1" / "metrics.json").read_text())
+    assert content[0]["settings"]["score_threshold"] == 0.6

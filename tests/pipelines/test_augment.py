@@ -5,8 +5,17 @@ import pytest
 
 from models.geometry import box_iou, rle_boxes, rle_decode, rle_encode
 from models.unet import SegmenterArchitecture
-from pipelines.data.augment import Augmentation, jitter_light, move_boxes, random_linear, random_window, warp
-from pipelines.data.batches import DetectorBatches, SegmenterBatches, epoch_items, mirror_whole
+from pipelines.data.augment import (
+    Augmentation,
+    jitter_light,
+    move_boxes,
+    move_mask,
+    random_linear,
+    random_window,
+    turned_whole,
+    warp,
+)
+from pipelines.data.batches import DetectorBatches, SegmenterBatches, epoch_items
 from pipelines.data.opening import open_dataset
 
 STRONG = Augmentation(rotation=0, scale=0.4, brightness=0.3, contrast=0.3, saturation=0.5, grayscale=0.2)
@@ -31,8 +40,52 @@ def test_boxes_follow_the_pixels_of_a_window(seed):
 @pytest.mark.parametrize("seed", range(8))
 def test_boxes_follow_the_pixels_of_a_whole_image(seed):
     image, boxes = _picture()
-    turned, moved = mirror_whole(np.random.default_rng(seed), image, boxes, Augmentation())
+    turned, affine = turned_whole(image, random_linear(np.random.default_rng(seed), Augmentation()))
+    moved, _ = move_boxes(boxes, affine, turned.shape[:2], 0.01)
+    assert sorted(turned.shape[:2]) == [300, 400]
+    assert turned.sum() == image.sum()
     assert rle_boxes([rle_encode(turned[:, :, 0] > 0)]).tolist() == moved.tolist()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_masks_follow_the_pixels_of_a_turned_and_scaled_image(seed):
+    image, _ = _picture()
+    settings = Augmentation(rotation=40, scale=0.5)
+    turned, affine = turned_whole(image, random_linear(np.random.default_rng(seed), settings))
+    moved = move_mask(image[120:160, 200:290, 0] > 0, 200, 120, affine, turned.shape[:2])
+    drawn = turned[:, :, 0] >= 128
+    assert (moved & drawn).sum() / (moved | drawn).sum() > 0.97
+    # Nothing of a turned image is lost at the edges of its canvas.
+    assert np.isclose(moved.sum(), 40 * 90 * abs(np.linalg.det(affine[:, :2])), rtol=0.05)
+
+
+@pytest.mark.parametrize("zoom", [0.3, 1.0, 1.7])
+def test_masks_follow_the_pixels_of_a_window(zoom):
+    image, boxes = _picture()
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        window, affine = random_window(rng, image, boxes, Augmentation(rotation=30), 160, 1.0, zoom)
+        moved = move_mask(image[120:160, 200:290, 0] > 0, 200, 120, affine, (160, 160))
+        drawn = window[:, :, 0] >= 128
+        assert (moved & drawn).sum() / (moved | drawn).sum() > 0.93
+
+
+def test_whole_images_are_fitted_with_their_boxes_and_masks(airfield):
+    data = open_dataset(str(airfield), "train")
+    batches = DetectorBatches(data, Augmentation(), 2, None, 0.8, 0.3, 7, masks=True, edges=(128, 160), max_edge=200)
+    examples = [e for step in range(3) for e in batches[step]]
+    assert {e.image.shape for e in examples} <= {(128, 128, 3), (160, 160, 3)}
+    for example in examples:
+        assert example.masks.shape == (len(example.boxes), *example.image.shape[:2])
+        assert rle_boxes([rle_encode(m) for m in example.masks]).tolist() == example.boxes.tolist()
+    assert sum(len(e.boxes) for e in examples) > 20
+
+
+def test_processes_share_a_batch_without_gaps(airfield):
+    batches = DetectorBatches(open_dataset(str(airfield), "train"), STRONG, 4, 128, 0.8, 0.3, 7)
+    whole, parts = batches[3], [batches.share(3, rank, 2) for rank in range(2)]
+    assert [e.image.tobytes() for e in whole[::2]] == [e.image.tobytes() for e in parts[0]]
+    assert [e.image.tobytes() for e in whole[1::2]] == [e.image.tobytes() for e in parts[1]]
 
 
 @pytest.mark.parametrize("zoom", [0.3, 0.55, 1.6])
@@ -75,10 +128,10 @@ def test_batches_depend_on_the_step_alone(airfield):
     data = open_dataset(airfield, "train")
     first, second = (DetectorBatches(data, STRONG, 2, 128, 0.8, 0.3, 7) for _ in range(2))
     first[0], first[1]
-    for (image, boxes), (again, same) in zip(first[5], second[5], strict=True):
-        assert image.tobytes() == again.tobytes()
-        assert boxes.tobytes() == same.tobytes()
-    assert first[4][0][0].tobytes() != first[5][0][0].tobytes()
+    for one, again in zip(first[5], second[5], strict=True):
+        assert one.image.tobytes() == again.image.tobytes()
+        assert one.boxes.tobytes() == again.boxes.tobytes()
+    assert first[4][0].image.tobytes() != first[5][0].image.tobytes()
 
 
 def test_every_item_is_seen_once_an_epoch():

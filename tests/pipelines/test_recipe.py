@@ -3,14 +3,15 @@
 import pytest
 
 from models.errors import RecipeError
-from pipelines.recipe import known_recipes, load_recipe
+from pipelines.recipe import known_recipes, load_recipe, opts_overrides
 
 
 @pytest.mark.parametrize("name", known_recipes())
 def test_every_recipe_is_valid(name):
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert recipe.flat()["optimizer.lr"] > 0
+    flat = recipe.flat()
+    assert flat.get("optimizer.lr", flat.get("opts.SOLVER.BASE_LR")) > 0
 
 
 def test_the_course_settings_are_those_of_the_course():
@@ -32,9 +33,58 @@ def test_the_course_settings_are_those_of_the_course():
         ("default", "resnet101", 0.00025, 500),
         ("final", "resnext101_32x8d", 0.0005, 5000),
     ):
-        flat = load_recipe(f"course_det_{name}").flat()
+        flat = load_recipe(f"course_det_{name}_torchvision").flat()
         assert (flat["architecture.backbone"], flat["optimizer.lr"], flat["training.steps"]) == (backbone, rate, steps)
         assert (flat["training.batch_size"], flat["architecture.roi_batch_size"]) == (2, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "rate", "iterations"),
+    [
+        ("course_det_default", "COCO-Detection/faster_rcnn_R_101_FPN_3x", 0.00025, 500),
+        ("course_det_final", "COCO-Detection/faster_rcnn_X_101_32x8d_FPN_3x", 0.0005, 5000),
+        ("course_mask", "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x", 0.0005, 5000),
+    ],
+)
+def test_the_course_settings_of_detectron2(name, config, rate, iterations):
+    recipe = load_recipe(name)
+    assert (recipe.engine, recipe.config, recipe.weights) == ("detectron2", config, "zoo")
+    expected = {"SOLVER.IMS_PER_BATCH": 2, "SOLVER.BASE_LR": rate, "SOLVER.MAX_ITER": iterations}
+    assert expected.items() <= recipe.opts.items()
+    assert recipe.opts["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"] == 512
+
+
+def test_an_engine_takes_the_recipes_twin():
+    assert load_recipe("demo_detector", engine="detectron2").name == "demo_detector_detectron2"
+    assert load_recipe("demo_detector", engine="torchvision").name == "demo_detector"
+    assert load_recipe("course_mask", engine="torchvision").name == "course_mask_torchvision"
+    with pytest.raises(RecipeError, match="is for engine torchvision; for detectron2 there are course_det_default, "):
+        load_recipe("detector", task="detector", engine="detectron2")
+
+
+def test_short_names_mean_the_same_in_every_engine():
+    given = ["steps=7", "lr=1e-4", "batch_size=3", "seed=5"]
+    flat = load_recipe("demo_detector", given).flat()
+    assert [flat[k] for k in ("training.steps", "optimizer.lr", "training.batch_size", "training.seed")] == [7, 1e-4, 3, 5]
+    recipe = load_recipe("demo_detector_detectron2", given)
+    keys = ("SOLVER.MAX_ITER", "SOLVER.BASE_LR", "SOLVER.IMS_PER_BATCH", "SEED")
+    assert [recipe.opts[k] for k in keys] == [7, 1e-4, 3, 5]
+    assert recipe.seed == 5
+    assert load_recipe("course_unet", ["steps=7"]).training.epochs is None
+    with pytest.raises(RecipeError, match="counts iterations"):
+        load_recipe("demo_detector_detectron2", ["epochs=3"])
+
+
+def test_detectron2s_keys_are_taken_whole_and_weights_from_either_place():
+    pairs = opts_overrides(["SOLVER.BASE_LR", "0.002", "MODEL.WEIGHTS", "a/b.pth", "INPUT.MIN_SIZE_TRAIN", "(64, 96)"])
+    recipe = load_recipe("course_det_default", [*pairs, "SOLVER.STEPS=[3,4]"])
+    assert (recipe.opts["SOLVER.BASE_LR"], recipe.weights, recipe.opts["SOLVER.STEPS"]) == (0.002, "a/b.pth", [3, 4])
+    assert "MODEL.WEIGHTS" not in recipe.opts
+    assert load_recipe("course_det_default", opts_overrides(["MODEL.WEIGHTS", ""])).weights == "none"
+    with pytest.raises(RecipeError, match="the last has no value"):
+        opts_overrides(["SOLVER.BASE_LR"])
+    with pytest.raises(RecipeError, match="opts are Detectron2's settings and this is for torchvision"):
+        load_recipe("demo_detector", pairs)
 
 
 def test_overrides_reach_every_level_and_keep_types():
@@ -47,7 +97,6 @@ def test_overrides_reach_every_level_and_keep_types():
     [
         ("training.step=7", r"unknown key 'training\.step'; did you mean 'training\.steps'\?"),
         ("optimiser.lr=1", r"unknown key 'optimiser'; did you mean"),
-        ("lr=1", r"unknown key 'lr'; did you mean 'optimizer\.lr'\?"),
         ("augmentation.zzz=1", "known here: augmentation.mirror"),
         ("training.steps=-1", r"training\.steps: .*greater than or equal to 1, found -1"),
         ("training.steps=many", r"training\.steps: .*found 'many'"),
@@ -66,7 +115,11 @@ def test_unknown_recipe_wrong_task_and_odd_files(tmp_path):
     with pytest.raises(RecipeError, match="is for task 'unet', this command trains 'detector'"):
         load_recipe("demo_unet", task="detector")
     path = tmp_path / "r.yaml"
-    for text, message in (("[1", "not valid YAML"), ("- 1", "expected keys"), ("task: dance", "expected detector or unet")):
+    for text, message in (
+        ("[1", "not valid YAML"),
+        ("- 1", "expected keys"),
+        ("task: dance", "expected one of unet with torch"),
+    ):
         path.write_text(text)
         with pytest.raises(RecipeError, match=message):
             load_recipe(str(path))

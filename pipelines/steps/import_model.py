@@ -1,0 +1,104 @@
+"""Entry point ``import_model``: weights trained elsewhere become a registered version."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipelines.steps.edge import friendly
+from pipelines.steps.options import AS_RECIPE, WORK_DIR, TrainingRequest, split_overrides
+
+
+@click.command()
+@click.option("--weights", required=True, help="A .pth, .pkl or .safetensors file of exactly the recipe's network.")
+@click.option("--recipe", default="course_det_default", show_default=True, help="Recipe that describes the network.")
+@click.option("--data", default="data/airfield", show_default=True, help="Data to evaluate on; its test split is used.")
+@click.option("--name", default="planes-det", show_default=True, help="Registered model to add a version to.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--engine", default=AS_RECIPE, type=click.Choice([AS_RECIPE, "torchvision", "detectron2"]), show_default=True)
+@click.option("--set", "overrides", multiple=True, help="section.key=value of the recipe; repeatable.")
+@click.argument("opts", nargs=-1, metavar="[KEY VALUE]...")
+@friendly
+def main(weights: str, recipe: str, engine: str, overrides: tuple[str, ...], opts: tuple[str, ...], **options: Any) -> None:
+    """Register weights trained elsewhere, such as the model_final.pth of a Detectron2 training.
+
+    Nothing in the file is executed; it leaves as safetensors. KEY VALUE pairs are
+    Detectron2's settings, those that the weights were trained with.
+    """
+    from pipelines.recipe import load_recipe, opts_overrides
+
+    pairs = opts_overrides([part for value in opts for part in shlex.split(value)])
+    changes = (*split_overrides(overrides), *pairs)
+    named = None if engine == AS_RECIPE else engine
+    task = load_recipe(recipe, engine=named).task
+    import_weights(
+        weights, TrainingRequest(task, recipe, options["data"], options["name"], options["device"], changes, named)
+    )
+
+
+def import_weights(weights: str, request: TrainingRequest) -> None:
+    """Build the recipe's network, load the file into it whole, evaluate, log and register.
+
+    Raises:
+        PlanesError: recipe, data or engine that cannot be used, weights of another network.
+    """
+    import tempfile
+
+    import mlflow
+
+    from pipelines import tracking
+    from pipelines.steps.training import plan_training, publish, report
+
+    plan = plan_training(request)
+    tracking.connect()
+    Path(WORK_DIR).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=WORK_DIR) as folder:
+        saved = load_into_network(plan.recipe, weights, Path(folder) / "model")
+        tags = {"task": "import", "recipe": plan.recipe.name, "engine": plan.recipe.engine}
+        with tracking.tracked_run(f"import {Path(weights).name}", tags) as run:
+            tracking.log_params({**plan.recipe.flat(), "weights": weights, "device": plan.device, "data": request.data})
+            for dataset, context in plan.data.parts():
+                tracking.log_dataset(dataset, context)
+            trained = publish(plan, saved, run.info.run_id, trained_here=False)
+            mlflow.set_tag("imported_from", Path(weights).name)
+    report(trained)
+
+
+def load_into_network(recipe: Any, weights: str, folder: Path) -> Path:
+    """The recipe's network with the file's weights as a saved folder.
+
+    Raises:
+        ModelError: the file is of another network, or cannot be read safely.
+    """
+    from models.predictor import save_model
+    from models.torch_tools import load_strict, read_checkpoint
+    from pipelines.settings import Detectron2Recipe, UNetRecipe
+
+    classes = [recipe.data.category]
+    if isinstance(recipe, Detectron2Recipe):
+        from models.detectron2_engine import build_network, detectron2_spec
+        from models.detectron2_weights import load_whole
+        from pipelines.training.detectron2_trainer import training_config
+
+        cfg = training_config(recipe, Path(), "cpu")
+        network = build_network(cfg, "cpu")
+        load_whole(network, weights)
+        return save_model(folder, detectron2_spec(recipe.config, cfg, classes), network.state_dict())
+    if isinstance(recipe, UNetRecipe):
+        from models.unet import build_segmenter, segmenter_spec
+
+        network, spec = build_segmenter(recipe.architecture), segmenter_spec(recipe.architecture, classes)
+    else:
+        from models.torchvision_engine import detector_spec
+        from models.torchvision_network import build_detector
+
+        network, spec = build_detector(recipe.architecture, 1), detector_spec(recipe.architecture, classes)
+    load_strict(network, read_checkpoint(weights), weights)
+    return save_model(folder, spec, network.state_dict())
+
+
+if __name__ == "__main__":
+    main()
