@@ -155,4 +155,12 @@ def test_a_version_of_an_absent_engine_says_what_it_needs(project, tmp_path):
     ],
 )
 def test_mistakes_end_in_one_line(project, arguments, message):
-    assert message in error_line(_train(project, "train_detector", *arguments, code=1))
+    from click.testing import CliRunner
+
+    from pipelines.steps.train_detector import main
+
+    done = CliRunner().invoke(main, ["--data", str(project.data), *arguments])
+    assert done.exit_code == 1
+    lines = [line for line in done.output.splitlines() if line.startswith("Error:")]
+    assert len(lines) == 1
+    assert message in lines[0]
