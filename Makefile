@@ -19,6 +19,8 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.evaluation
+	$(BIN)/python -m benchmarks.masks
+	$(BIN)/python -m benchmarks.comparison
 
 clean:
 	rm -rf $(VENV)

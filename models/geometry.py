@@ -153,17 +153,38 @@ def rle_paste(mask: np.ndarray, left: int, top: int, height: int, width: int) ->
     rows, columns = mask.shape
     if left < 0 or top < 0 or left + columns > width or top + rows > height:
         raise ValueError(f"crop {columns}x{rows} at ({left}, {top}) leaves the image {width}x{height}")
-    padded = np.zeros((columns, rows + 2), dtype=np.int8)
-    padded[:, 1:-1] = mask.T
-    column, edge = np.nonzero(np.diff(padded, axis=1))
-    # Positions in column order at which the value changes; runs are their differences.
-    changes = (column.astype(np.int64) + left) * height + top + edge
-    # A run that reaches the bottom of one image column may go on at the top of the
-    # next: both changes then fall on one position and cancel out.
+    starts, lengths = mask_runs(mask.T, top, left, height)
+    return rle_from_runs(starts, lengths, height, width)
+
+
+def mask_runs(mask: np.ndarray, left: int, top: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Runs along the rows of an image ``width`` wide that is empty but for ``mask`` at (left, top).
+
+    Returns:
+        Starts, counted from 0 along the rows, and lengths, int64 (N,), ascending; a run
+        goes on from the end of one row to the begin of the next.
+
+    >>> [v.tolist() for v in mask_runs(np.array([[0, 1], [1, 1]]), 2, 0, 4)]
+    [[3, 6], [1, 2]]
+    """
+    mask = np.asarray(mask, dtype=bool)
+    rows, columns = mask.shape
+    padded = np.zeros((rows, columns + 2), dtype=np.int8)
+    padded[:, 1:-1] = mask
+    row, edge = np.nonzero(np.diff(padded, axis=1))
+    # Positions at which the value changes.
+    changes = (row.astype(np.int64) + top) * width + left + edge
+    # A run that reaches the end of one image row may go on at the begin of the next:
+    # both changes then fall on one position and cancel out.
     if len(changes) > 1:
         same = np.flatnonzero(changes[1:] == changes[:-1])
         changes = np.delete(changes, np.concatenate([same, same + 1]))
-    bounds = np.concatenate([[0], changes, [height * width]])
+    return changes[::2], changes[1::2] - changes[::2]
+
+
+def rle_from_runs(starts: np.ndarray, lengths: np.ndarray, height: int, width: int) -> RLE:
+    """RLE from ascending runs down the columns, counted from 0."""
+    bounds = np.concatenate([[0], np.stack([starts, starts + lengths], axis=1).ravel(), [height * width]])
     counts = np.diff(bounds)
     # A mask that starts at pixel 0 already has its leading empty run of length 0; a
     # mask that ends at the last pixel must not get a trailing one.
@@ -171,3 +192,53 @@ def rle_paste(mask: np.ndarray, left: int, top: int, height: int, width: int) ->
         counts = counts[:-1]
     uncompressed = {"size": [height, width], "counts": [int(v) for v in counts]}
     return rle_text(coco_mask.frPyObjects(uncompressed, height, width))
+
+
+def rle_counts(rle: RLE) -> np.ndarray:
+    """Lengths of the runs of a compressed RLE, int64 (N,): empty, mask, empty, ... down the columns.
+
+    The format is that of pycocotools' ``rleToString``: groups of 5 bits with a
+    continuation bit, from the third run on as the difference to the run two before.
+
+    >>> rle_counts(rle_encode(np.array([[0, 1], [1, 1]]))).tolist()
+    [1, 3]
+    """
+    counts = rle["counts"]
+    codes = np.frombuffer(counts.encode("ascii") if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
+    if not len(codes):
+        return np.zeros(0, np.int64)
+    last = (codes & 0x20) == 0
+    group = np.concatenate([[0], np.cumsum(last)[:-1]])
+    place = np.arange(len(codes)) - np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])[group]
+    values = np.bincount(group, (codes & 0x1F) << (5 * place)).astype(np.int64)
+    # The highest bit of the last group is the sign.
+    negative = (codes[last] & 0x10) != 0
+    values -= np.where(negative, np.int64(1) << (5 * (place[last] + 1)), 0)
+    # Runs 1, 3, 5, ... and 2, 4, 6, ... are differences along themselves; run 0 stands alone.
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
+
+
+def rle_crop(rle: RLE) -> tuple[np.ndarray, int, int]:
+    """The mask's own part of the image: bool (h, w), left, top; 0 x 0 for an empty mask.
+
+    Only that part is made dense.
+
+    >>> part, left, top = rle_crop(rle_paste(np.array([[1, 0], [1, 1]]), 5, 7, 100, 100))
+    >>> part.astype(int).tolist(), left, top
+    ([[1, 0], [1, 1]], 5, 7)
+    """
+    height = int(rle["size"][0])
+    counts = rle_counts(rle)
+    ends = np.cumsum(counts)
+    starts, lengths = (ends - counts)[1::2], counts[1::2]
+    total = int(lengths.sum())
+    if total == 0:
+        return np.zeros((0, 0), bool), 0, 0
+    pixels = np.repeat(starts - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths) + np.arange(total)
+    columns, rows = np.divmod(pixels, height)
+    left, top = int(columns.min()), int(rows.min())
+    part = np.zeros((int(rows.max()) - top + 1, int(columns.max()) - left + 1), bool)
+    part[rows - top, columns - left] = True
+    return part, left, top

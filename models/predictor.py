@@ -24,12 +24,14 @@ SPEC_FILE = "model.json"
 WEIGHTS_FILE = "weights.safetensors"
 MAX_SPEC_BYTES = 1_000_000
 
-# (kind, engine) -> function that builds a predictor from (spec, weights, device); imported on use.
+# (kind, engine) -> function that builds a predictor from (spec, weights, device), imported on use;
+# that of a composition takes the folder instead of weights.
 BUILDERS = {
     ("detector", "torchvision"): "models.torchvision_engine:load_detector",
     ("detector", "detectron2"): "models.detectron2_engine:load_detectron2",
     ("instance_segmenter", "torchvision"): "models.torchvision_engine:load_detector",
     ("instance_segmenter", "detectron2"): "models.detectron2_engine:load_detectron2",
+    ("instance_segmenter", "composed"): "models.composed:load_composed",
     ("segmenter", "smp"): "models.unet:load_segmenter",
     ("segmenter", "skipnet"): "models.unet:load_segmenter",
 }
@@ -138,7 +140,9 @@ def load_model(folder: str | Path, device: str = "cpu") -> Predictor:
         known = ", ".join("/".join(key) for key in BUILDERS)
         raise ModelError(f"{folder}: unknown model {spec.kind}/{spec.engine}; known: {known}")
     module, function = target.split(":")
-    return getattr(importlib.import_module(module), function)(spec, read_weights(folder), device)
+    # A composition has no weights of its own; its parts are folders like this one.
+    source = Path(folder) if spec.engine == "composed" else read_weights(folder)
+    return getattr(importlib.import_module(module), function)(spec, source, device)
 
 
 def read_weights(folder: str | Path) -> dict[str, Any]:

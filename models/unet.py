@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -141,6 +141,14 @@ def normalise(crops: np.ndarray, by: Literal["imagenet", "crop"] = "imagenet") -
     return torch.from_numpy(scaled).permute(0, 3, 1, 2)
 
 
+class CropMask(NamedTuple):
+    """A mask in its own part of an image: bool (h, w) at (left, top)."""
+
+    mask: np.ndarray
+    left: int
+    top: int
+
+
 class CropSegmenter:
     """Segments the plane in a crop; as a Predictor it takes each image as one crop."""
 
@@ -177,6 +185,13 @@ class CropSegmenter:
 
     def masks_in_boxes(self, images: Sequence[np.ndarray], boxes: Sequence[Any]) -> list[list[RLE]]:
         """One mask per box: ``boxes[i]`` is xyxy (N_i, 4) in ``images[i]``; RLE of the image's size, in order."""
+        return [
+            [rle_paste(c.mask, c.left, c.top, *image.shape[:2]) for c in of_image]
+            for image, of_image in zip(images, self.crop_masks(images, boxes), strict=True)
+        ]
+
+    def crop_masks(self, images: Sequence[np.ndarray], boxes: Sequence[Any]) -> list[list[CropMask]]:
+        """As `masks_in_boxes`, each mask in its own crop; crops of all images share the batches."""
         windows = [
             [crop_window(box, image.shape[0], image.shape[1], self.architecture.margin) for box in of_image]
             for image, of_image in zip(images, boxes, strict=True)
@@ -184,10 +199,7 @@ class CropSegmenter:
         crops = [image[y1:y2, x1:x2] for image, ws in zip(images, windows, strict=True) for x1, y1, x2, y2 in ws]
         probabilities = iter(self.segment(crops))
         threshold = self.architecture.threshold
-        return [
-            [rle_paste(next(probabilities) >= threshold, x1, y1, *image.shape[:2]) for x1, y1, _, _ in ws]
-            for image, ws in zip(images, windows, strict=True)
-        ]
+        return [[CropMask(next(probabilities) >= threshold, x1, y1) for x1, y1, _, _ in ws] for ws in windows]
 
     @torch.inference_mode()
     def _forward(self, batch: torch.Tensor) -> np.ndarray:

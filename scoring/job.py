@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -20,18 +21,19 @@ from pipelines.evaluation import Evaluation
 from pipelines.prediction import evaluate_predictions, is_segmenter
 from scoring.reader import Failure
 from scoring.runners.local import predict_all
-from scoring.writers import coco, overlays, parquet
+from scoring.writers import coco, kaggle, overlays, parquet
 
 Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
 
 
 @dataclass(frozen=True)
 class JobSettings:
-    """How to score: images per forward pass, least score kept, number of overlays."""
+    """How to score: images per forward pass, least score kept, number of overlays, convention of the Kaggle CSV."""
 
     batch_size: int = 1
     score_threshold: float = 0.05
     overlays: int = 3
+    rle: kaggle.Convention = "course"
 
 
 @dataclass
@@ -45,6 +47,9 @@ class JobResult:
     failures: list[Failure]
     seconds: float
     evaluations: list[tuple[str, Evaluation]] = field(default_factory=list)
+    segmenter: bool = False
+    score_threshold: float = 0.05
+    megabytes: float = math.nan
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -103,8 +108,9 @@ def run_job(
     if not found:
         raise DataError(f"none of {len(dataset)} images could be read; the first: {failures[0].message}")
     job = JobResult(label, folder, len(found), sum(map(len, found)), failures, seconds)
+    job.segmenter, job.score_threshold = is_segmenter(predictor), settings.score_threshold
     try:
-        _write(job, dataset, found, settings, is_segmenter(predictor))
+        _write(job, dataset, found, settings, job.segmenter)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written ({error.strerror or one_line(error)})") from None
     return job
@@ -116,6 +122,8 @@ def _write(job: JobResult, dataset: Dataset, found: list[Instances], settings: J
     parquet.write_failures(job.failures, job.folder / "errors.parquet")
     read_back = parquet.read_instances(table)
     coco.write_results(read_back, dataset, job.folder / "coco_results.json")
+    if any(f.masks is not None for f in found) or not job.instances:
+        kaggle.write_submission(read_back, dataset, job.folder / "kaggle.csv", settings.rle)
     if settings.overlays:
         overlays.write_overlays(read_back, dataset, job.folder / "overlays", settings.overlays)
     scored = {f.image_id for f in found}

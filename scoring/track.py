@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from pathlib import Path
 
 import mlflow
@@ -13,12 +13,17 @@ from models.errors import RegistryError, one_line
 from pipelines import tracking
 from pipelines.data.dataset import Dataset
 from pipelines.registry import Resolved
-from scoring.compare import Scored
-from scoring.job import JobResult
+from scoring.compare import Comparison, Scored
+from scoring.job import JobResult, folder_name
 
 
-def log_job(job: JobResult, resolved: Resolved, dataset: Dataset, params: dict[str, object]) -> str:
-    """Log one scoring as an MLflow run with its outputs; return the run's id."""
+def log_job(
+    job: JobResult, resolved: Resolved, dataset: Dataset, params: dict[str, object], megabytes: float = math.nan
+) -> str:
+    """Log one scoring as an MLflow run with its outputs; return the run's id.
+
+    ``megabytes`` is the size of the model's saved folder.
+    """
     # A number on training images must never look like one on test images.
     prefix = next((f"{name}/" for name in ("train", "val") if dataset.split.startswith(name)), "test/")
     tags = {"task": "score", "version": job.label, "metric_prefix": prefix}
@@ -28,6 +33,8 @@ def log_job(job: JobResult, resolved: Resolved, dataset: Dataset, params: dict[s
         if resolved.model_id:
             mlflow.log_input(model=LoggedModelInput(resolved.model_id))
         counts = {"images": job.images, "instances": job.instances, "errors": len(job.failures)}
+        if not math.isnan(megabytes):
+            mlflow.log_metric("model_megabytes", megabytes)
         mlflow.log_metrics({**counts, "seconds": job.seconds, "images_per_second": job.images / job.seconds})
         for kind, evaluation in job.evaluations:
             tracking.log_evaluation(prefix + kind, evaluation, dataset, resolved.model_id)
@@ -58,6 +65,9 @@ def load_scored(run_id: str) -> Scored:
         metrics,
         int(run.data.metrics.get("images", 0)),
         run.data.metrics.get("seconds", 0.0),
+        run.data.params.get("data.used", run.data.params.get("data", "")),
+        float(run.data.params.get("score_threshold", 0.05)),
+        run.data.metrics.get("model_megabytes", math.nan),
     )
 
 
@@ -69,7 +79,17 @@ def recent_runs(most: int = 5) -> str:
     return f"newest scoring runs: {listed}" if listed else "there are no scoring runs yet"
 
 
-def log_comparison(csv: Path, labels: Sequence[str]) -> None:
-    """Log a comparison table as a run of its own."""
-    with tracking.tracked_run(f"compare {', '.join(labels)}", {"task": "compare"}):
-        mlflow.log_artifact(str(csv))
+def log_comparison(folder: Path, comparison: Comparison, dataset: Dataset) -> str:
+    """Log a comparison with its report, table and differences as a run of its own; return the run's id."""
+    labels = comparison.labels
+    with tracking.tracked_run(f"compare {', '.join(labels)}", {"task": "compare"}) as run:
+        tracking.log_params({"models": ", ".join(labels), **comparison.settings})
+        tracking.log_dataset(dataset, "comparison")
+        for pair in comparison.pairs:
+            name = f"{folder_name(pair.label)}/{'mask_' if pair.kind == 'segm' else ''}AP_difference"
+            mlflow.log_metric(name, pair.difference)
+            if pair.interval is not None:
+                mlflow.log_metrics({f"{name}_low": pair.interval[0], f"{name}_high": pair.interval[1]})
+        for name in ("report.html", "comparison.csv"):
+            mlflow.log_artifact(str(folder / name))
+        return run.info.run_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from dataclasses import replace
 from pathlib import Path
 
 from models.errors import DataError
@@ -22,11 +23,16 @@ def open_dataset(
     ``<split>.json``, ``annotations/instances_<split>.json`` (also with 2017), and
     ``<split>/_annotations.coco.json``; without any, ``<split>/`` or the folder itself
     is taken as images without ground truth. Of a single JSON file ``split`` is the label.
+    ``train+test`` takes the splits of a folder one after the other.
 
     Raises:
         DataError: nothing usable there.
     """
     path = Path(where)
+    if "+" in split and path.is_dir():
+        parts = [open_dataset(where, part, category, scene_pattern) for part in split.split("+")]
+        samples = with_unique_ids([s for part in parts for s in part.samples], path)
+        return replace(parts[0], split=split, samples=samples)
     if path.is_file() and path.suffix.lower() == ".json":
         return _read_json_file(path, path.stem.removesuffix("_coco") if split == "all" else split, category, scene_pattern)
     if path.is_dir():

@@ -50,7 +50,8 @@ def import_weights(weights: str, request: TrainingRequest) -> None:
     import mlflow
 
     from pipelines import tracking
-    from pipelines.steps.training import plan_training, publish, report
+    from pipelines.steps.publishing import Publication, example_image, publish
+    from pipelines.steps.training import KIND, Trained, plan_training, report
 
     plan = plan_training(request)
     tracking.connect()
@@ -62,9 +63,13 @@ def import_weights(weights: str, request: TrainingRequest) -> None:
             tracking.log_params({**plan.recipe.flat(), "weights": weights, "device": plan.device, "data": request.data})
             for dataset, context in plan.data.parts():
                 tracking.log_dataset(dataset, context)
-            trained = publish(plan, saved, run.info.run_id, trained_here=False)
+            # What the weights were trained on is not known: nothing but test images says anything about them.
+            example = example_image(KIND[request.task], plan.data.train)
+            tags = {"recipe": plan.recipe.name}
+            what = Publication(saved, request.register_as, example, test=plan.data.test, tags=tags)
+            version, metrics = publish(what, run.info.run_id, plan.device)
             mlflow.set_tag("imported_from", Path(weights).name)
-    report(trained)
+    report(Trained(request.register_as, version, run.info.run_id, metrics, request.task))
 
 
 def load_into_network(recipe: Any, weights: str, folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -12,24 +11,21 @@ from pathlib import Path
 
 import click
 import mlflow
-import numpy as np
 
 import models
 from models.detectron2_engine import require_detectron2
 from models.errors import DataError, RecipeError
-from models.geometry import crop_window
 from models.pyfunc import code_digest
 from models.torch_tools import pick_device
 from pipelines import figures, registry, tracking
 from pipelines.data.dataset import Dataset, split_by_scene
 from pipelines.data.opening import open_dataset
-from pipelines.evaluation import Evaluation, coco_tables
 from pipelines.prediction import MAIN_METRIC
 from pipelines.recipe import load_recipe
 from pipelines.settings import Detectron2Recipe, Recipe, UNetRecipe
-from pipelines.sheets import evaluate_with_sheet
 from pipelines.steps.edge import ProgressListener
 from pipelines.steps.options import TrainingRequest
+from pipelines.steps.publishing import Publication, example_image, publish
 from pipelines.training.detector import train_detector
 from pipelines.training.loop import Listener, Outcome
 from pipelines.training.unet import train_unet
@@ -179,7 +175,7 @@ def run_plan(plan: Plan) -> Trained:
             progress.close()
         mlflow.log_metrics({"wall_seconds": time.monotonic() - started, "best_step": outcome.step})
         mlflow.log_figure(figures.loss_figure(outcome.history, title), "figures/loss.png")
-        trained = publish(plan, saved, run_id)
+        trained = _publish(plan, saved, run_id)
     (folder / DONE_FILE).write_text(str(trained.version))
     for left in (*folder.glob("checkpoint.pt"), *folder.glob("model_*.pth"), folder / "last_checkpoint"):
         left.unlink(missing_ok=True)
@@ -214,50 +210,20 @@ def _train(plan: Plan, listeners: Sequence[Listener]) -> tuple[Path, Outcome]:
     return train_detector(recipe, data.train, data.val, folder, device, listeners)
 
 
-def publish(plan: Plan, saved: Path, run_id: str, trained_here: bool = True) -> Trained:
-    """Evaluate the saved folder on validation and test, register it, log metrics linked to the version.
-
-    Weights that were not ``trained_here`` may know the validation images: they are evaluated on test alone.
-    """
+def _publish(plan: Plan, saved: Path, run_id: str) -> Trained:
     request, data = plan.request, plan.data
-    results: list[tuple[str, Evaluation, Dataset]] = []
-    for dataset, prefix in ((data.val if trained_here else None, "val/best_"), (data.test, "test/")):
-        if dataset is not None:
-            evaluations, sheet = evaluate_with_sheet(saved, dataset, plan.device)
-            results += [(prefix + p, e, dataset) for p, e in evaluations]
-            mlflow.log_image(sheet, f"figures/{dataset.split}_samples.png")
-    metrics = {p.removeprefix("test/") + k: v for p, e, d in results if d is data.test for k, v in e.finite().items()}
-    tags = version_tags(saved, data.train if trained_here else None, data.test, metrics)
-    tags |= {"recipe": plan.recipe.name} | ({"training_key": plan.key} if trained_here else {})
-    example = example_image(request.task, data.train)
-    version, model_id = registry.log_and_register(saved, request.register_as, example, tags, run_id, request.register)
-    for prefix, evaluation, dataset in results:
-        tracking.log_evaluation(prefix, evaluation, dataset, model_id)
-        if dataset is data.test and "max_dets" in evaluation.settings:
-            click.echo(coco_tables(evaluation))
-    number = str(version.version) if version else None
-    mlflow.set_tag("version", f"{request.register_as}/{number}" if number else model_id)
+    what = Publication(
+        saved,
+        request.register_as,
+        example_image(KIND[request.task], data.train),
+        data.train,
+        data.val,
+        data.test,
+        {"training_key": plan.key, "recipe": plan.recipe.name},
+        request.register,
+    )
+    number, metrics = publish(what, run_id, plan.device)
     return Trained(request.register_as, number, run_id, metrics, request.task)
-
-
-def version_tags(saved: Path, train: Dataset | None, test: Dataset | None, metrics: dict[str, float]) -> dict[str, str]:
-    """Tags of a version: code, data, engine, weights and test metrics."""
-    return {
-        **tracking.source_tags(),
-        "data": f"{train.name}/{train.split}" if train else "unknown",
-        "data_digest": train.digest() if train else "unknown",
-        "test_digest": test.digest() if test else "none",
-        "metrics": json.dumps({k: round(v, 4) for k, v in metrics.items()}),
-        "weights_sha256": hashlib.sha256((saved / "weights.safetensors").read_bytes()).hexdigest(),
-        "engine": json.loads((saved / "model.json").read_text())["engine"],
-    }
-
-
-def example_image(task: str, train: Dataset) -> np.ndarray:
-    """A small input: a plane's crop for a segmenter, a corner with a plane for a detector."""
-    sample = next(s for s in train.samples if len(s.boxes))
-    x1, y1, x2, y2 = crop_window(sample.boxes[0], sample.height, sample.width, 0.0 if task == "unet" else 0.5)
-    return sample.read()[y1:y2, x1:x2]
 
 
 def report(trained: Trained) -> None:

@@ -42,7 +42,7 @@ def test_the_line_through_mlflow_run(copy):
 
 def test_every_parameter_is_typed_defaulted_and_used(root):
     project = yaml.safe_load((root / "MLproject").read_text())
-    training = {"train_unet", "train_detector", "train_maskrcnn", "import_model", "ablate"}
+    training = {"train_unet", "train_detector", "train_maskrcnn", "import_model", "ablate", "compose", "compare"}
     assert set(project["entry_points"]) == {"main", "prepare_data", "promote", "score"} | training
     for name, entry in project["entry_points"].items():
         for key, parameter in entry["parameters"].items():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.composed import ComposedArchitecture, save_composed
 from models.errors import ModelError
 from models.geometry import rle_decode
 from models.predictor import Predictor, load_model, save_model
@@ -57,7 +58,13 @@ def _detectron2(folder, config="COCO-Detection/faster_rcnn_R_50_FPN_1x", **setti
     return save_model(folder, detectron2_spec(config, cfg, ["plane"]), build_network(cfg, "cpu").state_dict())
 
 
+def _composed(folder):
+    parts = _detector(folder.parent / "d"), _segmenter(folder.parent / "s", network="unet", encoder="resnet18")
+    return save_composed(folder, *parts, ComposedArchitecture(), {})
+
+
 MAKERS = {
+    "composed": _composed,
     "mask rcnn": _mask_rcnn,
     "mask rcnn resized": lambda f: _mask_rcnn(f, min_size=96, max_size=160, heads="v2"),
     "detectron2 detector": _detectron2,

@@ -1,0 +1,137 @@
+"""A box detector and a crop segmenter as one instance segmenter; the saved folder holds both."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.errors import ModelError, one_line
+from models.geometry import rle_paste
+from models.instances import Instances
+from models.predictor import SPEC_FILE, ModelSpec, Predictor, load_model, parse_architecture, read_spec
+from models.unet import CropMask, CropSegmenter
+
+DETECTOR, SEGMENTER = "detector", "segmenter"
+
+
+class ComposedArchitecture(BaseModel):
+    """How the parts work together.
+
+    ``overlaps``: ``exclusive`` gives each pixel to one plane, that of the higher score;
+    ``keep`` leaves masks as they are. ``min_score``: detections below are not segmented.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    overlaps: Literal["exclusive", "keep"] = "exclusive"
+    min_score: float = Field(default=0.0, ge=0, le=1)
+
+
+class ComposedPredictor:
+    """Detects, segments all boxes of all images together in large batches, pastes the masks back."""
+
+    def __init__(self, detector: Predictor, segmenter: CropSegmenter, architecture: ComposedArchitecture) -> None:
+        self.detector, self.segmenter, self.architecture = detector, segmenter, architecture
+
+    def predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
+        """Planes with masks in RGB uint8 images of any sizes; see `Predictor`.
+
+        A detection of which no pixel is left is no plane.
+        """
+        found = [f.above(self.architecture.min_score) for f in self.detector.predict(images)]
+        cropped = self.segmenter.crop_masks(images, [f.boxes for f in found])
+        return [self._outlined(f, crops) for f, crops in zip(found, cropped, strict=True)]
+
+    def _outlined(self, found: Instances, crops: Sequence[CropMask]) -> Instances:
+        # Detections come best score first.
+        if self.architecture.overlaps == "exclusive":
+            crops = without_overlaps(crops, found.height, found.width)
+        keep = [i for i, crop in enumerate(crops) if crop.mask.any()]
+        masks = tuple(rle_paste(*crops[i], found.height, found.width) for i in keep)
+        boxes, scores, labels = found.boxes[keep], found.scores[keep], found.labels[keep]
+        return Instances(found.image_id, found.height, found.width, boxes, scores, labels, masks)
+
+
+def without_overlaps(crops: Sequence[CropMask], height: int, width: int) -> list[CropMask]:
+    """The masks with each pixel left to the first one that covers it.
+
+    One bit map of the image is made, none per mask.
+    """
+    taken = np.zeros((height, width), bool)
+    result = []
+    for crop in crops:
+        rows, columns = crop.mask.shape
+        window = taken[crop.top : crop.top + rows, crop.left : crop.left + columns]
+        mask = crop.mask & ~window
+        window |= mask
+        result.append(CropMask(mask, crop.left, crop.top))
+    return result
+
+
+def save_composed(
+    folder: str | Path,
+    detector: str | Path,
+    segmenter: str | Path,
+    architecture: ComposedArchitecture,
+    parts: Mapping[str, str],
+) -> Path:
+    """Write a folder that holds copies of both saved folders, whole or not at all.
+
+    Args:
+        parts: where the parts come from, such as ``{"detector": "planes-det/3"}``.
+
+    Raises:
+        ModelError: a part of the wrong kind, other classes, or a folder that cannot be written.
+    """
+    specs = {DETECTOR: read_spec(detector), SEGMENTER: read_spec(segmenter)}
+    for role, spec in specs.items():
+        if spec.kind != role:
+            raise ModelError(f"{parts.get(role, role)}: is a {spec.kind}, a {role} is needed")
+    classes = specs[DETECTOR].classes
+    versions = {f"{role}.{k}": v for role, spec in specs.items() for k, v in spec.versions.items()}
+    made = ModelSpec(
+        kind="instance_segmenter",
+        engine="composed",
+        architecture=architecture.model_dump(),
+        classes=classes,
+        versions={**versions, **{f"{role}.version": name for role, name in parts.items()}},
+    )
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        temporary.chmod(0o755)
+        for role, source in ((DETECTOR, detector), (SEGMENTER, segmenter)):
+            shutil.copytree(source, temporary / role)
+        (temporary / SPEC_FILE).write_text(json.dumps(made.model_dump(), indent=2) + "\n")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(temporary, folder)
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot save the model ({one_line(error)})") from None
+    return folder
+
+
+def load_composed(spec: ModelSpec, folder: Path, device: str) -> ComposedPredictor:
+    """Build the predictor of a saved composition from the folders inside it.
+
+    Raises:
+        ModelError: a part is missing, damaged or of the wrong kind.
+        EngineMissing: the detector needs a library that is not installed.
+    """
+    architecture = parse_architecture(spec, ComposedArchitecture)
+    for role in (DETECTOR, SEGMENTER):
+        kind = read_spec(folder / role).kind
+        if kind != role:
+            raise ModelError(f"{folder / role}: is a {kind}, a {role} is needed")
+    segmenter = load_model(folder / SEGMENTER, device)
+    assert isinstance(segmenter, CropSegmenter)
+    return ComposedPredictor(load_model(folder / DETECTOR, device), segmenter, architecture)

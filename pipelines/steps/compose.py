@@ -1,0 +1,95 @@
+"""Entry point ``compose``: a detector version and a segmenter version become an instance segmenter version."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from pipelines.steps.edge import friendly
+from pipelines.steps.options import WORK_DIR
+
+
+@dataclass(frozen=True)
+class ComposeRequest:
+    """What the command was asked for."""
+
+    detector: str
+    segmenter: str
+    name: str
+    data: str
+    overlaps: Literal["exclusive", "keep"]
+    min_score: float
+    device: str
+
+
+@click.command()
+@click.option("--detector", default="planes-det/latest", show_default=True, help="NAME/VERSION, NAME/ALIAS or a folder.")
+@click.option("--segmenter", default="planes-unet/latest", show_default=True, help="NAME/VERSION, NAME/ALIAS or a folder.")
+@click.option("--name", default="planes-inst", show_default=True, help="Registered model to add a version to.")
+@click.option("--data", default="data/airfield", show_default=True, help="Data to evaluate on; its test split is used.")
+@click.option(
+    "--overlaps",
+    default="exclusive",
+    show_default=True,
+    type=click.Choice(["exclusive", "keep"]),
+    help="exclusive: a pixel belongs to the plane of the higher score.",
+)
+@click.option("--min-score", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Least score to segment.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@friendly
+def main(**options: Any) -> None:
+    """Compose planes-det and planes-unet into planes-inst, evaluate, log and register it.
+
+    The version holds both parts and loads alone; its tags name the versions they came from.
+    """
+    compose(ComposeRequest(**options))
+
+
+def compose(request: ComposeRequest) -> tuple[str, str | None]:
+    """Compose, evaluate on the test split where there is one, register; returns name and version.
+
+    Raises:
+        PlanesError: parts, data or store that cannot be used.
+    """
+    import mlflow
+
+    from models.composed import ComposedArchitecture, save_composed
+    from models.torch_tools import pick_device
+    from pipelines import registry, tracking
+    from pipelines.data.opening import open_dataset
+    from pipelines.steps.publishing import Publication, example_image, publish
+    from pipelines.steps.training import open_test
+
+    uri = tracking.connect()
+    parts = {"detector": registry.resolve(request.detector), "segmenter": registry.resolve(request.segmenter)}
+    named = {role: part.label for role, part in parts.items()}
+    test = open_test(request.data, "plane", None)
+    device = pick_device(request.device)
+    architecture = ComposedArchitecture(overlaps=request.overlaps, min_score=request.min_score)
+    Path(WORK_DIR).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=WORK_DIR) as work:
+        folders = {role: registry.fetch(part) for role, part in parts.items()}
+        saved = save_composed(Path(work) / "model", folders["detector"], folders["segmenter"], architecture, named)
+        title = f"{request.name} {named['detector']} + {named['segmenter']}"
+        with tracking.tracked_run(title, {"task": "compose", **named}) as run:
+            tracking.log_params({**request.__dict__, **named, "device": device})
+            for part in parts.values():
+                if part.model_id:
+                    mlflow.log_input(model=mlflow.entities.LoggedModelInput(part.model_id))
+            if test is not None:
+                tracking.log_dataset(test, "test")
+            example_from = test or open_dataset(request.data, "train")
+            what = Publication(saved, request.name, example_image("detector", example_from), test=test, tags=named)
+            version, metrics = publish(what, run.info.run_id, device)
+    value = f"test mask_AP {metrics['mask_AP']:.3f}" if "mask_AP" in metrics else "no test set with outlines"
+    click.echo(f"{request.name} version {version} from {named['detector']} and {named['segmenter']}: {value}")
+    click.echo(f"MLflow UI: {tracking.ui_command(uri)}")
+    return request.name, version
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""From a saved folder to a registered version: evaluation, figures, tags, metrics linked to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import mlflow
+import numpy as np
+
+from models.geometry import crop_window
+from models.predictor import WEIGHTS_FILE, read_spec
+from pipelines import registry, tracking
+from pipelines.data.dataset import Dataset
+from pipelines.evaluation import Evaluation, coco_tables
+from pipelines.sheets import evaluate_with_sheet
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What to publish: ``train`` is None where nobody knows what it was trained on.
+
+    ``example`` is an RGB uint8 image, logged as the input example.
+    """
+
+    saved: Path
+    name: str
+    example: np.ndarray
+    train: Dataset | None = None
+    val: Dataset | None = None
+    test: Dataset | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    register: bool = True
+
+
+def publish(what: Publication, run_id: str, device: str) -> tuple[str | None, dict[str, float]]:
+    """Evaluate on validation and test, register, log metrics linked to the version, into the active run.
+
+    Returns:
+        The version (None where it is not registered) and the test metrics.
+
+    Raises:
+        PlanesError: the store refuses, or a model that cannot be loaded.
+    """
+    results: list[tuple[str, Evaluation, Dataset]] = []
+    for dataset, prefix in ((what.val, "val/best_"), (what.test, "test/")):
+        if dataset is not None:
+            evaluations, sheet = evaluate_with_sheet(what.saved, dataset, device)
+            results += [(prefix + p, e, dataset) for p, e in evaluations]
+            mlflow.log_image(sheet, f"figures/{dataset.split}_samples.png")
+    tested = [(p.removeprefix("test/"), e) for p, e, d in results if d is what.test]
+    metrics = {prefix + k: v for prefix, e in tested for k, v in e.finite().items()}
+    tags = {**_tags(what, metrics), **what.tags}
+    version, model_id = registry.log_and_register(what.saved, what.name, what.example, tags, run_id, what.register)
+    for prefix, evaluation, dataset in results:
+        tracking.log_evaluation(prefix, evaluation, dataset, model_id)
+    for _, evaluation in tested:
+        if "max_dets" in evaluation.settings:
+            click.echo(coco_tables(evaluation))
+    number = str(version.version) if version else None
+    mlflow.set_tag("version", f"{what.name}/{number}" if number else model_id)
+    return number, metrics
+
+
+def _tags(what: Publication, metrics: dict[str, float]) -> dict[str, str]:
+    return {
+        **tracking.source_tags(),
+        "data": f"{what.train.name}/{what.train.split}" if what.train else "unknown",
+        "data_digest": what.train.digest() if what.train else "unknown",
+        "test_digest": what.test.digest() if what.test else "none",
+        "metrics": json.dumps({k: round(v, 4) for k, v in metrics.items()}),
+        "weights_sha256": weights_digest(what.saved),
+        "engine": read_spec(what.saved).engine,
+    }
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 of a saved folder's weights; of a composition, of its parts' weights one after the other."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob(WEIGHTS_FILE)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def example_image(kind: str, dataset: Dataset) -> np.ndarray:
+    """A small input: a plane's crop for a segmenter, a corner with a plane for a detector."""
+    sample = next(s for s in dataset.samples if len(s.boxes))
+    x1, y1, x2, y2 = crop_window(sample.boxes[0], sample.height, sample.width, 0.0 if kind == "segmenter" else 0.5)
+    return sample.read()[y1:y2, x1:x2]

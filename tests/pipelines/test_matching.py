@@ -1,0 +1,115 @@
+"""Our matching against the evaluator's AP; errors by kind on drawn cases; the bootstrap on known differences."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.geometry import rle_encode
+from models.instances import Instances
+from pipelines.data.dataset import Dataset, Sample
+from pipelines.evaluation import evaluate_instances
+from pipelines.matching import Ranked, bootstrap_difference, diagnose, disagreement, match_image, rank
+from tests.pipelines.test_evaluation import SIZE, _case, _mask
+
+
+@pytest.fixture(autouse=True)
+def _no_files(monkeypatch):
+    monkeypatch.setattr(Dataset, "digest", lambda self: "0")
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+@pytest.mark.parametrize("seed", range(8))
+def test_ap_equals_the_evaluators(seed, kind):
+    data, predictions = _case(seed)
+    expected = evaluate_instances(data, predictions, kind, score_threshold=0.0).metrics
+    curve = rank(data, predictions, kind).curve()
+    assert curve.mean() == pytest.approx(expected["AP"], abs=1e-9)
+    assert curve[0].mean() == pytest.approx(expected["AP50"], abs=1e-9)
+
+
+def test_weights_count_images_as_often():
+    data, predictions = _case(3)
+    by_id = {p.image_id: p for p in predictions}
+    empty = {s.image_id: Instances.make(s.image_id, SIZE, SIZE, [], [], [], []) for s in data.samples}
+    matches = [match_image(s, by_id.get(s.image_id, empty[s.image_id])) for s in data.samples]
+    weights = np.random.default_rng(0).integers(0, 4, len(matches))
+    repeated = Ranked([m for m, w in zip(matches, weights, strict=True) for _ in range(w)])
+    # Ties between images may be ordered otherwise.
+    assert Ranked(matches).average_precision(weights.astype(float)) == pytest.approx(repeated.average_precision(), abs=0.01)
+
+
+def _image(boxes, crowd=None):
+    boxes = np.array(boxes, np.float32).reshape(-1, 4)
+    crowd = np.zeros(len(boxes), bool) if crowd is None else np.array(crowd)
+    return Sample("a", Path("a"), SIZE, SIZE, "a", boxes, tuple(_mask(b) for b in boxes), crowd)
+
+
+def _found(boxes, scores=None, masks=True):
+    boxes = np.array(boxes, np.float32).reshape(-1, 4)
+    scores = np.linspace(0.9, 0.5, len(boxes)) if scores is None else scores
+    return Instances.make("a", SIZE, SIZE, boxes, scores, None, [_mask(b) for b in boxes] if masks else None)
+
+
+def test_errors_by_kind():
+    truth = _image([[0, 0, 20, 20], [50, 50, 80, 80], [100, 100, 120, 120], [0, 100, 30, 130]])
+    found = _found([[0, 0, 20, 20], [1, 1, 20, 20], [60, 60, 90, 90], [130, 0, 150, 20]])
+    said = diagnose(truth, found, masks=False)
+    assert said.detections == ["correct", "duplicate", "poorly localised", "false"]
+    assert said.found == {0}
+    assert said.missed == {2, 3}
+    assert said.counts() == {
+        "correct": 1, "missed": 2, "false": 1, "duplicate": 1, "poorly localised": 1, "poorly outlined": 0,
+    }  # fmt: skip
+
+
+def test_a_good_box_with_a_bad_mask_is_poorly_outlined():
+    truth = _image([[0, 0, 40, 40]])
+    thin = np.zeros((SIZE, SIZE), bool)
+    thin[0:40, 0:8] = True
+    found = Instances.make("a", SIZE, SIZE, [[0, 0, 40, 40]], [0.9], None, [rle_encode(thin)])
+    assert diagnose(truth, found, masks=True).detections == ["poorly outlined"]
+    assert diagnose(truth, found, masks=True).missed == set()
+    assert diagnose(truth, found, masks=False).detections == ["correct"]
+
+
+def test_crowds_and_empty_images_are_no_errors():
+    said = diagnose(_image([[0, 0, 100, 100]], [True]), _found([[10, 10, 20, 20]]), masks=False)
+    assert said.counts() == dict.fromkeys(said.counts(), 0)
+    nothing = diagnose(_image([]), _found([]), masks=True)
+    assert nothing.counts() == dict.fromkeys(nothing.counts(), 0)
+    assert diagnose(_image([]), _found([[0, 0, 9, 9]]), masks=True).detections == ["false"]
+    assert diagnose(_image([[0, 0, 9, 9]]), _found([]), masks=True).missed == {0}
+
+
+def test_disagreement_is_what_the_other_lacks():
+    first, second = _found([[0, 0, 20, 20], [50, 50, 70, 70]]), _found([[51, 51, 70, 70], [90, 90, 99, 99]])
+    assert disagreement(first, second, masks=False) == ([0], [1])
+    assert disagreement(first, _found([]), masks=True) == ([0, 1], [])
+    assert disagreement(first, first, masks=True) == ([], [])
+
+
+def test_the_bootstrap_tells_a_gain_from_noise():
+    rng = np.random.default_rng(0)
+    samples = []
+    for number in range(60):
+        corners = rng.uniform(0, 120, (3, 2))
+        boxes = np.concatenate([corners, corners + 30], 1).astype(np.float32)
+        samples.append(Sample(f"{number}", Path("x"), SIZE, SIZE, "s", boxes, (None,) * 3, np.zeros(3, bool)))
+    data = Dataset("d", Path("d"), "test", "plane", tuple(samples))
+
+    def predict(noise, seed):
+        draw = np.random.default_rng(seed)
+        return [
+            Instances.make(s.image_id, SIZE, SIZE, s.boxes + draw.normal(0, noise, s.boxes.shape), draw.random(3))
+            for s in data.samples
+        ]
+
+    good, as_good, bad = (rank(data, predict(*a)) for a in ((2, 1), (2, 2), (6, 3)))
+    low, high = bootstrap_difference(good, as_good)
+    assert low < 0 < high
+    low, high = bootstrap_difference(bad, good)
+    assert 0 < low < good.average_precision() - bad.average_precision() < high
+    assert bootstrap_difference(good, good) == (0.0, 0.0)
+    one = data.subset(["0"], "test")
+    assert bootstrap_difference(rank(one, predict(2, 1)[:1]), rank(one, [])) is None
