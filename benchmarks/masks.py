@@ -14,7 +14,7 @@ from models.composed import ComposedArchitecture, ComposedPredictor
 from models.geometry import rle_iou
 from models.instances import RLE, Instances
 from models.torch_tools import pick_device
-from models.unet import BATCH, CropSegmenter, SegmenterArchitecture, build_segmenter, normalise
+from models.unet import CropSegmenter, SegmenterArchitecture, build_segmenter, normalise
 
 BOXES, SIZE, ROUNDS = 100, 2000, 5
 
@@ -56,8 +56,8 @@ def main() -> None:
 
     @torch.inference_mode()
     def bare() -> None:
-        for start in range(0, BOXES, BATCH):
-            segmenter.model(normalise(crops[start : start + BATCH]).to(segmenter.device))
+        for start in range(0, BOXES, segmenter.batch):
+            segmenter.model(normalise(crops[start : start + segmenter.batch]).to(segmenter.device))
 
     def one_by_one() -> list[RLE]:
         return [segmenter.masks_in_boxes([image], [found.boxes[i : i + 1]])[0][0] for i in range(BOXES)]

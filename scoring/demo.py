@@ -17,7 +17,7 @@ from pipelines.steps.edge import friendly, stage
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @friendly
 def main(data: str, out: str, device: str) -> None:
-    """Make data, train and register a U-Net and a detector, promote both, score the test set.
+    """Make data, train a U-Net and a detector, compose them, register and promote all three, score the test set.
 
     What a second run finds done (data, equal trainings, promotions) it reuses.
     """
@@ -28,23 +28,27 @@ def main(data: str, out: str, device: str) -> None:
         os.environ["PLANES_PARENT_RUN_ID"] = parent
     from pipelines.steps.prepare_data import prepare
 
-    with stage("1/5 data"):
+    with stage("1/6 data"):
         if Path(data).exists() and not (Path(data) / "airfield.json").exists():
             click.echo(f"{data}: taken as it is")
         else:
             prepare(data)
-    trained = [_train("unet", "demo_unet", "planes-unet", "2/5 U-Net", data, device)]
-    trained.append(_train("detector", "demo_detector", "planes-det", "3/5 detector", data, device))
+    trained = [_train("unet", "demo_unet", "planes-unet", "2/6 U-Net", data, device)]
+    trained.append(_train("detector", "demo_detector", "planes-det", "3/6 detector", data, device))
+    from pipelines.steps.compose import ComposeRequest, compose
     from pipelines.steps.promote import PromotionRequest, promote
 
-    with stage("4/5 promotion"):
-        for one in trained:
-            request = PromotionRequest(f"{one.name}/{one.version}", "production", data, "test", "auto", 0.3, 0.0, device)
-            promote(request)
-    with stage("5/5 scoring"):
+    unet, detector = (f"{one.name}/{one.version}" for one in trained)
+    with stage("4/6 composition"):
+        composed = compose(ComposeRequest(detector, unet, "planes-inst", data, "exclusive", 0.0, device, reuse=True))
+    with stage("5/6 promotion"):
+        for version in (unet, detector, composed):
+            promote(PromotionRequest(version, "production", data, "test", "auto", 0.3, 0.0, device))
+    with stage("6/6 scoring"):
         from scoring.cli import main as score
 
-        score.main(["--model", "planes-det/Production", "--data", data, "--out", out], standalone_mode=False)
+        models = ["--model", "planes-inst/Production"]
+        score.main([*models, "--data", data, "--out", out], standalone_mode=False)
     _summary(trained, time.monotonic() - begin)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ class ComposeRequest:
     overlaps: Literal["exclusive", "keep"]
     min_score: float
     device: str
+    reuse: bool = False
 
 
 @click.command()
@@ -40,6 +43,7 @@ class ComposeRequest:
 )
 @click.option("--min-score", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Least score to segment.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--reuse/--no-reuse", default=False, help="Take the version of an equal composition, if there is one.")
 @friendly
 def main(**options: Any) -> None:
     """Compose planes-det and planes-unet into planes-inst, evaluate, log and register it.
@@ -49,8 +53,8 @@ def main(**options: Any) -> None:
     compose(ComposeRequest(**options))
 
 
-def compose(request: ComposeRequest) -> tuple[str, str | None]:
-    """Compose, evaluate on the test split where there is one, register; returns name and version.
+def compose(request: ComposeRequest) -> str:
+    """Compose, evaluate on the test split where there is one, register; returns ``name/version``.
 
     Raises:
         PlanesError: parts, data or store that cannot be used.
@@ -68,6 +72,11 @@ def compose(request: ComposeRequest) -> tuple[str, str | None]:
     parts = {"detector": registry.resolve(request.detector), "segmenter": registry.resolve(request.segmenter)}
     named = {role: part.label for role, part in parts.items()}
     test = open_test(request.data, "plane", None)
+    key = _key(request, named, test.digest() if test else "")
+    known = registry.find_trained(request.name, key) if request.reuse else None
+    if known is not None:
+        click.echo(f"{request.name}: version {known.version} is this composition; reused")
+        return f"{request.name}/{known.version}"
     device = pick_device(request.device)
     architecture = ComposedArchitecture(overlaps=request.overlaps, min_score=request.min_score)
     Path(WORK_DIR).mkdir(parents=True, exist_ok=True)
@@ -83,12 +92,19 @@ def compose(request: ComposeRequest) -> tuple[str, str | None]:
             if test is not None:
                 tracking.log_dataset(test, "test")
             example_from = test or open_dataset(request.data, "train")
-            what = Publication(saved, request.name, example_image("detector", example_from), test=test, tags=named)
+            tags = {**named, "training_key": key}
+            what = Publication(saved, request.name, example_image("detector", example_from), test=test, tags=tags)
             version, metrics = publish(what, run.info.run_id, device)
     value = f"test mask_AP {metrics['mask_AP']:.3f}" if "mask_AP" in metrics else "no test set with outlines"
     click.echo(f"{request.name} version {version} from {named['detector']} and {named['segmenter']}: {value}")
     click.echo(f"MLflow UI: {tracking.ui_command(uri)}")
-    return request.name, version
+    return f"{request.name}/{version}"
+
+
+def _key(request: ComposeRequest, named: dict[str, str], test_digest: str) -> str:
+    """Digest of parts, settings and test data: what makes two compositions equal."""
+    content = [sorted(named.items()), request.overlaps, request.min_score, test_digest]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 if __name__ == "__main__":
