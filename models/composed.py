@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,10 +10,10 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.errors import ModelError, one_line
+from models.errors import ModelError
 from models.geometry import rle_paste
 from models.instances import Instances
-from models.predictor import SPEC_FILE, ModelSpec, Predictor, load_model, parse_architecture, read_spec
+from models.predictor import ModelSpec, Predictor, load_model, parse_architecture, read_spec, write_folder
 from models.unet import CropMask, CropSegmenter
 
 DETECTOR, SEGMENTER = "detector", "segmenter"
@@ -104,20 +101,12 @@ def save_composed(
         classes=classes,
         versions={**versions, **{f"{role}.version": name for role, name in parts.items()}},
     )
-    folder = Path(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        temporary.chmod(0o755)
+
+    def fill(into: Path) -> None:
         for role, source in ((DETECTOR, detector), (SEGMENTER, segmenter)):
-            shutil.copytree(source, temporary / role)
-        (temporary / SPEC_FILE).write_text(json.dumps(made.model_dump(), indent=2) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(temporary, folder)
-    except OSError as error:
-        raise ModelError(f"{folder}: cannot save the model ({one_line(error)})") from None
-    return folder
+            shutil.copytree(source, into / role)
+
+    return write_folder(folder, made, fill)
 
 
 def load_composed(spec: ModelSpec, folder: Path, device: str) -> ComposedPredictor:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -69,18 +69,28 @@ def save_model(folder: str | Path, spec: ModelSpec, weights: Mapping[str, Any]) 
     """
     from safetensors.torch import save_file
 
-    folder = Path(folder)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    return write_folder(folder, spec, lambda into: save_file(tensors, str(into / WEIGHTS_FILE)))
+
+
+def write_folder(folder: str | Path, spec: ModelSpec, fill: Callable[[Path], None]) -> Path:
+    """Write ``folder`` with model.json and what ``fill`` puts into it, whole or not at all.
+
+    Raises:
+        ModelError: the folder cannot be written.
+    """
+    folder = Path(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         temporary.chmod(0o755)
-        save_file(tensors, str(temporary / WEIGHTS_FILE))
+        fill(temporary)
         (temporary / SPEC_FILE).write_text(json.dumps(spec.model_dump(), indent=2) + "\n")
-        for path in temporary.iterdir():
-            path.chmod(0o644)
-            with open(path, "rb") as handle:
-                os.fsync(handle.fileno())
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                path.chmod(0o644)
+                with open(path, "rb") as handle:
+                    os.fsync(handle.fileno())
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(temporary, folder)

@@ -62,17 +62,19 @@ def compose(request: ComposeRequest) -> str:
     import mlflow
 
     from models.composed import ComposedArchitecture, save_composed
+    from models.predictor import read_spec
     from models.torch_tools import pick_device
     from pipelines import registry, tracking
     from pipelines.data.opening import open_dataset
     from pipelines.steps.publishing import Publication, example_image, publish
-    from pipelines.steps.training import open_test
+    from pipelines.steps.training import open_test, source_digest
 
     uri = tracking.connect()
     parts = {"detector": registry.resolve(request.detector), "segmenter": registry.resolve(request.segmenter)}
     named = {role: part.label for role, part in parts.items()}
-    test = open_test(request.data, "plane", None)
-    key = _key(request, named, test.digest() if test else "")
+    folders = {role: registry.fetch(part) for role, part in parts.items()}
+    test = open_test(request.data, read_spec(folders["detector"]).classes[0], None)
+    key = _key(request, named, test.digest() if test else "", source_digest())
     known = registry.find_trained(request.name, key) if request.reuse else None
     if known is not None:
         click.echo(f"{request.name}: version {known.version} is this composition; reused")
@@ -81,7 +83,6 @@ def compose(request: ComposeRequest) -> str:
     architecture = ComposedArchitecture(overlaps=request.overlaps, min_score=request.min_score)
     Path(WORK_DIR).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORK_DIR) as work:
-        folders = {role: registry.fetch(part) for role, part in parts.items()}
         saved = save_composed(Path(work) / "model", folders["detector"], folders["segmenter"], architecture, named)
         title = f"{request.name} {named['detector']} + {named['segmenter']}"
         with tracking.tracked_run(title, {"task": "compose", **named}) as run:
@@ -101,9 +102,9 @@ def compose(request: ComposeRequest) -> str:
     return f"{request.name}/{version}"
 
 
-def _key(request: ComposeRequest, named: dict[str, str], test_digest: str) -> str:
-    """Digest of parts, settings and test data: what makes two compositions equal."""
-    content = [sorted(named.items()), request.overlaps, request.min_score, test_digest]
+def _key(request: ComposeRequest, named: dict[str, str], *more: str) -> str:
+    """Digest of parts, settings, test data and code: what makes two compositions equal."""
+    content = [sorted(named.items()), request.overlaps, request.min_score, *more]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 

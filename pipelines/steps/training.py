@@ -108,7 +108,7 @@ def plan_training(request: TrainingRequest) -> Plan:
     elif request.num_gpus > 1:
         raise RecipeError("--num-gpus: several GPUs are used by the Detectron2 engine only")
     data = _data(request, recipe)
-    key = recipe.key(data.train.digest(), data.val.digest() if data.val else "", _code_digest(), *more)
+    key = recipe.key(data.train.digest(), data.val.digest() if data.val else "", source_digest(), *more)
     return Plan(request, recipe, device, data, key, Path(request.work_dir) / f"{request.register_as}-{key}")
 
 
@@ -137,7 +137,8 @@ def open_test(where: str, category: str, scene_pattern: str | None) -> Dataset |
     return test
 
 
-def _code_digest() -> str:
+def source_digest() -> str:
+    """Digest of the code that decides what a version is: models/ and pipelines/."""
     root = Path(models.__file__).parents[1]
     return code_digest(root / "models") + code_digest(root / "pipelines")
 
