@@ -126,14 +126,16 @@ def finished_child(parent_id: str, training_key: str) -> Run | None:
 
 
 def deciding_metric(results: Sequence[Result], main: str) -> str:
-    """The metric by which variants are compared: on the test set where there is one, else on validation."""
+    """The metric by which variants are ranked: on validation where there is one, else on the test set.
+
+    A variant chosen by its test metric would owe some of it to the choice.
+    """
     names = [name for r in results if r.run for name in r.run.data.metrics]
-    return next((n for n in (f"test/{main}", f"val/best_{main}") if n in names), f"test/{main}")
+    return next((n for n in (f"val/best_{main}", f"test/{main}") if n in names), f"test/{main}")
 
 
 def result_rows(results: Sequence[Result], metric: str) -> list[dict[str, Any]]:
     """Rows of the table: variant, its overrides, the deciding metric, other metrics, loss, seconds, run."""
-    prefix = metric.rpartition("/")[0] + "/" + ("best_" if "/best_" in metric else "")
     keys = list(dict.fromkeys(o.partition("=")[0] for r in results for o in r.variant.overrides))
     rows = []
     for result in results:
@@ -141,7 +143,8 @@ def result_rows(results: Sequence[Result], metric: str) -> list[dict[str, Any]]:
         given = dict(o.split("=", 1) for o in result.variant.overrides)
         row: dict[str, Any] = {"variant": result.variant.label, **{k: given.get(k, "") for k in keys}}
         row[metric] = values.get(metric, math.nan)
-        row |= {prefix + name: values[prefix + name] for name in SHOWN if prefix + name in values}
+        columns = [prefix + name for prefix in ("test/", "val/best_") for name in SHOWN]
+        row |= {name: values[name] for name in columns if name in values}
         row |= {"train/loss": values.get("train/loss", math.nan), "seconds": values.get("wall_seconds", math.nan)}
         rows.append({**row, "run_id": result.run.info.run_id if result.run else "", "error": result.error})
     columns = list(dict.fromkeys(k for row in rows for k in row))

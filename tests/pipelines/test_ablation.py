@@ -50,7 +50,9 @@ def test_the_table_has_what_the_runs_have_and_says_what_failed():
     lines = as_csv(rows).splitlines()
     assert lines[0].startswith("variant,optimizer.lr,test/AP,test/AP50")
     assert lines[2].startswith("lr=2,2,,")
-    assert deciding_metric([_result("1", val__best_AP=0.2)], "AP") == "val/best_AP"
+    both = [_result("1", val__best_AP=0.2, test__AP=0.4)]
+    assert deciding_metric(both, "AP") == "val/best_AP"
+    assert result_rows(both, "val/best_AP")[0]["test/AP"] == 0.4
 
 
 def test_the_chart_shows_every_variant(tmp_path):
