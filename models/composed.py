@@ -86,7 +86,7 @@ def save_composed(
         parts: where the parts come from, such as ``{"detector": "planes-det/3"}``.
 
     Raises:
-        ModelError: a part of the wrong kind, other classes, or a folder that cannot be written.
+        ModelError: a part of the wrong kind, or a folder that cannot be written.
     """
     specs = {DETECTOR: read_spec(detector), SEGMENTER: read_spec(segmenter)}
     for role, spec in specs.items():

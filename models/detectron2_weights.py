@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from models.detectron2_engine import require_detectron2
 from models.errors import ModelError, one_line
 from models.predictor import WEIGHTS_FILE
 from models.safe_pickle import read_pickled_arrays
-from models.torch_tools import download_error
+from models.torch_tools import download_error, load_safely
 
 
 def load_initial(model: nn.Module, weights: str, config: str, cfg: Any) -> None:
@@ -143,8 +142,5 @@ def read_detectron2(filename: str) -> dict[str, Any]:
         blobs = content.get("blobs", content)
         table = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
         return {"model": table, "__author__": "Caffe2", "matching_heuristics": True}
-    try:
-        content = torch.load(filename, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ModelError(f"weights {filename}: cannot be read safely ({one_line(error)[:200]})") from None
+    content = load_safely(filename)
     return content if "model" in content else {"model": content}

@@ -78,6 +78,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         ModelError: missing, damaged, or not a table of tensors.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(path)
@@ -90,10 +91,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return load_file(str(path))
         if path.suffix == ".pkl":
             return _from_arrays(read_pickled_arrays(path), path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except ModelError:
-        raise
-    except Exception as error:
+        content = load_safely(path)
+    except (OSError, SafetensorError) as error:
         raise ModelError(f"weights {path}: cannot be read safely ({one_line(error)[:200]})") from None
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -101,6 +100,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise ModelError(f"weights {path}: not a table of tensors")
     return content
+
+
+def load_safely(path: str | Path) -> Any:
+    """Content of a torch file on the CPU; pickled code is never run.
+
+    Raises:
+        ModelError: damaged, or a pickle that calls anything.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ModelError(f"weights {path}: cannot be read safely ({one_line(error)[:200]})") from None
 
 
 def _from_arrays(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:

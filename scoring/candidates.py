@@ -71,10 +71,10 @@ def from_run(run_id: str, scored: Scored) -> Candidate:
     return Candidate(scored.label, found, scored.score_threshold, speed, scored.megabytes)
 
 
-def from_job(job: JobResult, score_threshold: float, megabytes: float) -> Candidate:
+def from_job(job: JobResult) -> Candidate:
     """What a job has just written."""
     found = read_instances(job.folder / "instances.parquet")
-    return Candidate(job.label, found, score_threshold, job.images / job.seconds, megabytes)
+    return Candidate(job.label, found, job.score_threshold, job.images / job.seconds, job.megabytes)
 
 
 def from_file(target: str, dataset: Dataset) -> Candidate:

@@ -63,7 +63,9 @@ def run_comparison(request: ComparisonRequest) -> None:
     def score(target: str) -> Candidate:
         version = registry.resolve(target)
         _, job = score_version(version, dataset, Path(request.out), settings, device)
-        return from_job(job, settings.score_threshold, folder_megabytes(registry.fetch(version)))
+        if job.segmenter:
+            raise DataError(f"{job.label}: outlines given boxes and finds none; score it and compare its runs")
+        return from_job(job)
 
     finish(gather(request.targets, dataset, runs, score), dataset, Path(request.out))
     click.echo(f"MLflow UI: {tracking.ui_command(uri)}")
@@ -75,7 +77,7 @@ def _same(runs: Sequence[Scored]) -> bool:
 
 def compare_jobs(jobs: Sequence[JobResult], dataset: Dataset, out: Path) -> None:
     """Compare what has just been scored; crop segmenters are left out."""
-    candidates = [from_job(job, job.score_threshold, job.megabytes) for job in jobs if not job.segmenter]
+    candidates = [from_job(job) for job in jobs if not job.segmenter]
     if len(candidates) > 1:
         finish(candidates, dataset, out)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from pipelines.steps.edge import friendly
-from pipelines.steps.options import AS_RECIPE, WORK_DIR, TrainingRequest, split_overrides
+from pipelines.steps.options import AS_RECIPE, WORK_DIR, TrainingRequest, split_words
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ def main(opts: tuple[str, ...], engine: str, overrides: tuple[str, ...], **optio
     """
     from pipelines.recipe import opts_overrides
 
-    pairs = opts_overrides([part for value in opts for part in shlex.split(value)])
-    shared = (*split_overrides(overrides), *pairs)
+    pairs = opts_overrides(split_words(opts))
+    shared = (*split_words(overrides), *pairs)
     ablate(AblationRequest(overrides=shared, engine=None if engine == AS_RECIPE else engine, **options))
 
 

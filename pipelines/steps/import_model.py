@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pipelines.steps.edge import friendly
-from pipelines.steps.options import AS_RECIPE, WORK_DIR, TrainingRequest, split_overrides
+from pipelines.steps.options import AS_RECIPE, WORK_DIR, TrainingRequest, split_words
 
 
 @click.command()
@@ -30,8 +29,8 @@ def main(weights: str, recipe: str, engine: str, overrides: tuple[str, ...], opt
     """
     from pipelines.recipe import load_recipe, opts_overrides
 
-    pairs = opts_overrides([part for value in opts for part in shlex.split(value)])
-    changes = (*split_overrides(overrides), *pairs)
+    pairs = opts_overrides(split_words(opts))
+    changes = (*split_words(overrides), *pairs)
     named = None if engine == AS_RECIPE else engine
     task = load_recipe(recipe, engine=named).task
     import_weights(
@@ -61,9 +60,9 @@ def import_weights(weights: str, request: TrainingRequest) -> None:
         tags = {"task": "import", "recipe": plan.recipe.name, "engine": plan.recipe.engine}
         with tracking.tracked_run(f"import {Path(weights).name}", tags) as run:
             tracking.log_params({**plan.recipe.flat(), "weights": weights, "device": plan.device, "data": request.data})
-            for dataset, context in plan.data.parts():
-                tracking.log_dataset(dataset, context)
             # What the weights were trained on is not known: nothing but test images says anything about them.
+            if plan.data.test is not None:
+                tracking.log_dataset(plan.data.test, "test")
             example = example_image(KIND[request.task], plan.data.train)
             tags = {"recipe": plan.recipe.name}
             what = Publication(saved, request.register_as, example, test=plan.data.test, tags=tags)

@@ -88,7 +88,6 @@ def request_from(task: str, options: dict[str, Any]) -> TrainingRequest:
     from pipelines.recipe import SHORT, opts_overrides
 
     named = [f"{key}={options[key]}" for key in (*SHORT, "weights") if str(options[key]) != AS_RECIPE]
-    pairs = [part for value in options.get("opts", ()) for part in shlex.split(value)]
     engine = options.get("engine", AS_RECIPE)
     return TrainingRequest(
         task,
@@ -96,7 +95,7 @@ def request_from(task: str, options: dict[str, Any]) -> TrainingRequest:
         options["data"],
         options["name"],
         options["device"],
-        (*split_overrides(options["overrides"]), *named, *opts_overrides(pairs)),
+        (*split_words(options["overrides"]), *named, *opts_overrides(split_words(options.get("opts", ())))),
         None if engine == AS_RECIPE else engine,
         options["work_dir"],
         options["reuse"],
@@ -105,6 +104,6 @@ def request_from(task: str, options: dict[str, Any]) -> TrainingRequest:
     )
 
 
-def split_overrides(values: Sequence[str]) -> list[str]:
-    """``--set`` values, each of which may hold several ``key=value`` separated by spaces."""
+def split_words(values: Sequence[str]) -> list[str]:
+    """Values of ``--set`` or trailing ``KEY VALUE``, each of which may hold several separated by spaces."""
     return [part for value in values for part in shlex.split(value)]

@@ -67,7 +67,7 @@ def training_config(recipe: Detectron2Recipe, folder: Path, device: str) -> Any:
     if has_masks(cfg) != (recipe.task == "maskrcnn"):
         what = "makes no masks" if recipe.task == "maskrcnn" else "makes masks: train_maskrcnn, or opts MODEL.MASK_ON False"
         raise RecipeError(f"config {recipe.config}: {what}")
-    cfg.MODEL.DEVICE = "cuda" if cuda else "cpu"
+    cfg.MODEL.DEVICE = device
     cfg.OUTPUT_DIR = str(folder)
     return cfg
 
@@ -91,7 +91,7 @@ def train_detectron2(
         PlanesError: data, settings or weights that cannot be used.
     """
     cfg = training_config(recipe, folder, device)
-    if num_gpus > 1 and cfg.MODEL.DEVICE == "cuda" and num_gpus > torch.cuda.device_count():
+    if num_gpus > 1 and device.startswith("cuda") and num_gpus > torch.cuda.device_count():
         raise RecipeError(f"--num-gpus {num_gpus}: there are {torch.cuda.device_count()}")
     if num_gpus > cfg.SOLVER.IMS_PER_BATCH:
         raise RecipeError(f"--num-gpus {num_gpus}: more than the {cfg.SOLVER.IMS_PER_BATCH} images of a batch")

@@ -109,6 +109,8 @@ def test_two_versions_on_the_same_images_and_again_from_their_runs(scored):
     assert "not a scoring run; newest scoring runs:" in error_line(project.score("compare", training, code=1))
     assert "not found" in error_line(project.score("compare", "0" * 32, code=1))
     assert "give --data" in error_line(project.score("compare", "planes-det/1", "planes-det/2", code=1))
+    unet = project.score("compare", "planes-unet/1", "planes-det/1", "--data", str(project.data), code=1)
+    assert "planes-unet/1: outlines given boxes and finds none" in error_line(unet)
 
 
 def test_the_unet_is_scored_in_the_true_boxes_and_refuses_data_without(scored, tmp_path):
