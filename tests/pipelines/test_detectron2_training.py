@@ -68,6 +68,15 @@ def test_every_course_recipe_trains(name, data, tmp_path):
     assert json.loads((saved / "model.json").read_text())["engine"] == "detectron2"
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as a terminal gives it: a suite started in the background inherits it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_stopped_training_goes_on_to_the_same_weights(data, tmp_path):
     train, val = data
     recipe = load_recipe("demo_maskrcnn_detectron2", [*SMALL, "augmentation.rotation=30"])
