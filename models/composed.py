@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.boxpairs import pairs_among
 from models.errors import ModelError
 from models.geometry import rle_paste
 from models.instances import Instances
@@ -50,26 +51,30 @@ class ComposedPredictor:
     def _outlined(self, found: Instances, crops: Sequence[CropMask]) -> Instances:
         # Detections come best score first.
         if self.architecture.overlaps == "exclusive":
-            crops = without_overlaps(crops, found.height, found.width)
+            crops = without_overlaps(crops)
         keep = [i for i, crop in enumerate(crops) if crop.mask.any()]
         masks = tuple(rle_paste(*crops[i], found.height, found.width) for i in keep)
         boxes, scores, labels = found.boxes[keep], found.scores[keep], found.labels[keep]
         return Instances(found.image_id, found.height, found.width, boxes, scores, labels, masks)
 
 
-def without_overlaps(crops: Sequence[CropMask], height: int, width: int) -> list[CropMask]:
-    """The masks with each pixel left to the first one that covers it.
-
-    One bit map of the image is made, none per mask.
-    """
-    taken = np.zeros((height, width), bool)
-    result = []
-    for crop in crops:
-        rows, columns = crop.mask.shape
-        window = taken[crop.top : crop.top + rows, crop.left : crop.left + columns]
-        mask = crop.mask & ~window
-        window |= mask
-        result.append(CropMask(mask, crop.left, crop.top))
+def without_overlaps(crops: Sequence[CropMask]) -> list[CropMask]:
+    """The masks with each pixel left to the first one that covers it; no dense mask of the image is made."""
+    windows = np.array([[c.left, c.top, c.left + c.mask.shape[1], c.top + c.mask.shape[0]] for c in crops], np.int64)
+    result = [CropMask(c.mask.copy(), c.left, c.top) for c in crops]
+    first, second = pairs_among(windows.reshape(-1, 4))
+    first, second = np.minimum(first, second), np.maximum(first, second)
+    # A plane loses what better ones cover, whole: what those lost went to still better ones.
+    for a, b in zip(first.tolist(), second.tolist(), strict=True):
+        left, top = np.maximum(windows[a, :2], windows[b, :2])
+        right, bottom = np.minimum(windows[a, 2:], windows[b, 2:])
+        if left < right and top < bottom:
+            mine = result[b].mask[
+                top - windows[b, 1] : bottom - windows[b, 1], left - windows[b, 0] : right - windows[b, 0]
+            ]
+            mine &= ~crops[a].mask[
+                top - windows[a, 1] : bottom - windows[a, 1], left - windows[a, 0] : right - windows[a, 0]
+            ]
     return result
 
 
@@ -109,8 +114,8 @@ def save_composed(
     return write_folder(folder, made, fill)
 
 
-def load_composed(spec: ModelSpec, folder: Path, device: str) -> ComposedPredictor:
-    """Build the predictor of a saved composition from the folders inside it.
+def load_composed(spec: ModelSpec, folder: Path, device: str, tiling: Mapping[str, Any] | None = None) -> ComposedPredictor:
+    """Build the predictor of a saved composition from the folders inside it; ``tiling`` is for the detector.
 
     Raises:
         ModelError: a part is missing, damaged or of the wrong kind.
@@ -123,4 +128,4 @@ def load_composed(spec: ModelSpec, folder: Path, device: str) -> ComposedPredict
             raise ModelError(f"{folder / role}: is a {kind}, a {role} is needed")
     segmenter = load_model(folder / SEGMENTER, device)
     assert isinstance(segmenter, CropSegmenter)
-    return ComposedPredictor(load_model(folder / DETECTOR, device), segmenter, architecture)
+    return ComposedPredictor(load_model(folder / DETECTOR, device, tiling), segmenter, architecture)

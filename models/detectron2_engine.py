@@ -23,6 +23,7 @@ from models.errors import EngineMissing, ModelError, one_line
 from models.geometry import clip_boxes, crop_window, rle_paste
 from models.instances import RLE, Instances
 from models.predictor import ModelSpec, parse_architecture
+from models.tiling import Tiling
 from models.torch_tools import library_versions, load_strict, pick_device
 
 # What decides a prediction; the rest of a config is about training, data and machines.
@@ -169,7 +170,7 @@ def has_masks(cfg: Any) -> bool:
     return bool(cfg.MODEL.MASK_ON) and cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
 
 
-def detectron2_spec(config: str, cfg: Any, classes: Sequence[str]) -> ModelSpec:
+def detectron2_spec(config: str, cfg: Any, classes: Sequence[str], tiling: Tiling | None = None) -> ModelSpec:
     """The model.json of a Detectron2 model: its settings where they differ from Detectron2's defaults."""
     from detectron2.config import get_cfg
 
@@ -185,6 +186,7 @@ def detectron2_spec(config: str, cfg: Any, classes: Sequence[str]) -> ModelSpec:
         architecture=architecture.model_dump(),
         classes=list(classes),
         versions={**library_versions(), "detectron2": detectron2_version()},
+        tiling=tiling,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 # The largest full image of the iSAID / DOTA collection has under 120 million pixels;
 # beyond this a file is more likely a decompression bomb than a photograph.
 MAX_PIXELS = 400_000_000
+# Pillow's own limit is lower, and raises where ours tells what to do.
+Image.MAX_IMAGE_PIXELS = None
 
 
 def read_image(source: str | Path | bytes) -> np.ndarray:
@@ -29,20 +30,19 @@ def read_image(source: str | Path | bytes) -> np.ndarray:
     """
     name = "image bytes" if isinstance(source, bytes) else str(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise DataError(
-                        f"{name}: {width} x {height} pixels exceed the limit of {MAX_PIXELS:,}; cut it into tiles first"
-                    )
-                return _to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise DataError(
+                    f"{name}: {width} x {height} pixels exceed the {MAX_PIXELS:,} that are decoded whole; "
+                    "save it as a tiled TIFF and score it with a model that predicts by tiles (--tile)"
+                )
+            return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise DataError(f"{name}: not an image that can be read (PNG, JPEG, TIFF, BMP, WebP)") from None
     except FileNotFoundError:
         raise DataError(f"{name}: no such file") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise DataError(f"{name}: cannot be decoded ({one_line(error)})") from None
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.errors import ModelError, one_line
 from models.instances import Instances
+from models.tiling import Tiling, by_tiles
 
 A = TypeVar("A", bound=BaseModel)
 
@@ -47,7 +48,10 @@ class Predictor(Protocol):
 
 
 class ModelSpec(BaseModel):
-    """Content of model.json. Unknown keys are errors; ``architecture`` is checked by its engine."""
+    """Content of model.json. Unknown keys are errors; ``architecture`` is checked by its engine.
+
+    ``tiling``: images are predicted by such tiles; null for whole images.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -57,6 +61,7 @@ class ModelSpec(BaseModel):
     architecture: dict[str, Any]
     classes: list[str] = Field(min_length=1, max_length=10_000)
     versions: dict[str, str] = Field(default_factory=dict)
+    tiling: Tiling | None = None
 
 
 def save_model(folder: str | Path, spec: ModelSpec, weights: Mapping[str, Any]) -> Path:
@@ -137,22 +142,54 @@ def parse_architecture(spec: ModelSpec, kind: type[A]) -> A:
         raise ModelError(f"{SPEC_FILE}: architecture.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def load_model(folder: str | Path, device: str = "cpu") -> Predictor:
+def load_model(folder: str | Path, device: str = "cpu", tiling: Mapping[str, Any] | None = None) -> Predictor:
     """Load a saved folder with the installed code; nothing of the folder is executed.
 
+    Args:
+        tiling: settings of `Tiling` to take instead of the version's own; ``{"size": 0}``
+            predicts whole images. A composition hands them to its detector.
+
     Raises:
-        ModelError: not a saved model, an unknown kind, or weights that do not fit.
+        ModelError: not a saved model, an unknown kind, settings or weights that do not fit.
         EngineMissing: the detection library it needs is not installed.
     """
+    from models.torch_tools import pick_device
+
     spec = read_spec(folder)
     target = BUILDERS.get((spec.kind, spec.engine))
     if target is None:
         known = ", ".join("/".join(key) for key in BUILDERS)
         raise ModelError(f"{folder}: unknown model {spec.kind}/{spec.engine}; known: {known}")
     module, function = target.split(":")
+    build = getattr(importlib.import_module(module), function)
     # A composition has no weights of its own; its parts are folders like this one.
-    source = Path(folder) if spec.engine == "composed" else read_weights(folder)
-    return getattr(importlib.import_module(module), function)(spec, source, device)
+    if spec.engine == "composed":
+        return build(spec, Path(folder), device, tiling)
+    used = retiled(spec, tiling or {})
+    return by_tiles(build(spec, read_weights(folder), device), used, pick_device(device))
+
+
+def retiled(spec: ModelSpec, changes: Mapping[str, Any]) -> Tiling | None:
+    """The version's tiling with ``changes``; None for whole images.
+
+    Raises:
+        ModelError: a setting that is unknown or out of range, or tiles for a model that
+            segments crops or does without them.
+    """
+    if not changes or changes.get("size") == 0:
+        return None if changes else spec.tiling
+    if spec.kind == "segmenter":
+        raise ModelError("tiles: this model segments planes in given boxes; tiles are for models that find planes")
+    if spec.tiling is None and "size" not in changes:
+        if set(changes) == {"batch"}:
+            return None
+        raise ModelError("tiles: this model predicts whole images; give the size of a tile too (--tile 512)")
+    known = spec.tiling.model_dump() if spec.tiling else {}
+    try:
+        return Tiling.model_validate({**known, **changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ModelError(f"tiles: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def read_weights(folder: str | Path) -> dict[str, Any]:

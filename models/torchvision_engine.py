@@ -12,6 +12,7 @@ from torchvision.models.detection.roi_heads import expand_boxes, expand_masks, p
 from models.geometry import clip_boxes, rle_paste
 from models.instances import RLE, Instances
 from models.predictor import ModelSpec, parse_architecture
+from models.tiling import Tiling
 from models.torch_tools import channels_last, library_versions, load_strict, pick_device
 from models.torchvision_network import DetectorArchitecture, MaskArchitecture, build_detector
 
@@ -21,7 +22,7 @@ KINDS: dict[str, type[DetectorArchitecture]] = {
 }
 
 
-def detector_spec(architecture: DetectorArchitecture, classes: Sequence[str]) -> ModelSpec:
+def detector_spec(architecture: DetectorArchitecture, classes: Sequence[str], tiling: Tiling | None = None) -> ModelSpec:
     """The model.json of a torchvision detector; with a mask head it is an instance segmenter."""
     return ModelSpec(
         kind="instance_segmenter" if isinstance(architecture, MaskArchitecture) else "detector",
@@ -29,6 +30,7 @@ def detector_spec(architecture: DetectorArchitecture, classes: Sequence[str]) ->
         architecture=architecture.model_dump(),
         classes=list(classes),
         versions=library_versions(),
+        tiling=tiling,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -122,9 +122,12 @@ def unknown_key(model: type[BaseModel], loc: Sequence[str]) -> str:
 def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     paths = []
     for name, info in model.model_fields.items():
-        kind = info.annotation
-        if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel):
-            paths += _paths(kind, f"{prefix}{name}.")
+        # A section, or one that may be null.
+        kinds = [
+            k for k in (info.annotation, *get_args(info.annotation)) if isinstance(k, type) and issubclass(k, BaseModel)
+        ]
+        if kinds:
+            paths += _paths(kinds[0], f"{prefix}{name}.")
         else:
             paths.append(prefix + name)
     return paths

@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from models.tiling import Tiling
 from models.torchvision_network import DetectorArchitecture, MaskArchitecture
 from models.unet import SegmenterArchitecture
 from pipelines.data.augment import Augmentation
+from pipelines.data.tiles import TileSettings
 
 
 class _Settings(BaseModel):
@@ -81,16 +83,33 @@ class _LoopRecipe(_Recipe):
 
 
 class WindowSettings(_Settings):
-    """What a detector is trained on.
+    """What a detector is trained on and how it predicts.
 
-    ``window``: side in pixels of the random windows to train on, null for whole
-    images; ``focus``: share of windows placed on a plane;
-    ``min_visible``: share of a cut plane's box that must be inside for it to count.
+    ``window``: side in pixels of random windows to train on; ``focus``: share of them
+    placed on a plane; ``tiles``: a fixed grid of tiles to train on instead; neither:
+    whole images. ``min_visible``: share of a cut plane that must be inside for it to
+    count. ``tiling``: tiles to predict by, part of the version; without it a model
+    trained on ``tiles`` predicts by tiles of that size, any other whole images.
     """
 
     window: int | None = Field(default=None, ge=64, le=8192)
     focus: float = Field(default=0.8, ge=0, le=1)
     min_visible: float = Field(default=0.35, gt=0, le=1)
+    tiles: TileSettings | None = None
+    tiling: Tiling | None = None
+
+    @model_validator(mode="after")
+    def _one_cut(self) -> WindowSettings:
+        if self.window is not None and self.tiles is not None:
+            raise ValueError("window and tiles exclude each other; set one of them to null")
+        return self
+
+    @property
+    def prediction(self) -> Tiling | None:
+        """The tiling of the version; None for whole images."""
+        if self.tiling is None and self.tiles is not None:
+            return Tiling(size=self.tiles.size, overlap=self.tiles.overlap)
+        return self.tiling
 
 
 class DetectorRecipe(_LoopRecipe, WindowSettings):

@@ -15,7 +15,8 @@ class Augmentation(BaseModel):
     ``mirror`` flips left-right and up-down; ``quarter_turns`` turns by 90 degrees;
     ``rotation`` is a free angle in degrees either way; ``scale`` a relative change of
     size (0.25: from 1/1.25 to 1.25); ``brightness``, ``contrast``, ``saturation``
-    relative changes of light; ``grayscale`` the share of images turned gray.
+    relative changes of light; ``hue`` a turn of the colours either way, as a share of the
+    colour circle; ``grayscale`` the share of images turned gray.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -27,6 +28,7 @@ class Augmentation(BaseModel):
     brightness: float = Field(default=0.0, ge=0, lt=1)
     contrast: float = Field(default=0.0, ge=0, lt=1)
     saturation: float = Field(default=0.0, ge=0, lt=1)
+    hue: float = Field(default=0.0, ge=0, le=0.5)
     grayscale: float = Field(default=0.0, ge=0, le=1)
 
 
@@ -44,15 +46,29 @@ def random_linear(rng: np.random.Generator, settings: Augmentation) -> np.ndarra
 
 
 def jitter_light(rng: np.random.Generator, image: np.ndarray, settings: Augmentation) -> np.ndarray:
-    """Change brightness, contrast and saturation of an RGB uint8 image; returns uint8."""
+    """Change brightness, contrast, saturation and hue of an RGB uint8 image; returns uint8."""
     values = image.astype(np.float32)
     gray = values @ np.array([0.299, 0.587, 0.114], np.float32)
     colour = 0.0 if rng.random() < settings.grayscale else 1 + rng.uniform(-1, 1) * settings.saturation
-    values = gray[:, :, None] + (values - gray[:, :, None]) * np.float32(colour)
+    values = (values - gray[:, :, None]) * np.float32(colour)
+    if settings.hue and colour:
+        values = values @ turned_hue(rng.uniform(-1, 1) * settings.hue)
+    values += gray[:, :, None]
     mean = np.float32(gray.mean())
     values = mean + (values - mean) * np.float32(1 + rng.uniform(-1, 1) * settings.contrast)
     values *= np.float32(1 + rng.uniform(-1, 1) * settings.brightness)
     return values.round().clip(0, 255).astype(np.uint8)
+
+
+def turned_hue(share: float) -> np.ndarray:
+    """The (3, 3) float32 matrix that turns the colours of RGB rows, gray taken off, by a share of the circle.
+
+    A turn about the axis of gray (Rodrigues' formula); brightness changes little.
+    """
+    angle, third = 2 * np.pi * share, 1 / 3
+    cosine, sine = np.cos(angle), np.sin(angle)
+    across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) * np.sqrt(third)
+    return (cosine * np.eye(3) + (1 - cosine) * third + sine * across).T.astype(np.float32)
 
 
 def random_window(

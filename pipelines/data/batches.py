@@ -61,8 +61,8 @@ class Example:
 class DetectorBatches:
     """Batch ``step`` -> list of Example; the same for every engine.
 
-    With ``window`` pixels set, random windows are cut, scaled by ``zoom``; else whole
-    images are used, and where ``edges`` is given brought to one of those shorter sides,
+    With ``window`` pixels set, random windows are cut; else whole images are used, both
+    scaled by ``zoom``, and where ``edges`` is given brought to one of those shorter sides,
     at most ``max_edge`` long. ``masks``: make masks too.
     """
 
@@ -106,7 +106,7 @@ class DetectorBatches:
         if self.window:
             image, affine = random_window(rng, image, boxes, self.augmentation, self.window, self.focus, self.zoom)
         else:
-            image, affine = turned_whole(image, random_linear(rng, self.augmentation))
+            image, affine = turned_whole(image, random_linear(rng, self.augmentation) * self.zoom)
             image, affine = self._fit(image, affine, self.edges[rng.integers(len(self.edges))])
         size = image.shape[:2]
         boxes, kept = move_boxes(boxes, affine, size, self.min_visible)

@@ -1,4 +1,4 @@
-"""Decoded images kept in memory up to a limit: training reads the same ones again and again."""
+"""Decoded images kept in memory up to a limit: training reads the same ones, or their tiles, again and again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import numpy as np
 
+from models.windows import AnyImage, open_image
 from pipelines.data.dataset import Sample
 
 
@@ -14,7 +15,7 @@ class ImageCache:
 
     def __init__(self, limit_bytes: int = 2 * 1024**3) -> None:
         self.limit_bytes = limit_bytes
-        self._held: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._held: OrderedDict[str, AnyImage] = OrderedDict()
         self._bytes = 0
 
     def read(self, sample: Sample) -> np.ndarray:
@@ -22,10 +23,13 @@ class ImageCache:
         key = str(sample.path)
         if key in self._held:
             self._held.move_to_end(key)
-            return self._held[key]
-        image = sample.read()
-        self._held[key] = image
-        self._bytes += image.nbytes
-        while self._bytes > self.limit_bytes and len(self._held) > 1:
-            self._bytes -= self._held.popitem(last=False)[1].nbytes
-        return image
+        else:
+            self._held[key] = open_image(sample.path)
+            self._bytes += _bytes(self._held[key])
+            while self._bytes > self.limit_bytes and len(self._held) > 1:
+                self._bytes -= _bytes(self._held.popitem(last=False)[1])
+        return np.asarray(sample.part_of(self._held[key])[:, :])
+
+
+def _bytes(image: AnyImage) -> int:
+    return image.nbytes if isinstance(image, np.ndarray) else 0

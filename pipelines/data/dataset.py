@@ -16,8 +16,9 @@ import numpy as np
 
 from models.errors import DataError
 from models.geometry import rle_area, xyxy_to_xywh
-from models.image import read_image
 from models.instances import RLE
+from models.tiling import Window, cut_tile
+from models.windows import AnyImage, open_image
 
 # Names of cut tiles: DOTA's devkit (P0001__1.0__824___0), and x/y offsets at the end
 # (scene_512_1024, scene-x512-y1024, scene_tile_3).
@@ -30,7 +31,8 @@ class Sample:
 
     boxes: (N, 4) float32 xyxy pixels; masks: one RLE of the image's size or None
     per plane; crowd: (N,) bool; truth: False where nothing is known about its planes;
-    number: the image's id in the COCO file it comes from, if it comes from one.
+    number: the image's id in the COCO file it comes from, if it comes from one;
+    window: (x1, y1, x2, y2) of the file that the image is, None for all of it.
     """
 
     image_id: str
@@ -43,6 +45,7 @@ class Sample:
     crowd: np.ndarray
     truth: bool = True
     number: int | None = None
+    window: Window | None = None
 
     @property
     def has_masks(self) -> bool:
@@ -55,8 +58,17 @@ class Sample:
         Raises:
             DataError: not readable, or of another size than its annotation says.
         """
-        image = read_image(self.path)
-        if image.shape[:2] != (self.height, self.width):
+        return np.asarray(self.part_of(open_image(self.path))[:, :])
+
+    def part_of(self, image: AnyImage) -> AnyImage:
+        """Its window of the file's image, or the image; large files stay unread where there is no window.
+
+        Raises:
+            DataError: the file is of another size than its annotation says.
+        """
+        if self.window is not None:
+            return cut_tile(image, self.window)
+        if tuple(image.shape[:2]) != (self.height, self.width):
             raise DataError(
                 f"{self.path}: is {image.shape[1]} x {image.shape[0]} pixels, "
                 f"its annotation says {self.width} x {self.height}"
@@ -170,7 +182,8 @@ def _file_digest(path: Path) -> str:
 @lru_cache(maxsize=200_000)
 def _content_digest(path: Path, modified: int, size: int) -> str:
     """Of the bytes; size and time of change tell the cache when to look again."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def scene_of(image_id: str, pattern: str | None = None) -> str:

@@ -90,7 +90,7 @@ def load_into_network(recipe: Any, weights: str, folder: Path) -> Path:
         cfg = training_config(recipe, Path(), "cpu")
         network = build_network(cfg, "cpu")
         load_whole(network, weights)
-        return save_model(folder, detectron2_spec(recipe.config, cfg, classes), network.state_dict())
+        return save_model(folder, detectron2_spec(recipe.config, cfg, classes, recipe.prediction), network.state_dict())
     if isinstance(recipe, UNetRecipe):
         from models.unet import build_segmenter, segmenter_spec
 
@@ -99,7 +99,10 @@ def load_into_network(recipe: Any, weights: str, folder: Path) -> Path:
         from models.torchvision_engine import detector_spec
         from models.torchvision_network import build_detector
 
-        network, spec = build_detector(recipe.architecture, 1), detector_spec(recipe.architecture, classes)
+        network, spec = (
+            build_detector(recipe.architecture, 1),
+            detector_spec(recipe.architecture, classes, recipe.prediction),
+        )
     load_strict(network, read_checkpoint(weights), weights)
     return save_model(folder, spec, network.state_dict())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -20,10 +21,11 @@ from models.torch_tools import pick_device
 from pipelines import figures, registry, tracking
 from pipelines.data.dataset import Dataset, split_by_scene
 from pipelines.data.opening import open_dataset
+from pipelines.data.tiles import cached_tiles, cut_tiles
 from pipelines.prediction import MAIN_METRIC
 from pipelines.recipe import load_recipe
 from pipelines.settings import Detectron2Recipe, Recipe, UNetRecipe
-from pipelines.steps.edge import ProgressListener
+from pipelines.steps.edge import ProgressListener, show_progress
 from pipelines.steps.options import TrainingRequest
 from pipelines.steps.publishing import Publication, example_image, publish
 from pipelines.training.detector import train_detector
@@ -198,17 +200,35 @@ def _log_inputs(plan: Plan) -> None:
 
 def _train(plan: Plan, listeners: Sequence[Listener]) -> tuple[Path, Outcome]:
     recipe, data, folder, device = plan.recipe, plan.data, plan.folder, plan.device
+    train = _training_tiles(plan)
     if isinstance(recipe, Detectron2Recipe):
         from pipelines.training.detectron2_trainer import LOG, train_detectron2
 
         try:
-            return train_detectron2(recipe, data.train, data.val, folder, device, listeners, plan.request.num_gpus)
+            return train_detectron2(recipe, train, data.val, folder, device, listeners, plan.request.num_gpus)
         finally:
             if (folder / LOG).exists():
                 mlflow.log_artifact(str(folder / LOG))
     if isinstance(recipe, UNetRecipe):
         return train_unet(recipe, data.train, data.val, folder, device, listeners)
-    return train_detector(recipe, data.train, data.val, folder, device, listeners)
+    return train_detector(recipe, train, data.val, folder, device, listeners)
+
+
+def _training_tiles(plan: Plan) -> Dataset:
+    """The training images, cut where the recipe says so; cached tiles are shared by equal cuts of equal data."""
+    train = plan.data.train
+    if isinstance(plan.recipe, UNetRecipe) or plan.recipe.tiles is None:
+        return train
+    settings, seed = plan.recipe.tiles, plan.recipe.seed
+    tiles = cut_tiles(train, settings, plan.recipe.min_visible, seed)
+    empty = sum(not (~s.crowd).any() for s in tiles.samples)
+    click.echo(f"{tiles.summary()} in tiles of {settings.size} pixels, {empty} of them empty")
+    mlflow.log_metrics({"training_tiles": len(tiles), "training_tiles_empty": empty})
+    if not settings.cached:
+        return tiles
+    cut = f"{settings.model_dump_json()}{plan.recipe.min_visible}{seed}{train.digest()}"
+    folder = Path(plan.request.work_dir) / f"tiles-{hashlib.sha256(cut.encode()).hexdigest()[:12]}"
+    return cached_tiles(tiles, folder, show_progress)
 
 
 def _publish(plan: Plan, saved: Path, run_id: str) -> Trained:

@@ -12,6 +12,7 @@ from torch import nn
 
 from models.instances import Instances
 from models.predictor import Predictor, save_model
+from models.tiling import by_tiles
 from models.torch_tools import channels_last
 from models.torchvision_engine import TorchvisionDetector, detector_spec
 from models.torchvision_network import build_detector
@@ -46,12 +47,14 @@ def train_detector(
         recipe.focus,
         recipe.min_visible,
         recipe.seed,
-        recipe.architecture.zoom,
+        # With a size given, the network scales the images itself.
+        recipe.architecture.zoom if recipe.architecture.min_size is None else 1.0,
         masks,
     )
 
     def validate(network: nn.Module) -> dict[str, float]:
-        return validation_metrics(TorchvisionDetector(network, device), val, masks) if val else {}
+        predictor = by_tiles(TorchvisionDetector(network, device), recipe.prediction, device)
+        return validation_metrics(predictor, val, masks) if val else {}
 
     job = Job(
         model,
@@ -66,8 +69,8 @@ def train_detector(
         listeners,
     )
     outcome = run(job)
-    saved = save_model(folder / "model", detector_spec(recipe.architecture, [recipe.data.category]), outcome.weights)
-    return saved, outcome
+    spec = detector_spec(recipe.architecture, [recipe.data.category], recipe.prediction)
+    return save_model(folder / "model", spec, outcome.weights), outcome
 
 
 def validation_metrics(predictor: Predictor, val: Dataset, masks: bool) -> dict[str, float]:

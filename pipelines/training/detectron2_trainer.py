@@ -16,6 +16,7 @@ from models.detectron2_engine import Detectron2Predictor, detectron2_spec, has_m
 from models.detectron2_weights import load_initial, safe_checkpointer
 from models.errors import ModelError, PlanesError, RecipeError, one_line
 from models.predictor import save_model
+from models.tiling import Tiling, by_tiles
 from pipelines.data.batches import DetectorBatches, Example
 from pipelines.data.dataset import Dataset
 from pipelines.settings import Detectron2Recipe
@@ -124,7 +125,8 @@ def _work(
     batches = _batches(recipe, cfg, train)
     interrupt = Interrupt() if comm.get_world_size() == 1 else None
     try:
-        trainer = _make_trainer(cfg, batches, val, listeners if comm.is_main_process() else (), interrupt)
+        told = listeners if comm.is_main_process() else ()
+        trainer = _make_trainer(cfg, batches, val, told, interrupt, recipe.prediction)
         if trainer.checkpointer.has_checkpoint():
             try:
                 trainer.resume_or_load(resume=True)
@@ -154,7 +156,7 @@ def _finish(trainer: Any, recipe: Detectron2Recipe, cfg: Any, folder: Path) -> N
     recorder = trainer.recorder
     best = folder / BEST
     weights = torch.load(best, weights_only=True)["model"] if best.exists() else _bare(trainer.model).state_dict()
-    save_model(folder / "model", detectron2_spec(recipe.config, cfg, [recipe.data.category]), weights)
+    save_model(folder / "model", detectron2_spec(recipe.config, cfg, [recipe.data.category], recipe.prediction), weights)
     content = {"step": recorder.best_step or len(recorder.history), "best": recorder.best, "history": recorder.history}
     (folder / OUTCOME).write_text(json.dumps(content))
 
@@ -233,14 +235,20 @@ class _FromStart:
 
 
 def _make_trainer(
-    cfg: Any, batches: DetectorBatches, val: Dataset | None, listeners: Sequence[Listener], interrupt: Interrupt | None
+    cfg: Any,
+    batches: DetectorBatches,
+    val: Dataset | None,
+    listeners: Sequence[Listener],
+    interrupt: Interrupt | None,
+    tiling: Tiling | None,
 ) -> Any:
     from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
     from detectron2.engine.train_loop import TrainerBase
     from detectron2.utils import comm
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
-        return validation_metrics(Detectron2Predictor(_bare(model), cfg), val, has_masks(cfg)) if val else {}
+        predictor = by_tiles(Detectron2Predictor(_bare(model), cfg), tiling, cfg.MODEL.DEVICE)
+        return validation_metrics(predictor, val, has_masks(cfg)) if val else {}
 
     class PlanesTrainer(DefaultTrainer):
         """Detectron2's default trainer with our batches, evaluation and safe checkpoints."""

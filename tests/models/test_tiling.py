@@ -1,0 +1,194 @@
+"""Prediction by tiles, asked of a predictor that is always right about what a tile shows."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.geometry import rle_decode, rle_encode, rle_iou
+from models.instances import Instances
+from models.tiling import Tiled, Tiling, tile_grid
+
+SIZE = 64
+
+
+class Oracle:
+    """Every connected patch brighter than 100 is a plane; its brightness is its score; its hue its class."""
+
+    def __init__(self, masks: bool = True) -> None:
+        self.masks, self.calls = masks, []
+
+    def predict(self, images):
+        self.calls.append(len(images))
+        return [self._one(str(i), image) for i, image in enumerate(images)]
+
+    def _one(self, image_id, image):
+        height, width = image.shape[:2]
+        boxes, scores, labels, masks = [], [], [], []
+        for label in (0, 1):
+            bright = (image[:, :, label] > 100).astype(np.uint8)
+            count, parts, stats, _ = cv2.connectedComponentsWithStats(bright, connectivity=4)
+            for i in range(1, count):
+                x, y, w, h, area = stats[i]
+                if area < 2:
+                    continue
+                boxes.append([x, y, x + w, y + h])
+                # What is seen in part may score better than the whole.
+                scores.append(float(image[parts == i][:, label].max()) / 255 + (0.001 if area < 300 else 0))
+                labels.append(label)
+                masks.append(rle_encode(parts == i))
+        return Instances.make(image_id, height, width, boxes, scores, labels, masks if self.masks else None)
+
+
+def plane(height=24, width=30):
+    """A plane-like cross, bool (height, width), every row and column touched."""
+    mask = np.zeros((height, width), bool)
+    mask[:, width // 2 - 3 : width // 2 + 3] = True
+    mask[height // 2 - 3 : height // 2 + 3] = True
+    return mask
+
+
+def scene(height, width, planes, background=30):
+    """An image with planes (top, left, mask, brightness, class), and the whole mask of each."""
+    image = np.full((height, width, 3), background, np.uint8)
+    image[::7, ::5] = background + 1
+    truth = []
+    for top, left, mask, bright, label in planes:
+        whole = np.zeros((height, width), bool)
+        whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
+        image[whole, label] = bright
+        truth.append(whole)
+    return image, truth
+
+
+def check(found, truth):
+    assert len(found) == len(truth), found.boxes
+    ious = rle_iou(list(found.masks), [rle_encode(t) for t in truth])
+    assert sorted(ious.argmax(axis=1).tolist()) == list(range(len(truth)))
+    assert (ious.max(axis=1) == 1).all()
+    for i, j in enumerate(ious.argmax(axis=1)):
+        rows, columns = np.nonzero(truth[j])
+        assert found.boxes[i].tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+@pytest.mark.parametrize("merge", ["join", "nms"])
+@pytest.mark.parametrize("match", ["iou", "ios"])
+def test_a_plane_at_every_place_is_found_once_and_whole(merge, match):
+    # Overlap of half a tile: every plane is whole in some tile, and cut in others.
+    tiled = Tiled(Oracle(), Tiling(size=SIZE, overlap=0.5, merge=merge, match=match))
+    for offset in range(70):
+        image, truth = scene(160, 170, [(offset, 70 - offset + 20, plane(), 200, 0)])
+        check(tiled.predict([image])[0], truth)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.1, 0.25])
+@pytest.mark.parametrize("match", ["iou", "ios"])
+def test_a_plane_cut_by_every_border_is_joined(overlap, match):
+    """Planes wider than the overlap, up to several tiles long, are whole in no tile."""
+    tiled = Tiled(Oracle(), Tiling(size=SIZE, overlap=overlap, match=match))
+    for shape in ((24, 30), (50, 60), (20, 190), (150, 150)):
+        for offset in range(0, 64, 3):
+            image, truth = scene(260, 280, [(offset, 64 - offset, plane(*shape), 200, 0)])
+            check(tiled.predict([image])[0], truth)
+
+
+def test_neighbours_and_classes_stay_apart():
+    # Boxes that overlap by half, in one class and in two, on and off the borders.
+    slash = np.eye(30, dtype=bool) | np.eye(30, k=1, dtype=bool) | np.eye(30, k=-1, dtype=bool)
+    for offset in range(0, 60, 4):
+        planes = [(20 + offset, 20, slash, 200, 0), (20 + offset, 30, slash, 150, 0), (60, 20 + offset, plane(), 220, 1)]
+        image, truth = scene(170, 170, planes)
+        found = Tiled(Oracle(), Tiling(size=SIZE, overlap=0.5)).predict([image])[0]
+        check(found, truth)
+        assert sorted(found.labels.tolist()) == [0, 0, 1]
+
+
+def test_one_tile_gives_what_the_predictor_gives():
+    image, _ = scene(SIZE, SIZE, [(5, 5, plane(), 200, 0), (12, 30, plane(), 150, 0)])
+    alone, tiled = Oracle().predict([image])[0], Tiled(Oracle(), Tiling(size=SIZE)).predict([image])[0]
+    assert alone.boxes.tolist() == tiled.boxes.tolist()
+    assert alone.scores.tolist() == tiled.scores.tolist()
+    assert alone.masks == tiled.masks
+
+
+def test_padding_and_batches_change_nothing():
+    rng = np.random.default_rng(0)
+    places = [(int(y), int(x)) for y in range(2, 220, 40) for x in range(2, 230, 42)]
+    planes = [(y, x, plane(), int(rng.integers(120, 250)), int(rng.integers(2))) for y, x in places]
+    image, truth = scene(260, 270, planes)
+    padded = np.zeros((401, 333, 3), np.uint8)
+    padded[:260, :270] = image
+    settings = Tiling(size=SIZE, overlap=0.25)
+    first = Tiled(Oracle(), settings).predict([image])[0]
+    check(first, truth)
+    for batch in (2, 5, 100):
+        oracle = Oracle()
+        results = Tiled(oracle, settings.model_copy(update={"batch": batch})).predict([image, padded])
+        assert max(oracle.calls) == batch or batch == 100
+        # Tiles of both images share batches: only the last one is not full.
+        assert set(oracle.calls[:-1]) <= {batch}
+        for found in results:
+            assert found.boxes.tolist() == first.boxes.tolist()
+            assert found.scores.tolist() == first.scores.tolist()
+            assert [rle_decode(m)[:260, :270].sum() for m in found.masks] == [rle_decode(m).sum() for m in first.masks]
+
+
+def test_tiles_of_one_colour_are_not_looked_at():
+    oracle = Oracle()
+    found = Tiled(oracle, Tiling(size=SIZE)).predict([np.zeros((300, 300, 3), np.uint8), np.full((10, 9, 3), 7, np.uint8)])
+    assert [len(f) for f in found] == [0, 0]
+    # The small one is black beyond its ten rows, so it is looked at.
+    assert oracle.calls == [1]
+
+
+def test_a_pass_over_the_whole_image_finds_what_no_tile_shows():
+    class Shy(Oracle):
+        """Sees nothing of a plane that the border cuts."""
+
+        def _one(self, image_id, image):
+            found = super()._one(image_id, image)
+            edge = (found.boxes[:, :2] <= 0).any(axis=1) | (found.boxes[:, 2:] >= image.shape[0]).any(axis=1)
+            keep = np.flatnonzero(~edge)
+            masks = [found.masks[i] for i in keep]
+            return Instances.make(image_id, *image.shape[:2], found.boxes[keep], found.scores[keep], None, masks)
+
+    image, truth = scene(256, 256, [(40, 50, np.ones((120, 140), bool), 200, 0), (190, 20, plane(), 150, 0)])
+    without = Tiled(Shy(), Tiling(size=SIZE, overlap=0.5)).predict([image])[0]
+    assert len(without) == 1
+    found = Tiled(Shy(), Tiling(size=SIZE, overlap=0.5, full_image_size=128)).predict([image])[0]
+    assert len(found) == 2
+    ious = rle_iou(list(found.masks), [rle_encode(t) for t in truth])
+    assert ious[0, 0] > 0.9
+    assert ious[1, 1] == 1
+    assert np.abs(found.boxes[0] - [50, 40, 190, 160]).max() <= 3
+
+
+@given(
+    st.integers(1, 400),
+    st.integers(1, 400),
+    st.integers(32, 200),
+    st.floats(0, 0.9),
+    st.integers(0, 100),
+    st.integers(0, 100),
+)
+def test_the_grid_covers_and_does_not_move(height, width, size, overlap, more_rows, more_columns):
+    tiling = Tiling(size=size, overlap=overlap)
+    grid = tile_grid(height, width, tiling)
+    covered = np.zeros((height, width), bool)
+    for x1, y1, x2, y2 in grid:
+        assert (x2 - x1, y2 - y1) == (size, size)
+        assert x1 < width
+        assert y1 < height
+        covered[y1:y2, x1:x2] = True
+    assert covered.all()
+    assert set(grid) <= set(tile_grid(height + more_rows, width + more_columns, tiling))
+
+
+def test_a_predictor_without_masks_gives_none():
+    image, _ = scene(100, 100, [(5, 5, plane(), 200, 0)])
+    assert Tiled(Oracle(masks=False), Tiling(size=SIZE)).predict([image])[0].masks is None
+    empty = Tiled(Oracle(), Tiling(size=SIZE)).predict([scene(100, 100, [])[0]])[0]
+    assert empty.masks == ()
