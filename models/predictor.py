@@ -178,11 +178,11 @@ def retiled(spec: ModelSpec, changes: Mapping[str, Any]) -> Tiling | None:
     """
     if not changes or changes.get("size") == 0:
         return None if changes else spec.tiling
+    if spec.tiling is None and set(changes) == {"batch"}:
+        return None
     if spec.kind == "segmenter":
         raise ModelError("tiles: this model segments planes in given boxes; tiles are for models that find planes")
     if spec.tiling is None and "size" not in changes:
-        if set(changes) == {"batch"}:
-            return None
         raise ModelError("tiles: this model predicts whole images; give the size of a tile too (--tile 512)")
     known = spec.tiling.model_dump() if spec.tiling else {}
     try:

@@ -131,11 +131,19 @@ class Tiled:
         whole = None
         if self.tiling.full_image_size and max(height, width) > self.tiling.size:
             small = shrunk(image, self.tiling.full_image_size)
-            found = enlarged(self.predictor.predict([small])[0], height, width)
+            found = rescaled(self.predictor.predict([small])[0], height, width)
             sides = (found.boxes[:, 2:] - found.boxes[:, :2]).max(axis=1, initial=0)
             # What a tile shows whole, tiles show better.
             whole = _take(found, np.flatnonzero(sides > self.tiling.shared))
         return merge_parts(image_id, height, width, parts, self.tiling, whole)
+
+
+def tiling_of(predictor: object) -> Tiling | None:
+    """The tiling by which a predictor, or the detector of a composition, looks at images; None for whole images."""
+    if isinstance(predictor, Tiled):
+        return predictor.tiling
+    inner = getattr(predictor, "detector", None)
+    return None if inner is None else tiling_of(inner)
 
 
 def by_tiles(predictor: Predictor, tiling: Tiling | None, device: str) -> Predictor:
@@ -253,18 +261,21 @@ def _take(found: Instances, index: np.ndarray) -> Instances:
     return Instances.make(found.image_id, found.height, found.width, boxes, scores, labels, masks)
 
 
-def enlarged(found: Instances, height: int, width: int) -> Instances:
-    """What was found in a shrunken image, in pixels of the image itself, masks too."""
+def rescaled(found: Instances, height: int, width: int) -> Instances:
+    """What was found in an image, in pixels of the same image at another size, masks too."""
+    if (height, width) == (found.height, found.width):
+        return found
     scale = np.array([width / found.width, height / found.height] * 2)
     masks = None
     if found.masks is not None:
-        masks = [_enlarged_mask(rle, scale, height, width) for rle in found.masks]
+        masks = [rescaled_mask(rle, scale, height, width) for rle in found.masks]
     return Instances.make(
         found.image_id, height, width, clip_boxes(found.boxes * scale, height, width), found.scores, found.labels, masks
     )
 
 
-def _enlarged_mask(rle: RLE, scale: np.ndarray, height: int, width: int) -> RLE:
+def rescaled_mask(rle: RLE, scale: np.ndarray, height: int, width: int) -> RLE:
+    """A mask in an image of another size; ``scale`` is new by old, (4,): x, y, x, y."""
     mask, left, top = rle_crop(rle)
     if not mask.size:
         return rle_paste(mask, 0, 0, height, width)

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
-from models.geometry import crop_window, rle_boxes, rle_bytes, rle_decode
+from models.geometry import crop_window, rle_crop, rle_decode
 from models.instances import RLE, Instances
 from pipelines.data.dataset import Sample
 
@@ -114,11 +114,10 @@ def _line_width(image: np.ndarray) -> int:
 
 
 def _outline(canvas: np.ndarray, mask: RLE, colour: tuple[int, int, int], thickness: int) -> None:
-    if not rle_bytes(mask)["counts"]:
+    part, left, top = rle_crop(mask)
+    if not part.size:
         return
-    x1, y1, x2, y2 = crop_window(rle_boxes([mask])[0], *canvas.shape[:2])
-    part = np.ascontiguousarray(rle_decode(mask)[y1:y2, x1:x2], dtype=np.uint8)
-    contours, _ = cv2.findContours(part, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE, offset=(x1, y1))
+    contours, _ = cv2.findContours(part.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE, offset=(left, top))
     cv2.drawContours(canvas, contours, -1, colour, thickness)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import click
 
+# The default of options that a model version decides.
+VERSION = "version"
+
 
 @click.group(invoke_without_command=True, context_settings={"max_content_width": 110})
 @click.option(
@@ -16,7 +19,27 @@ import click
 @click.option("--out", default="predictions", show_default=True, help="Folder for the outputs.")
 @click.option("--split", default="test", show_default=True, help="Split of a data set folder; train+test: both.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Images per forward pass.")
+@click.option("--batch", default="auto", show_default=True, help="Images, or tiles, per forward pass.")
+@click.option("--tile", default=VERSION, show_default=True, help="Side of the tiles in pixels; none: whole images.")
+@click.option("--tile-overlap", default=VERSION, show_default=True, help="Share of a tile that neighbours share.")
+@click.option(
+    "--merge",
+    default=VERSION,
+    show_default=True,
+    type=click.Choice([VERSION, "join", "nms"]),
+    help="Cut planes: join or NMS.",
+)
+@click.option(
+    "--match",
+    default=VERSION,
+    show_default=True,
+    type=click.Choice([VERSION, "iou", "ios"]),
+    help="Overlap that is compared.",
+)
+@click.option("--merge-threshold", default=VERSION, show_default=True, help="Least overlap of detections of one plane.")
+@click.option(
+    "--full-image", default=VERSION, show_default=True, help="Longer side for a pass over the whole image; or none."
+)
 @click.option(
     "--score-threshold", default=0.05, show_default=True, type=click.FloatRange(0, 1), help="Least score that is kept."
 )
@@ -103,11 +126,34 @@ def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str
     device = pick_device(device)
     resolved = [registry.resolve(text) for text in dict.fromkeys(models)]
     click.echo(dataset.summary())
-    settings = JobSettings(options["batch"], options["score_threshold"], options["overlays"], options["rle"])
+    batch = None if options["batch"] == "auto" else _number("batch", options["batch"], int)
+    settings = JobSettings(batch, options["score_threshold"], options["overlays"], options["rle"], _tiling(options))
     runs = [score_version(version, dataset, Path(out), settings, device) for version in resolved]
     _show([scored for scored, _ in runs], Path(out), uri)
     if len(runs) > 1 and dataset.has_truth and dataset.planes:
         compare_jobs([job for _, job in runs], dataset, Path(out))
+
+
+def _tiling(options) -> dict[str, object]:  # type: ignore[no-untyped-def]
+    """What the options change of the versions' tiling."""
+    kinds = {"tile": ("size", int), "tile_overlap": ("overlap", float), "merge": ("merge", str), "match": ("match", str)}
+    kinds |= {"merge_threshold": ("threshold", float), "full_image": ("full_image_size", int)}
+    changes: dict[str, object] = {}
+    for option, (key, kind) in kinds.items():
+        text = options[option]
+        if text == "none" and option in ("tile", "full_image"):
+            changes[key] = 0 if option == "tile" else None
+        elif text != VERSION:
+            changes[key] = _number(option, text, kind)
+    return changes
+
+
+def _number(option: str, text: str, kind):  # type: ignore[no-untyped-def]
+    try:
+        return kind(text)
+    except ValueError:
+        name = f"--{option.replace('_', '-')}"
+        raise click.UsageError(f"{name} {text}: expected {'a whole number' if kind is int else 'a number'}") from None
 
 
 def _evaluate(predictions: str, data: str, split: str, score_threshold: float, rle) -> None:  # type: ignore[no-untyped-def]

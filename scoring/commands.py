@@ -10,6 +10,7 @@ import click
 
 from models.errors import DataError
 from models.predictor import load_model
+from models.tiling import tiling_of
 from models.torch_tools import pick_device
 from pipelines import registry, tracking
 from pipelines.data.dataset import Dataset
@@ -103,10 +104,13 @@ def score_version(
 ) -> tuple[Scored, JobResult]:
     """Run one job, log it, and say what it left."""
     folder = registry.fetch(version)
-    predictor = load_model(folder, device)
+    predictor = load_model(folder, device, settings.changes)
     job = run_job(predictor, version.label, dataset, out, settings, show_progress)
     job.megabytes = folder_megabytes(folder)
-    params = {**settings.__dict__, "device": device, "data": str(dataset.source)}
+    tiling = tiling_of(predictor)
+    params = {**settings.__dict__, "batch_size": settings.batch_size or 1}
+    params |= {"tiling": tiling.model_dump_json() if tiling else "whole images"}
+    params |= {"device": device, "data": str(dataset.source)}
     run_id = track.log_job(job, version, dataset, params, job.megabytes)
     errors = f", {len(job.failures)} unreadable (see errors.parquet)" if job.failures else ""
     click.echo(f"{job.label}: {job.instances} planes in {job.images} images{errors}, {job.seconds:.1f} s, run {run_id}")

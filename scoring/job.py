@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,30 @@ from pipelines.evaluation import Evaluation
 from pipelines.prediction import evaluate_predictions, is_segmenter
 from scoring.reader import Failure
 from scoring.runners.local import predict_all
-from scoring.writers import coco, kaggle, overlays, parquet
+from scoring.writers import coco, geojson, kaggle, overlays, parquet
 
 Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
 
 
 @dataclass(frozen=True)
 class JobSettings:
-    """How to score: images per forward pass, least score kept, number of overlays, convention of the Kaggle CSV."""
+    """How to score.
 
-    batch_size: int = 1
+    batch_size: images at a time, and tiles per forward pass where it is given; score_threshold:
+    least score kept; overlays: how many; rle: convention of the Kaggle CSV; tiling: settings of
+    `models.tiling.Tiling` instead of the version's, ``{"size": 0}`` for whole images.
+    """
+
+    batch_size: int | None = None
     score_threshold: float = 0.05
     overlays: int = 3
     rle: kaggle.Convention = "course"
+    tiling: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What to change of the version's tiling."""
+        return {**self.tiling, **({"batch": self.batch_size} if self.batch_size and self.tiling.get("size") != 0 else {})}
 
 
 @dataclass
@@ -98,7 +109,7 @@ def run_job(
     started = time.monotonic()
     found: list[Instances] = []
     failures: list[Failure] = []
-    results = predict_all(predictor, dataset, settings.batch_size)
+    results = predict_all(predictor, dataset, settings.batch_size or 1)
     for result in progress(results, len(dataset), f"scoring with {label}"):
         if isinstance(result, Failure):
             failures.append(result)
@@ -124,6 +135,7 @@ def _write(job: JobResult, dataset: Dataset, found: list[Instances], settings: J
     coco.write_results(read_back, dataset, job.folder / "coco_results.json")
     if any(f.masks is not None for f in found) or not job.instances:
         kaggle.write_submission(read_back, dataset, job.folder / "kaggle.csv", settings.rle)
+    geojson.write_geojson(read_back, dataset, job.folder / "geojson")
     if settings.overlays:
         overlays.write_overlays(read_back, dataset, job.folder / "overlays", settings.overlays)
     scored = {f.image_id for f in found}

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-
 from models.errors import PlanesError, one_line
 from models.image import read_image
+from models.windows import AnyImage, open_image
 from pipelines.data.dataset import Dataset, Sample
 
 
@@ -22,13 +21,16 @@ class Failure:
     message: str
 
 
-def read_ahead(dataset: Dataset, ahead: int = 2) -> Iterator[tuple[Sample, np.ndarray | Failure]]:
-    """Decode the images in order, ``ahead`` of them in a thread while the model works."""
+def read_ahead(dataset: Dataset, ahead: int = 2, windows: bool = False) -> Iterator[tuple[Sample, AnyImage | Failure]]:
+    """Decode the images in order, ``ahead`` of them in a thread while the model works.
+
+    With ``windows`` files too large for memory are opened only; without they are failures.
+    """
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending = []
         samples = iter(dataset.samples)
         for sample in samples:
-            pending.append((sample, pool.submit(_read, sample)))
+            pending.append((sample, pool.submit(_read, sample, windows)))
             if len(pending) > ahead:
                 first, future = pending.pop(0)
                 yield first, future.result()
@@ -36,10 +38,11 @@ def read_ahead(dataset: Dataset, ahead: int = 2) -> Iterator[tuple[Sample, np.nd
             yield sample, future.result()
 
 
-def _read(sample: Sample) -> np.ndarray | Failure:
+def _read(sample: Sample, windows: bool) -> AnyImage | Failure:
     try:
+        image = open_image(sample.path) if windows else read_image(sample.path)
         # Without ground truth nothing depends on the size that was noted beforehand.
-        return sample.read() if sample.truth else read_image(sample.path)
+        return sample.part_of(image) if sample.truth else image
     except PlanesError as error:
         return Failure(sample.image_id, str(sample.path), one_line(error))
     except MemoryError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from models.detectron2_engine import Detectron2Predictor, detectron2_spec, has_m
 from models.detectron2_weights import load_initial, safe_checkpointer
 from models.errors import ModelError, PlanesError, RecipeError, one_line
 from models.predictor import save_model
-from models.tiling import Tiling, by_tiles
+from models.tiling import by_tiles
 from pipelines.data.batches import DetectorBatches, Example
 from pipelines.data.dataset import Dataset
 from pipelines.settings import Detectron2Recipe
@@ -126,7 +126,7 @@ def _work(
     interrupt = Interrupt() if comm.get_world_size() == 1 else None
     try:
         told = listeners if comm.is_main_process() else ()
-        trainer = _make_trainer(cfg, batches, val, told, interrupt, recipe.prediction)
+        trainer = _make_trainer(cfg, batches, _evaluation(recipe, cfg, val), told, interrupt)
         if trainer.checkpointer.has_checkpoint():
             try:
                 trainer.resume_or_load(resume=True)
@@ -163,6 +163,19 @@ def _finish(trainer: Any, recipe: Detectron2Recipe, cfg: Any, folder: Path) -> N
 
 def _bare(model: torch.nn.Module) -> torch.nn.Module:
     return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+
+
+def _evaluation(
+    recipe: Detectron2Recipe, cfg: Any, val: Dataset | None
+) -> Callable[[torch.nn.Module], dict[str, float]] | None:
+    if val is None or not val.planes:
+        return None
+
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        predictor = by_tiles(Detectron2Predictor(_bare(model), cfg), recipe.prediction, cfg.MODEL.DEVICE)
+        return validation_metrics(predictor, val, has_masks(cfg))
+
+    return evaluate
 
 
 def _batches(recipe: Detectron2Recipe, cfg: Any, train: Dataset) -> DetectorBatches:
@@ -237,18 +250,13 @@ class _FromStart:
 def _make_trainer(
     cfg: Any,
     batches: DetectorBatches,
-    val: Dataset | None,
+    evaluate: Callable[[torch.nn.Module], dict[str, float]] | None,
     listeners: Sequence[Listener],
     interrupt: Interrupt | None,
-    tiling: Tiling | None,
 ) -> Any:
     from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
     from detectron2.engine.train_loop import TrainerBase
     from detectron2.utils import comm
-
-    def evaluate(model: torch.nn.Module) -> dict[str, float]:
-        predictor = by_tiles(Detectron2Predictor(_bare(model), cfg), tiling, cfg.MODEL.DEVICE)
-        return validation_metrics(predictor, val, has_masks(cfg)) if val else {}
 
     class PlanesTrainer(DefaultTrainer):
         """Detectron2's default trainer with our batches, evaluation and safe checkpoints."""
@@ -275,9 +283,7 @@ def _make_trainer(
         def build_hooks(self) -> list[Any]:
             from pipelines.training.detectron2_hooks import make_hooks
 
-            hooks, self.recorder = make_hooks(
-                self, Path(cfg.OUTPUT_DIR), listeners, evaluate if val and val.planes else None, len(batches), interrupt
-            )
+            hooks, self.recorder = make_hooks(self, Path(cfg.OUTPUT_DIR), listeners, evaluate, len(batches), interrupt)
             return hooks
 
         def train(self) -> None:

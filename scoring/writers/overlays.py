@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
+import numpy as np
 
 from models.errors import DataError
-from models.image import read_image
 from models.instances import Instances
-from pipelines.data.dataset import Dataset
+from models.tiling import rescaled, rescaled_mask
+from models.windows import open_image, shrunk
+from pipelines.data.dataset import Dataset, Sample
 from pipelines.figures import draw_instances, draw_truth
 
 SHOWN_SCORE = 0.5
+# Longer side of a picture; larger images are shrunk to it.
+MOST_PIXELS = 4096
 
 
 def write_overlays(found: Sequence[Instances], dataset: Dataset, folder: Path, most: int) -> None:
@@ -23,12 +28,21 @@ def write_overlays(found: Sequence[Instances], dataset: Dataset, folder: Path, m
     step = max(1, len(dataset) // most)
     for sample in dataset.samples[::step][:most]:
         try:
-            image = read_image(sample.path)
+            image = shrunk(open_image(sample.path), MOST_PIXELS)
         except DataError:
             continue
-        canvas = draw_truth(image, sample) if sample.truth else image
+        canvas = draw_truth(image, _shrunk_truth(sample, image)) if sample.truth else image
         if sample.image_id in by_id:
-            canvas = draw_instances(canvas, by_id[sample.image_id].above(SHOWN_SCORE))
+            canvas = draw_instances(canvas, rescaled(by_id[sample.image_id].above(SHOWN_SCORE), *image.shape[:2]))
         path = folder / f"{sample.image_id.replace('/', '_')}.jpg"
         if not cv2.imwrite(str(path), cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90]):
             raise OSError(f"{path} cannot be written")
+
+
+def _shrunk_truth(sample: Sample, image: np.ndarray) -> Sample:
+    height, width = image.shape[:2]
+    if (height, width) == (sample.height, sample.width):
+        return sample
+    scale = np.array([width / sample.width, height / sample.height] * 2, np.float32)
+    masks = tuple(None if m is None else rescaled_mask(m, scale, height, width) for m in sample.masks)
+    return replace(sample, boxes=sample.boxes * scale, masks=masks)

@@ -79,22 +79,24 @@ def test_imports_are_declared(root):
     }
     names |= {"faster_coco_eval": "faster-coco-eval", "lightning_fabric": "lightning-fabric"}
     required = {pin.split("==")[0] for pin in _pins((root / "requirements.txt").read_text())}
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    required |= {pin.split("==")[0] for pins in extras.values() for pin in pins}
     for path in _sources(root):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            for module in {m.split(".")[0] for m in modules} - sys.stdlib_module_names - set(PACKAGES) - {"detectron2"}:
+            for module in {m.split(".")[0] for m in modules} - sys.stdlib_module_names - set(PACKAGES):
                 assert names.get(module, module) in required, (path, module)
 
 
-def test_detectron2_is_imported_on_use_alone(root):
+def test_extras_are_imported_on_use_alone(root):
     # This one module holds hooks, and is itself imported on use.
     allowed = {"pipelines/training/detectron2_hooks.py"}
     for path in _sources(root):
         for node in ast.parse(path.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
-            if any(n.split(".")[0] == "detectron2" or n.endswith("detectron2_hooks") for n in names):
+            if any(n.split(".")[0] in ("detectron2", "rasterio") or n.endswith("detectron2_hooks") for n in names):
                 assert path.relative_to(root).as_posix() in allowed, path
 
 

@@ -1,0 +1,83 @@
+"""GeoJSON of georeferenced images, in each image's own coordinate system, made from the instance table."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.geometry import rle_crop
+from models.instances import Instances
+from models.windows import WINDOWED_SUFFIXES
+from pipelines.data.dataset import Dataset
+
+
+def write_geojson(found: Sequence[Instances], dataset: Dataset, folder: Path) -> int:
+    """Write ``folder/<image id>.geojson`` for each image that has a coordinate system; return how many.
+
+    A plane is the polygon of its mask along the pixels' edges, or its box's corners. The
+    coordinate system stands in the member ``crs``, as GeoJSON had it before RFC 7946 and
+    as GIS programs read it. Without rasterio (the extra ``geo``) nothing is written.
+    """
+    if find_spec("rasterio") is None:
+        return 0
+    by_id = {f.image_id: f for f in found}
+    written = 0
+    for sample in dataset.samples:
+        one = by_id.get(sample.image_id)
+        placed = _georeference(sample.path) if sample.path.suffix.lower() in WINDOWED_SUFFIXES else None
+        if placed is None:
+            continue
+        transform, crs = placed
+        features = [] if one is None else [_feature(one, i, transform) for i in range(len(one))]
+        content = {"type": "FeatureCollection", "name": sample.image_id, "crs": crs, "features": features}
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{sample.image_id.replace('/', '_')}.geojson"
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(content))
+        os.replace(temporary, path)
+        written += 1
+    return written
+
+
+def _georeference(path: Path) -> tuple[Any, dict[str, Any]] | None:
+    """(affine map from pixels to the ground, GeoJSON's ``crs`` member), None without a coordinate system."""
+    import rasterio
+
+    try:
+        with rasterio.open(path) as file:
+            if file.crs is None or file.transform.is_identity:
+                return None
+            authority = file.crs.to_authority()
+            name = f"urn:ogc:def:crs:{authority[0]}::{authority[1]}" if authority else file.crs.to_wkt()
+            return file.transform, {"type": "name", "properties": {"name": name}}
+    except (rasterio.errors.RasterioError, OSError):
+        # An image that cannot be read stands in errors.parquet already.
+        return None
+
+
+def _feature(found: Instances, i: int, transform: Any) -> dict[str, Any]:
+    properties = {"instance": i, "score": round(float(found.scores[i]), 6), "label": int(found.labels[i])}
+    mask = None if found.masks is None else rle_crop(found.masks[i])
+    if mask is None or not mask[0].size:
+        x1, y1, x2, y2 = (float(v) for v in found.boxes[i])
+        corners = [(x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)]
+        geometry = {"type": "Polygon", "coordinates": [[transform * corner for corner in corners]]}
+    else:
+        geometry = _outline(*mask, transform)
+    return {"type": "Feature", "properties": properties, "geometry": geometry}
+
+
+def _outline(mask: np.ndarray, left: int, top: int, transform: Any) -> dict[str, Any]:
+    from rasterio.features import shapes
+
+    moved = transform * type(transform).translation(left, top)
+    polygons = [shape["coordinates"] for shape, _ in shapes(mask.astype(np.uint8), mask=mask, transform=moved)]
+    if len(polygons) == 1:
+        return {"type": "Polygon", "coordinates": polygons[0]}
+    return {"type": "MultiPolygon", "coordinates": polygons}
