@@ -204,12 +204,15 @@ def _hulls(boxes: np.ndarray, group: np.ndarray) -> np.ndarray:
     return hulls
 
 
-def cut_sides(boxes: np.ndarray, regions: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Which sides (left, top, right, bottom) of each box lie on a border of its tile inside the image, bool (N, 4)."""
+def cut_sides(boxes: np.ndarray, regions: np.ndarray) -> np.ndarray:
+    """Which sides (left, top, right, bottom) of each box lie on a border of its tile, bool (N, 4).
+
+    The image's own left and upper border do not count; its extent plays no part, so that padding changes nothing.
+    """
     extent = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
     near: np.ndarray = np.abs(boxes - regions) <= np.clip(SLACK_SHARE * extent, SLACK, MOST_SLACK)
-    inner = np.stack([regions[:, 0] > 0, regions[:, 1] > 0, regions[:, 2] < width, regions[:, 3] < height], axis=1)
-    return near & inner
+    near[:, :2] &= regions[:, :2] > 0
+    return near
 
 
 def parts_of_one(boxes: np.ndarray, labels: np.ndarray, sides: np.ndarray, threshold: float, seen: Seen) -> np.ndarray:

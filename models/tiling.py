@@ -96,9 +96,15 @@ class Tiled:
         self.batch = tiling.batch or (CPU_BATCH if device == "cpu" else GPU_BATCH)
 
     def predict(self, images: Sequence[AnyImage]) -> list[Instances]:
-        """Planes in images of any sizes, arrays or `WindowedImage`; see `Predictor`.
+        """Planes in images of any sizes, arrays or `WindowedImage`; see `Predictor`."""
+        parts = self.look(images)
+        return [self._merged(str(i), image, parts[i]) for i, image in enumerate(images)]
 
-        Tiles of several images share the forward passes; a tile of one colour is not looked at.
+    def look(self, images: Sequence[AnyImage]) -> list[list[Part]]:
+        """What the tiles of each image show, row by row, before it is merged.
+
+        Tiles of several images share the forward passes; a tile that shows nothing but one
+        colour beyond its neighbours is not looked at.
         """
         parts: list[list[Part]] = [[] for _ in images]
         with ThreadPoolExecutor(max_workers=1) as pool:
@@ -110,14 +116,14 @@ class Tiled:
                 found = self.predictor.predict([tile for _, _, tile in batch])
                 for (number, window, _), one in zip(batch, found, strict=True):
                     parts[number].append(Part(one, window))
-        return [self._merged(str(i), image, parts[i]) for i, image in enumerate(images)]
+        return parts
 
     def _batches(self, images: Sequence[AnyImage]) -> Iterator[list[tuple[int, Window, np.ndarray]]]:
         batch = []
         for number, image in enumerate(images):
             for window in tile_grid(image.shape[0], image.shape[1], self.tiling):
                 tile = cut_tile(image, window)
-                if _one_colour(tile):
+                if _shows_nothing_new(tile, window, self.tiling.shared):
                     continue
                 batch.append((number, window, tile))
                 if len(batch) == self.batch:
@@ -151,6 +157,12 @@ def by_tiles(predictor: Predictor, tiling: Tiling | None, device: str) -> Predic
     return predictor if tiling is None else Tiled(predictor, tiling, device)
 
 
+def _shows_nothing_new(tile: np.ndarray, window: Window, shared: int) -> bool:
+    """Whether all that a tile shows beyond its left or its upper neighbour is of one colour, as missing imagery is."""
+    left, top = window[:2]
+    return bool(_one_colour(tile) or (left and _one_colour(tile[:, shared:])) or (top and _one_colour(tile[shared:])))
+
+
 def _one_colour(tile: np.ndarray) -> bool:
     first = tile[0, 0]
     return bool((tile[::37, ::37] == first).all() and (tile == first).all())
@@ -165,24 +177,32 @@ def merge_parts(
     mask. Then of those that show one plane the best is kept, one that no border cuts before
     one that is cut, with the highest score among them.
     """
-    pieces = _gather(parts, height, width, whole, tiling.shared == 0)
-    if not len(pieces.boxes):
-        return Instances.make(image_id, height, width, [], [], [], None if pieces.masks is None else [])
+    if whole is not None:
+        parts = [*parts, Part(whole, (0, 0, width, height))]
+    pieces = _gather(parts, tiling.shared == 0)
     if tiling.merge == "join":
-        sides = cut_sides(pieces.boxes, pieces.seen.regions, height, width)
+        sides = cut_sides(pieces.boxes, pieces.seen.regions)
         group = parts_of_one(pieces.boxes, pieces.labels, sides, tiling.threshold, pieces.seen)
-        pieces = _joined(pieces, group, height, width)
+        pieces = _joined(pieces, group)
     # Whole ones first, by their scores, then parts, the largest first: it shows most of its plane.
     cut = pieces.seen.cut
     order = np.lexsort([-np.where(cut, box_area(pieces.boxes), pieces.scores), cut])
     owner = owners(pieces.boxes, order, pieces.labels, tiling.threshold, tiling.match, pieces.seen)
     scores = np.zeros(len(owner))
     np.maximum.at(scores, owner, pieces.scores)
-    keep = np.flatnonzero(owner == np.arange(len(owner)))
+    boxes = clip_boxes(pieces.boxes, height, width)
+    # The black beyond the image can hold boxes of which nothing is left.
+    inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    keep = np.flatnonzero((owner == np.arange(len(owner))) & inside)
     masks = None
     if pieces.masks is not None:
-        masks = [rle_paste(*pieces.masks[i], height, width) for i in keep]
-    return Instances.make(image_id, height, width, pieces.boxes[keep], scores[keep], pieces.labels[keep], masks)
+        masks = [rle_paste(*_within(pieces.masks[i], height, width), height, width) for i in keep]
+    return Instances.make(image_id, height, width, boxes[keep], scores[keep], pieces.labels[keep], masks)
+
+
+def _within(mask: tuple[np.ndarray, int, int], height: int, width: int) -> tuple[np.ndarray, int, int]:
+    part, left, top = mask
+    return part[: max(height - top, 0), : max(width - left, 0)], min(left, width), min(top, height)
 
 
 class _Pieces(NamedTuple):
@@ -195,37 +215,26 @@ class _Pieces(NamedTuple):
     masks: list[tuple[np.ndarray, int, int]] | None
 
 
-def _gather(parts: Sequence[Part], height: int, width: int, whole: Instances | None, touching: bool) -> _Pieces:
+def _gather(parts: Sequence[Part], touching: bool) -> _Pieces:
     has_masks = any(p.found.masks is not None for p in parts)
     parts = [p for p in parts if len(p.found)]
-    if whole is not None and len(whole):
-        parts = [*parts, Part(whole, (0, 0, width, height))]
     counts = [len(p.found) for p in parts]
-    corner = np.repeat(np.array([p.window[:2] * 2 for p in parts], np.float64).reshape(-1, 4), counts, axis=0)
-    boxes = np.concatenate([p.found.boxes for p in parts] or [np.zeros((0, 4))]) + corner
-    boxes = clip_boxes(boxes, height, width).astype(np.float64)
-    windows = np.repeat(np.array([p.window for p in parts], np.float64).reshape(-1, 4), counts, axis=0)
-    regions = clip_boxes(windows, height, width).astype(np.float64)
-    cut: np.ndarray = cut_sides(boxes, regions, height, width).max(axis=1, initial=False)
+    regions = np.repeat(np.array([p.window for p in parts], np.float64).reshape(-1, 4), counts, axis=0)
+    boxes = np.concatenate([p.found.boxes for p in parts] or [np.zeros((0, 4))]) + np.tile(regions[:, :2], 2)
+    cut: np.ndarray = cut_sides(boxes, regions).max(axis=1, initial=False)
     seen = Seen(regions, np.repeat(np.arange(len(parts)), counts), cut, touching=touching)
     scores = np.concatenate([p.found.scores for p in parts] or [np.zeros(0)]).astype(np.float64)
     labels = np.concatenate([p.found.labels for p in parts] or [np.zeros(0, np.int64)])
-    masks = None
-    if has_masks:
-        masks = [_placed(rle, p.window, height, width) for p in parts for rle in p.found.masks or ()]
-    # The black beyond the image can hold boxes of which nothing is left.
-    keep = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
-    kept_masks = None if masks is None else [masks[i] for i in keep]
-    return _Pieces(boxes[keep], scores[keep], labels[keep], seen.take(keep), kept_masks)
+    masks = [_placed(rle, p.window) for p in parts for rle in p.found.masks or ()] if has_masks else None
+    return _Pieces(boxes, scores, labels, seen, masks)
 
 
-def _placed(rle: RLE, window: Window, height: int, width: int) -> tuple[np.ndarray, int, int]:
+def _placed(rle: RLE, window: Window) -> tuple[np.ndarray, int, int]:
     mask, left, top = rle_crop(rle)
-    left, top = left + window[0], top + window[1]
-    return mask[: max(height - top, 0), : max(width - left, 0)], min(left, width), min(top, height)
+    return mask, left + window[0], top + window[1]
 
 
-def _joined(pieces: _Pieces, group: np.ndarray, height: int, width: int) -> _Pieces:
+def _joined(pieces: _Pieces, group: np.ndarray) -> _Pieces:
     """The parts of each group as one: hull of the boxes and of what is seen, union of the masks, highest score."""
     leaders, boxes = hull_groups(pieces.boxes, group)
     if len(leaders) == len(group):
@@ -236,7 +245,7 @@ def _joined(pieces: _Pieces, group: np.ndarray, height: int, width: int) -> _Pie
     own_tiles = pieces.seen.tiles
     tiles = np.array([own_tiles[m[0]] if len(m) == 1 else -1 - m[0] for m in of_each])
     joined = {-1 - int(m[0]): frozenset(own_tiles[m].tolist()) for m in of_each if len(m) > 1}
-    cut: np.ndarray = cut_sides(boxes, regions, height, width).max(axis=1, initial=False)
+    cut: np.ndarray = cut_sides(boxes, regions).max(axis=1, initial=False)
     masks = None
     if pieces.masks is not None:
         own = pieces.masks

@@ -67,16 +67,21 @@ def _feature(found: Instances, i: int, transform: Any) -> dict[str, Any]:
     if mask is None or not mask[0].size:
         x1, y1, x2, y2 = (float(v) for v in found.boxes[i])
         corners = [(x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)]
-        geometry = {"type": "Polygon", "coordinates": [[transform * corner for corner in corners]]}
+        geometry = {"type": "Polygon", "coordinates": [[_ground(transform, *corner) for corner in corners]]}
     else:
         geometry = _outline(*mask, transform)
     return {"type": "Feature", "properties": properties, "geometry": geometry}
 
 
+def _ground(t: Any, x: float, y: float) -> tuple[float, float]:
+    return t.a * x + t.b * y + t.c, t.d * x + t.e * y + t.f
+
+
 def _outline(mask: np.ndarray, left: int, top: int, transform: Any) -> dict[str, Any]:
     from rasterio.features import shapes
 
-    moved = transform * type(transform).translation(left, top)
+    t, (x, y) = transform, _ground(transform, left, top)
+    moved = type(transform)(t.a, t.b, x, t.d, t.e, y)
     polygons = [shape["coordinates"] for shape, _ in shapes(mask.astype(np.uint8), mask=mask, transform=moved)]
     if len(polygons) == 1:
         return {"type": "Polygon", "coordinates": polygons[0]}

@@ -28,7 +28,7 @@ def test_a_pixel_belongs_to_the_plane_of_the_higher_score():
     for i, crop in enumerate(crops):
         dense[i, crop.top : crop.top + 12, crop.left : crop.left + 9] = crop.mask
     first = np.where(dense.any(0), dense.argmax(0), -1)
-    for i, crop in enumerate(without_overlaps(crops, 40, 40)):
+    for i, crop in enumerate(without_overlaps(crops)):
         expected = (first == i)[crop.top : crop.top + 12, crop.left : crop.left + 9]
         assert np.array_equal(crop.mask, expected)
 

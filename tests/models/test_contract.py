@@ -7,7 +7,7 @@ import torch
 from models.composed import ComposedArchitecture, save_composed
 from models.errors import ModelError
 from models.geometry import rle_decode
-from models.predictor import Predictor, load_model, save_model
+from models.predictor import Predictor, load_model, read_weights, save_model
 from models.torchvision_engine import detector_spec
 from models.torchvision_network import DetectorArchitecture, MaskArchitecture, build_detector
 from models.unet import SegmenterArchitecture, build_segmenter, segmenter_spec
@@ -204,5 +204,5 @@ def test_weights_of_another_model_initialise_what_fits(tmp_path):
     folder = _detector(tmp_path / "source")
     torch.manual_seed(5)
     model = build_detector(SMALL, 1, str(folder))
-    source = load_model(folder).model.state_dict()
+    source = read_weights(folder)
     assert all(torch.equal(v, source[k]) for k, v in model.state_dict().items())

@@ -75,5 +75,5 @@ def test_missing_file_and_folder(tmp_path):
 
 def test_too_many_pixels_are_refused_before_decoding(monkeypatch):
     monkeypatch.setattr(module, "MAX_PIXELS", 100)
-    with pytest.raises(DataError, match="exceed the limit"):
+    with pytest.raises(DataError, match="exceed the 100 that are decoded whole"):
         read_image(_saved(Image.fromarray(RGB)))

@@ -140,7 +140,7 @@ def test_tiles_of_one_colour_are_not_looked_at():
     oracle = Oracle()
     found = Tiled(oracle, Tiling(size=SIZE)).predict([np.zeros((300, 300, 3), np.uint8), np.full((10, 9, 3), 7, np.uint8)])
     assert [len(f) for f in found] == [0, 0]
-    # The small one is black beyond its ten rows, so it is looked at.
+    # The small one is gray in its ten rows and black beyond, so it is looked at.
     assert oracle.calls == [1]
 
 

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreference
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (150, 210, 3), dtype=np.uint8)
+RGBA = np.concatenate([RGB, RGB[:, :, :1]], axis=2)
 
 
 def _tiff(path, values, **options):
@@ -32,11 +33,9 @@ def _tiff(path, values, **options):
 MAKERS = {
     "rgb": lambda p: _tiff(p, RGB.transpose(2, 0, 1), photometric="RGB"),
     "rgb deflated": lambda p: _tiff(p, RGB.transpose(2, 0, 1), photometric="RGB", compress="deflate"),
-    "rgba": lambda p: _tiff(
-        p, np.concatenate([RGB.transpose(2, 0, 1), RGB[None, :, :, 0]]), photometric="RGB", alpha="yes"
-    ),
+    "rgba": lambda p: _tiff(p, RGBA.transpose(2, 0, 1), photometric="RGB", alpha="yes"),
     "gray": lambda p: _tiff(p, RGB[None, :, :, 1]),
-    "16-bit gray": lambda p: _tiff(p, RGB[None, :, :, 1].astype(np.uint16) * 257 - 3 * (RGB[None, :, :, 1] > 9)),
+    "16-bit gray": lambda p: _tiff(p, RGB[None, :, :, 1].astype(np.uint16) * 257 - (RGB[None, :, :, 1] > 9)),
     "16-bit gray, low values": lambda p: _tiff(p, RGB[None, :, :, 1].astype(np.uint16)),
     "palette": lambda p: (Image.fromarray(RGB).quantize(50).save(p), p)[1],
     "strips": lambda p: (Image.fromarray(RGB).save(p, compression="tiff_lzw"), p)[1],

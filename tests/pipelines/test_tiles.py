@@ -155,5 +155,5 @@ def test_recipe_entries_of_tiles(tmp_path):
     assert load_recipe("demo_detector", ["tiling.size=640"]).prediction.size == 640
     with pytest.raises(RecipeError, match="window and tiles exclude each other"):
         load_recipe("demo_detector", ["tiles.size=256"])
-    with pytest.raises(RecipeError, match="unknown key 'tiles.sise'; did you mean 'tiles.size'"):
+    with pytest.raises(RecipeError, match=r"unknown key 'tiles\.sise'; did you mean 'tiles\.size'"):
         load_recipe("demo_detector", ["window=null", "tiles.sise=256"])

@@ -1,0 +1,153 @@
+"""Training on tiles and scoring by tiles through the commands; large georeferenced files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from models.predictor import read_spec
+from tests.conftest import write_image
+from tests.journeys.conftest import error_line
+
+pytestmark = pytest.mark.xdist_group("journey")
+
+TILES = ("window=null", "tiles.size=128", "tiles.overlap=0.4", "training.batch_size=2", "training.evaluate_every=4")
+
+
+@pytest.fixture(scope="module")
+def tiled(project):
+    """planes-tiled/1, trained for 4 steps on cached tiles of 128 pixels."""
+    done = project.step(
+        "train_detector", "--data", str(project.data), "--name", "planes-tiled", "--steps", "4",
+        "--set", " ".join((*TILES, "tiles.cached=true", "architecture.score_threshold=0.0")),
+    )  # fmt: skip
+    return project, done
+
+
+def _params(project, done):
+    return project.client.get_run(re.search(r"run ([0-9a-f]{32})", done.stdout)[1]).data.params
+
+
+def test_training_on_tiles_is_logged_and_its_tiling_travels(tiled):
+    project, done = tiled
+    said = re.search(r"(\d+) images, (\d+) planes.* in tiles of 128 pixels, (\d+) of them empty", done.stdout)
+    assert said
+    run = project.client.get_run(re.search(r"run ([0-9a-f]{32})", done.stdout)[1])
+    assert run.data.metrics["training_tiles"] == int(said[1])
+    assert run.data.params["tiles.overlap"] == "0.4"
+    folder = next((project.folder / ".planes" / "training").glob("planes-tiled-*/model"))
+    assert read_spec(folder).tiling.size == 128
+    assert read_spec(folder).tiling.overlap == 0.4
+    cached = list((project.folder / ".planes" / "training").glob("tiles-*/*.png"))
+    assert len(cached) == int(said[1])
+
+
+def test_scoring_takes_the_versions_tiles_or_others(tiled):
+    project, _ = tiled
+    arguments = ("--model", "planes-tiled/1", "--data", str(project.data), "--overlays", "0")
+    own = _params(project, project.score(*arguments, "--out", "t1"))
+    assert json.loads(own["tiling"])["size"] == 128
+    done = project.score(
+        *arguments,
+        "--out",
+        "t2",
+        "--tile",
+        "200",
+        "--merge",
+        "nms",
+        "--merge-threshold",
+        "0.4",
+        "--full-image",
+        "256",
+        "--batch",
+        "3",
+    )
+    changed = json.loads(_params(project, done)["tiling"])
+    assert changed == {
+        "size": 200, "overlap": 0.4, "merge": "nms", "match": "iou", "threshold": 0.4, "full_image_size": 256, "batch": 3,
+    }  # fmt: skip
+    whole = _params(project, project.score(*arguments, "--out", "t3", "--tile", "none", "--batch", "2"))
+    assert whole["tiling"] == "whole images"
+    made = _params(project, project.score("--model", "planes-det/1", *arguments[2:], "--out", "t4", "--tile", "160"))
+    assert json.loads(made["tiling"])["size"] == 160
+
+
+def test_the_batch_changes_no_row(tiled):
+    import pyarrow.parquet as pq
+
+    project, _ = tiled
+    tables = []
+    for batch in ("1", "5"):
+        project.score(
+            "--model", "planes-tiled/1", "--data", str(project.data), "--overlays", "0", "--out", f"b{batch}",
+            "--batch", batch, "--score-threshold", "0.3",
+        )  # fmt: skip
+        tables.append(pq.read_table(project.folder / f"b{batch}" / "planes-tiled-1" / "instances.parquet").to_pandas())
+    assert len(tables[0]) == len(tables[1]) > 0
+    assert list(tables[0].image_id) == list(tables[1].image_id)
+    numbers = ["x1", "y1", "x2", "y2", "score"]
+    assert np.allclose(tables[0][numbers], tables[1][numbers], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("planes-tiled/1", ("--tile", "10"), "tiles: size: Input should be greater than or equal to 32"),
+        ("planes-tiled/1", ("--tile-overlap", "0.95"), "tiles: overlap: Input should be less than or equal to 0.9"),
+        ("planes-det/1", ("--merge", "nms"), "predicts whole images; give the size of a tile too"),
+        ("planes-unet/1", ("--tile", "128"), "segments planes in given boxes"),
+        ("planes-tiled/1", ("--tile", "big"), "--tile big: expected a whole number"),
+    ],
+)
+def test_tiles_that_cannot_be_say_why(tiled, model, options, message):
+    project, _ = tiled
+    done = project.score("--model", model, "--data", str(project.data), "--out", "no", *options, code=None)
+    assert done.returncode in (1, 2)
+    assert message in error_line(done)
+
+
+def test_a_large_geotiff_is_scored_by_windows(tiled, tmp_path):
+    """110 million pixels, most of them without imagery: one plane scene in a corner, one across the middle."""
+    rasterio = pytest.importorskip("rasterio", reason="rasterio (the extra 'geo') is not installed")
+    from rasterio.transform import from_origin
+
+    from models.image import read_image
+
+    project, _ = tiled
+    scene = read_image(project.data / "test" / "A0005.png")
+    side = 10_500
+    profile = {"driver": "GTiff", "count": 3, "height": side, "width": side, "dtype": "uint8", "photometric": "RGB"}
+    blocks = {"tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate", "sparse_ok": True}
+    where = {"crs": "EPSG:25832", "transform": from_origin(300_000, 5_500_000, 0.25, 0.25)}
+    data = tmp_path / "mosaic"
+    data.mkdir()
+    with rasterio.open(data / "big.tif", "w", **profile, **blocks, **where) as file:
+        for top, left in ((0, 0), (5000, 4700)):
+            file.write(scene.transpose(2, 0, 1), window=((top, top + 512), (left, left + 512)))
+    shutil.copy(project.data / "test" / "A0005.png", data / "small.png")
+    write_image(data / "other.png", 130, 140)
+    done = project.score(
+        "--model", "planes-tiled/1", "--data", str(data), "--out", str(tmp_path / "o"), "--score-threshold", "0.3"
+    )
+    folder = tmp_path / "o" / "planes-tiled-1"
+    assert "in 3 images" in done.stdout
+    content = json.loads((folder / "geojson" / "big.geojson").read_text())
+    assert content["crs"]["properties"]["name"] == "urn:ogc:def:crs:EPSG::25832"
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "instances.parquet").to_pandas()
+    big, small = table[table.image_id == "big"], table[table.image_id == "small"]
+    assert len(content["features"]) == len(big)
+    # The corner shows what the scene alone shows: padding changes nothing.
+    corner = big[(big.x2 < 512) & (big.y2 < 512)]
+    inner = small[(small.x2 < 500) & (small.y2 < 500)]
+    assert len(inner) > 0
+    for _, row in inner.iterrows():
+        near = corner[["x1", "y1", "x2", "y2"]].sub(row[["x1", "y1", "x2", "y2"]]).abs().max(axis=1)
+        assert near.min() < 0.01
+    overlay = read_image(folder / "overlays" / "big.jpg")
+    assert overlay.shape == (4096, 4096, 3)

@@ -1,0 +1,61 @@
+"""GeoJSON in the image's coordinate system: what GDAL reads back lies where the planes lie."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from models.geometry import rle_encode
+from models.instances import Instances
+from pipelines.data.opening import open_dataset
+from scoring.writers.geojson import write_geojson
+from tests.conftest import write_image
+
+rasterio = pytest.importorskip("rasterio", reason="rasterio (the extra 'geo') is not installed")
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """One TIFF in UTM 33 with pixels of half a metre, one PNG, one TIFF without a place."""
+    from rasterio.transform import from_origin
+
+    placed = {"crs": "EPSG:32633", "transform": from_origin(500_000, 5_700_000, 0.5, 0.5)}
+    for name, where in (("placed", placed), ("bare", {})):
+        profile = {"driver": "GTiff", "count": 3, "height": 40, "width": 50, "dtype": "uint8", "photometric": "RGB"}
+        with rasterio.open(tmp_path / f"{name}.tif", "w", **profile, **where) as file:
+            file.write(np.zeros((3, 40, 50), np.uint8))
+    write_image(tmp_path / "photo.png")
+    return open_dataset(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_masks_and_boxes_in_ground_coordinates(dataset, tmp_path):
+    from rasterio.features import rasterize
+    from rasterio.transform import from_origin
+
+    ring = np.zeros((40, 50), bool)
+    ring[5:20, 10:30] = True
+    ring[9:13, 14:22] = False
+    ring[30:33, 40:44] = True
+    found = Instances.make("placed", 40, 50, [[10, 5, 44, 33]], [0.75], None, [rle_encode(ring)])
+    boxes = Instances.make("placed", 40, 50, [[10, 4, 20, 8], [1, 2, 3, 4]], [0.9, 0.5])
+    assert write_geojson([found, found.named("photo"), found.named("bare")], dataset, tmp_path / "g") == 1
+    assert [p.name for p in (tmp_path / "g").iterdir()] == ["placed.geojson"]
+    content = json.loads((tmp_path / "g" / "placed.geojson").read_text())
+    assert content["crs"]["properties"]["name"] == "urn:ogc:def:crs:EPSG::32633"
+    feature = content["features"][0]
+    assert feature["properties"] == {"instance": 0, "score": 0.75, "label": 0}
+    # Drawn back onto the grid, the polygons with their hole are the mask again.
+    drawn = rasterize([feature["geometry"]], (40, 50), transform=from_origin(500_000, 5_700_000, 0.5, 0.5))
+    assert (drawn.astype(bool) == ring).all()
+
+    write_geojson([boxes], dataset, tmp_path / "g")
+    first = json.loads((tmp_path / "g" / "placed.geojson").read_text())["features"][0]["geometry"]
+    assert first["type"] == "Polygon"
+    corners = np.array(first["coordinates"][0])
+    assert corners.min(axis=0).tolist() == [500_005, 5_699_996]
+    assert corners.max(axis=0).tolist() == [500_010, 5_699_998]
+    write_geojson([], dataset, tmp_path / "g")
+    assert json.loads((tmp_path / "g" / "placed.geojson").read_text())["features"] == []
