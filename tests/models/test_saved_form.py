@@ -6,10 +6,13 @@ import pickle
 import pytest
 import torch
 
+from models.composed import ComposedArchitecture, save_composed
 from models.errors import ModelError
-from models.predictor import load_model, read_spec, save_model
+from models.predictor import ModelSpec, load_model, read_spec, read_weights, retiled, save_model
+from models.tiling import Tiling, tiling_of
 from models.torch_tools import read_checkpoint
 from models.unet import SegmenterArchitecture, build_segmenter, segmenter_spec
+from tests.models.test_contract import _detector
 
 ARCHITECTURE = SegmenterArchitecture(network="skipnet", crop_size=64)
 
@@ -72,3 +75,49 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
     path.write_bytes(pickle.dumps(_Bomb()))
     with pytest.raises(ModelError, match="cannot be read safely"):
         read_checkpoint(path)
+
+
+DETECTOR = ModelSpec(kind="detector", engine="torchvision", architecture={}, classes=["plane"])
+TILED = DETECTOR.model_copy(update={"tiling": Tiling(size=640, overlap=0.3)})
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes", "expected"),
+    [
+        (DETECTOR, {}, None),
+        (DETECTOR, {"batch": 4}, None),
+        (DETECTOR, {"size": 512, "batch": 4}, Tiling(size=512, batch=4)),
+        (TILED, {}, Tiling(size=640, overlap=0.3)),
+        (TILED, {"size": 0}, None),
+        (TILED, {"merge": "nms", "size": 700}, Tiling(size=700, overlap=0.3, merge="nms")),
+        (segmenter_spec(ARCHITECTURE, ["plane"]), {"batch": 4}, None),
+    ],
+)
+def test_tiles_of_the_version_and_those_asked_for(spec, changes, expected):
+    assert retiled(spec, changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes", "message"),
+    [
+        (TILED, {"size": 10}, "tiles: size: Input should be greater than or equal to 32"),
+        (TILED, {"overlap": 0.95}, r"tiles: overlap: Input should be less than or equal to 0\.9"),
+        (DETECTOR, {"merge": "nms"}, "predicts whole images; give the size of a tile too"),
+        (segmenter_spec(ARCHITECTURE, ["plane"]), {"size": 128}, "segments planes in given boxes"),
+    ],
+)
+def test_tiles_that_cannot_be_say_why(spec, changes, message):
+    with pytest.raises(ModelError, match=message):
+        retiled(spec, changes)
+
+
+def test_tiling_is_saved_and_a_composition_hands_changes_to_its_detector(tmp_path):
+    detector = _detector(tmp_path / "d")
+    spec = read_spec(detector).model_copy(update={"tiling": Tiling(size=64)})
+    save_model(detector, spec, read_weights(detector))
+    unet = save_model(tmp_path / "u", segmenter_spec(ARCHITECTURE, ["plane"]), build_segmenter(ARCHITECTURE).state_dict())
+    composed = save_composed(tmp_path / "c", detector, unet, ComposedArchitecture(), {})
+    assert tiling_of(load_model(detector)) == Tiling(size=64)
+    assert tiling_of(load_model(composed)) == Tiling(size=64)
+    assert tiling_of(load_model(composed, tiling={"size": 96, "overlap": 0.5})) == Tiling(size=96, overlap=0.5)
+    assert tiling_of(load_model(composed, tiling={"size": 0})) is None

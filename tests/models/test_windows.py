@@ -8,9 +8,13 @@ import pytest
 from PIL import Image
 
 from models import windows
+from models.composed import ComposedArchitecture, save_composed
 from models.errors import DataError
 from models.image import read_image
+from models.predictor import load_model, read_spec, read_weights, save_model
+from models.tiling import Tiling
 from models.windows import WindowedImage, open_image, shrunk
+from tests.models.test_contract import _detector, _segmenter
 
 rasterio = pytest.importorskip("rasterio", reason="rasterio (the extra 'geo') is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -90,3 +94,15 @@ def test_a_large_png_says_what_to_do(tmp_path, monkeypatch):
     Image.fromarray(RGB).save(tmp_path / "a.png")
     with pytest.raises(DataError, match="save it as a tiled TIFF"):
         open_image(tmp_path / "a.png")
+
+
+def test_a_composition_outlines_in_windows_what_it_outlines_in_the_array(tmp_path):
+    spec = read_spec(_detector(tmp_path / "d"))
+    save_model(tmp_path / "d", spec.model_copy(update={"tiling": Tiling(size=96)}), read_weights(tmp_path / "d"))
+    unet = _segmenter(tmp_path / "u", network="unet", encoder="resnet18")
+    composed = load_model(save_composed(tmp_path / "c", tmp_path / "d", unet, ComposedArchitecture(), {}))
+    of_array = composed.predict([RGB])[0]
+    of_windows = composed.predict([WindowedImage(MAKERS["rgb"](tmp_path / "a.tif"))])[0]
+    assert len(of_array) > 0
+    assert of_array.boxes.tolist() == of_windows.boxes.tolist()
+    assert of_array.masks == of_windows.masks
