@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from models.image import MAX_PIXELS, image_size, read_image
 
 # Above this many pixels a TIFF is not decoded as a whole.
 WINDOWED_PIXELS = 100_000_000
+CACHE_MEGABYTES = "256"
 WINDOWED_SUFFIXES = (".tif", ".tiff")
 
 
@@ -96,6 +98,8 @@ AnyImage = np.ndarray | WindowedImage
 
 
 def _rasterio(path: str | Path) -> Any:
+    # GDAL would keep decoded blocks up to a twentieth of the machine's memory; a row of tiles needs far less.
+    os.environ.setdefault("GDAL_CACHEMAX", CACHE_MEGABYTES)
     try:
         import rasterio
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import cv2
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.geometry import rle_decode, rle_encode, rle_iou
+from models.geometry import rle_crop, rle_decode, rle_encode, rle_iou
 from models.instances import Instances
 from models.tiling import Tiled, Tiling, tile_grid
 
@@ -192,3 +194,41 @@ def test_a_predictor_without_masks_gives_none():
     assert Tiled(Oracle(masks=False), Tiling(size=SIZE)).predict([image])[0].masks is None
     empty = Tiled(Oracle(), Tiling(size=SIZE)).predict([scene(100, 100, [])[0]])[0]
     assert empty.masks == ()
+
+
+def test_no_dense_mask_of_a_large_image_is_made():
+    class Field:
+        """20,000 x 20,000 pixels that exist only where they are looked at, a plane on every 1,900th."""
+
+        shape = (20_000, 20_000, 3)
+        planes = tuple((y, x) for y in range(40, 20_000, 1900) for x in range(60, 20_000, 1900))
+
+        def __getitem__(self, key):
+            rows, columns = key
+            part = np.full((rows.stop - rows.start, columns.stop - columns.start, 3), 30, np.uint8)
+            part[0, 0] = 31
+            for y, x in self.planes:
+                y1, y2, x1, x2 = (
+                    max(y, rows.start),
+                    min(y + 24, rows.stop),
+                    max(x, columns.start),
+                    min(x + 30, columns.stop),
+                )
+                if y1 < y2 and x1 < x2:
+                    mask = plane()[y1 - y : y2 - y, x1 - x : x2 - x]
+                    part[y1 - rows.start : y2 - rows.start, x1 - columns.start : x2 - columns.start, 0][mask] = 200
+            return part
+
+    tracemalloc.start()
+    try:
+        found = Tiled(Oracle(), Tiling(size=1600, overlap=0.05)).predict([Field()])[0]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sorted(found.boxes.tolist()) == sorted([x, y, x + 30, y + 24] for y, x in Field.planes)
+    for box, mask in zip(found.boxes.astype(int), found.masks, strict=True):
+        part, left, top = rle_crop(mask)
+        assert (left, top) == (box[0], box[1])
+        assert (part == plane()).all()
+    # One dense bool mask of the image alone would take 400 MB.
+    assert peak < 200e6, peak
