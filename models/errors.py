@@ -15,7 +15,14 @@ class PlanesError(Exception):
 
 
 class DataError(PlanesError):
-    """An image, annotation file or data set that cannot be used."""
+    """An image, annotation file or data set that cannot be used.
+
+    ``kind`` says in a word or two what is wrong with an image, for counting.
+    """
+
+    def __init__(self, message: str, kind: str = "unusable") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class RecipeError(PlanesError):

@@ -35,15 +35,19 @@ def read_image(source: str | Path | bytes) -> np.ndarray:
             if width * height > MAX_PIXELS:
                 raise DataError(
                     f"{name}: {width} x {height} pixels exceed the {MAX_PIXELS:,} that are decoded whole; "
-                    "save it as a tiled TIFF and score it with a model that predicts by tiles (--tile)"
+                    "save it as a tiled TIFF and score it with a model that predicts by tiles (--tile)",
+                    "too large",
                 )
             return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
-        raise DataError(f"{name}: not an image that can be read (PNG, JPEG, TIFF, BMP, WebP)") from None
+        what = f"{name}: not an image that can be read (PNG, JPEG, TIFF, BMP, WebP)"
+        raise DataError(what, "not an image") from None
     except FileNotFoundError:
-        raise DataError(f"{name}: no such file") from None
+        raise DataError(f"{name}: no such file", "missing") from None
+    except PermissionError:
+        raise DataError(f"{name}: may not be read (permission denied)", "permission denied") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"{name}: cannot be decoded ({one_line(error)})") from None
+        raise DataError(f"{name}: cannot be decoded ({one_line(error)})", "damaged") from None
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

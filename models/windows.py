@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,12 @@ class WindowedImage:
     ndim = 3
 
     def __init__(self, path: str | Path) -> None:
-        rasterio = _rasterio(path)
+        rasterio = quiet_rasterio(path)
         self.path = Path(path)
         try:
             self._file = rasterio.open(path)
         except (rasterio.errors.RasterioError, OSError) as error:
-            raise DataError(f"{path}: cannot be opened ({one_line(error)[:160]})") from None
+            raise DataError(f"{path}: cannot be opened ({one_line(error)[:160]})", "damaged") from None
         self.shape = (self._file.height, self._file.width, 3)
         self._bands, self._palette = self._layout()
         self._scale = self._range() if self._file.dtypes[0] == "uint16" else 1.0
@@ -63,7 +65,7 @@ class WindowedImage:
         try:
             values = self._file.read(self._bands, **how)
         except (rasterio.errors.RasterioError, OSError) as error:
-            raise DataError(f"{self.path}: damaged ({one_line(error)[:160]})") from None
+            raise DataError(f"{self.path}: damaged ({one_line(error)[:160]})", "damaged") from None
         if self._palette is not None:
             return self._palette[values[0]]
         if self._scale != 1.0:
@@ -97,15 +99,23 @@ class WindowedImage:
 AnyImage = np.ndarray | WindowedImage
 
 
-def _rasterio(path: str | Path) -> Any:
+def quiet_rasterio(path: str | Path) -> Any:
+    """The module rasterio, with what it says about odd files left to our own messages.
+
+    Raises:
+        DataError: it is not installed; ``path`` is what it is needed for.
+    """
     # GDAL would keep decoded blocks up to a twentieth of the machine's memory; a row of tiles needs far less.
     os.environ.setdefault("GDAL_CACHEMAX", CACHE_MEGABYTES)
     try:
         import rasterio
-
-        return rasterio
     except ImportError:
-        raise DataError(f"{path}: too large to be decoded whole; pip install rasterio (the extra 'geo')") from None
+        raise DataError(
+            f"{path}: too large to be decoded whole; pip install rasterio (the extra 'geo')", "too large"
+        ) from None
+    logging.getLogger("rasterio").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
+    return rasterio
 
 
 def open_image(path: str | Path) -> AnyImage:

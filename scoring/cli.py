@@ -47,6 +47,16 @@ VERSION = "version"
 @click.option(
     "--rle", default="course", show_default=True, type=click.Choice(["course", "airbus"]), help="Runs of the Kaggle CSV."
 )
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Threads that decode images.")
+@click.option("--shard", default=32, show_default=True, type=click.IntRange(1), help="Images written together.")
+@click.option("--fresh", is_flag=True, help="Score anew where --out holds another or an unfinished scoring.")
+@click.option(
+    "--max-errors",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Exit with 3 above this share of errors.",
+)
 @click.option("--scene-pattern", default=None, help="Regular expression whose first group is an image's scene.")
 @click.version_option(package_name="planes")
 @click.pass_context
@@ -58,6 +68,7 @@ def main(context: click.Context, **options) -> None:  # type: ignore[no-untyped-
     score --model planes-det/2 --model planes-det/3 --data test_coco.json --out both
     score compare planes-inst/latest planes-mask/latest --data data/airfield
     score evaluate predictions/planes-inst-1/kaggle.csv --data data/airfield
+    score export predictions/planes-inst-1 --to geojson,overlays
     """
     if context.invoked_subcommand:
         return
@@ -85,6 +96,24 @@ def evaluate(predictions: str, data: str, split: str, score_threshold: float, rl
     from pipelines.steps.edge import friendly
 
     friendly(_evaluate)(predictions, data, split, score_threshold, rle)
+
+
+@main.command()
+@click.argument("folder")
+@click.option(
+    "--to", "formats", default="coco", show_default=True, help="coco, kaggle, geojson, overlays; or several, with commas."
+)
+@click.option("--out", default=None, help="Folder to write to; the scoring's own without it.")
+@click.option("--score-threshold", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Least score.")
+@click.option("--overlays", default=3, show_default=True, type=click.IntRange(1), help="Pictures to draw.")
+@click.option(
+    "--rle", default="course", show_default=True, type=click.Choice(["course", "airbus"]), help="Runs of the Kaggle CSV."
+)
+def export(folder: str, formats: str, out: str | None, **options) -> None:  # type: ignore[no-untyped-def]
+    """Make files from the table that a scoring left in FOLDER, such as predictions/planes-det-3."""
+    from pipelines.steps.edge import friendly
+
+    friendly(_export)(folder, formats, out, **options)
 
 
 @main.command()
@@ -127,11 +156,17 @@ def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str
     resolved = [registry.resolve(text) for text in dict.fromkeys(models)]
     click.echo(dataset.summary())
     batch = None if options["batch"] == "auto" else _number("batch", options["batch"], int)
-    settings = JobSettings(batch, options["score_threshold"], options["overlays"], options["rle"], _tiling(options))
+    more = {"shard_size": options["shard"], "workers": options["workers"], "fresh": options["fresh"]}
+    outputs = options["score_threshold"], options["overlays"], options["rle"]
+    settings = JobSettings(batch, *outputs, _tiling(options), **more)
     runs = [score_version(version, dataset, Path(out), settings, device) for version in resolved]
     _show([scored for scored, _ in runs], Path(out), uri)
     if len(runs) > 1 and dataset.has_truth and dataset.planes:
         compare_jobs([job for _, job in runs], dataset, Path(out))
+    worst = max(job.failures / len(dataset) for _, job in runs)
+    if worst > options["max_errors"]:
+        click.echo(f"Error: {worst:.1%} of the images failed, more than --max-errors allows", err=True)
+        raise SystemExit(3)
 
 
 def _tiling(options) -> dict[str, object]:  # type: ignore[no-untyped-def]
@@ -154,6 +189,20 @@ def _number(option: str, text: str, kind):  # type: ignore[no-untyped-def]
     except ValueError:
         name = f"--{option.replace('_', '-')}"
         raise click.UsageError(f"{name} {text}: expected {'a whole number' if kind is int else 'a number'}") from None
+
+
+def _export(folder: str, formats: str, out: str | None, score_threshold: float, overlays: int, rle) -> None:  # type: ignore[no-untyped-def]
+    from pathlib import Path
+
+    from scoring.export import FORMATS, export_job
+
+    wanted = formats.split(",")
+    unknown = [name for name in wanted if name not in FORMATS]
+    if unknown:
+        raise click.UsageError(f"--to {unknown[0]}: expected some of {', '.join(FORMATS)}")
+    target = Path(out or folder)
+    planes = export_job(Path(folder), target, wanted, score_threshold, rle, overlays)
+    click.echo(f"{planes} planes to {target}: {', '.join(wanted)}")
 
 
 def _evaluate(predictions: str, data: str, split: str, score_threshold: float, rle) -> None:  # type: ignore[no-untyped-def]

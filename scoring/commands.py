@@ -21,6 +21,7 @@ from scoring import track
 from scoring.candidates import data_of, from_job, gather, is_run
 from scoring.compare import Candidate, Scored, compare, comparison_table, render
 from scoring.job import JobResult, JobSettings, claim_folder, run_job
+from scoring.plan import folder_digest
 from scoring.report import write_report
 
 # What the terminal shows of the table; the CSV and the page hold all.
@@ -105,14 +106,16 @@ def score_version(
     """Run one job, log it, and say what it left."""
     folder = registry.fetch(version)
     predictor = load_model(folder, device, settings.changes)
-    job = run_job(predictor, version.label, dataset, out, settings, show_progress)
+    digest = folder_digest(folder)
+    job = run_job(predictor, version.label, dataset, out, settings, show_progress, digest, device)
     job.megabytes = folder_megabytes(folder)
     tiling = tiling_of(predictor)
     params = {**settings.__dict__, "batch_size": settings.batch_size or 1}
     params |= {"tiling": tiling.model_dump_json() if tiling else "whole images"}
     params |= {"device": device, "data": str(dataset.source)}
     run_id = track.log_job(job, version, dataset, params, job.megabytes)
-    errors = f", {len(job.failures)} unreadable (see errors.parquet)" if job.failures else ""
+    errors = f", {job.failures} unreadable (see errors.parquet)" if job.failures else ""
+    errors += f", {job.resumed} of them scored before" if job.resumed else ""
     click.echo(f"{job.label}: {job.instances} planes in {job.images} images{errors}, {job.seconds:.1f} s, run {run_id}")
     click.echo(f"   outputs in {job.folder}")
     for _, evaluation in job.evaluations:

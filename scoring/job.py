@@ -16,12 +16,16 @@ from typing import Any
 from models.errors import DataError, OutputError, one_line
 from models.instances import Instances
 from models.predictor import Predictor
+from models.tiling import tiling_of
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation import Evaluation
 from pipelines.prediction import evaluate_predictions, is_segmenter
+from scoring.export import FORMATS, export
+from scoring.plan import Manifest, claimed, make_manifest
 from scoring.reader import Failure
-from scoring.runners.local import predict_all
-from scoring.writers import coco, geojson, kaggle, overlays, parquet
+from scoring.runners.local import predict_shards
+from scoring.shards import ERRORS, INSTANCES, finished, join_shards, totals_of, write_shard
+from scoring.writers import kaggle, parquet
 
 Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
 
@@ -32,7 +36,9 @@ class JobSettings:
 
     batch_size: images at a time, and tiles per forward pass where it is given; score_threshold:
     least score kept; overlays: how many; rle: convention of the Kaggle CSV; tiling: settings of
-    `models.tiling.Tiling` instead of the version's, ``{"size": 0}`` for whole images.
+    `models.tiling.Tiling` instead of the version's, ``{"size": 0}`` for whole images; shard_size:
+    images that are written, and after a stop lost, together; workers: threads that decode;
+    fresh: throw away what is in the folder.
     """
 
     batch_size: int | None = None
@@ -40,6 +46,9 @@ class JobSettings:
     overlays: int = 3
     rle: kaggle.Convention = "course"
     tiling: Mapping[str, Any] = field(default_factory=dict)
+    shard_size: int = 32
+    workers: int = 1
+    fresh: bool = False
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -49,18 +58,22 @@ class JobSettings:
 
 @dataclass
 class JobResult:
-    """What a job left: its folder, counts, times, and metrics where there is ground truth."""
+    """What a job left: its folder, counts, times, and metrics where there is ground truth.
+
+    resumed: how many of the images had been scored by an earlier, interrupted call.
+    """
 
     label: str
     folder: Path
     images: int
     instances: int
-    failures: list[Failure]
+    failures: int
     seconds: float
     evaluations: list[tuple[str, Evaluation]] = field(default_factory=list)
     segmenter: bool = False
     score_threshold: float = 0.05
     megabytes: float = math.nan
+    resumed: int = 0
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -94,54 +107,94 @@ def folder_name(label: str) -> str:
 
 
 def run_job(
-    predictor: Predictor, label: str, dataset: Dataset, out: Path, settings: JobSettings, progress: Progress
+    predictor: Predictor,
+    label: str,
+    dataset: Dataset,
+    out: Path,
+    settings: JobSettings,
+    progress: Progress,
+    model: str = "",
+    device: str = "cpu",
 ) -> JobResult:
     """Predict every image, write table, COCO results, overlays and metrics into ``out/<label>``.
 
+    The work is done in shards that are on disk whole or not at all: called again after a
+    stop, the missing ones are made, and the tables are those of an undisturbed call.
     Unreadable images are listed in ``errors.parquet`` and the others scored.
 
+    Args:
+        model: digest of the saved model, device: where it runs; both decide the rows.
+
     Raises:
-        DataError: no image could be read.
-        OutputError: the folder cannot be written.
+        DataError: no image could be read, or the folder holds another job.
+        OutputError: the folder cannot be written, or somebody else is writing there.
     """
     folder = out / folder_name(label)
     claim_folder(folder)
-    started = time.monotonic()
-    found: list[Instances] = []
-    failures: list[Failure] = []
-    results = predict_all(predictor, dataset, settings.batch_size or 1)
-    for result in progress(results, len(dataset), f"scoring with {label}"):
-        if isinstance(result, Failure):
-            failures.append(result)
-        else:
-            found.append(result.above(settings.score_threshold))
-    seconds = time.monotonic() - started
-    if not found:
-        raise DataError(f"none of {len(dataset)} images could be read; the first: {failures[0].message}")
-    job = JobResult(label, folder, len(found), sum(map(len, found)), failures, seconds)
-    job.segmenter, job.score_threshold = is_segmenter(predictor), settings.score_threshold
+    tiling = tiling_of(predictor)
+    decisive = {
+        "score_threshold": settings.score_threshold,
+        "batch_size": settings.batch_size or 1,
+        "tiling": tiling.model_dump() if tiling else None,
+        "device": device.partition(":")[0],
+    }
+    manifest = make_manifest(label, model, decisive, dataset, settings.shard_size)
     try:
-        _write(job, dataset, found, settings, job.segmenter)
+        with claimed(folder, manifest, dataset, settings.fresh):
+            resumed, totals = len(dataset), totals_of(folder)
+            if totals is None:
+                resumed = _make_missing(predictor, manifest, folder, dataset, settings, progress)
+                totals = join_shards(folder, len(manifest.shards()))
+            if not totals.images:
+                first = parquet.read_failures(folder / ERRORS)[0]
+                raise DataError(f"none of {len(dataset)} images could be read; the first: {first.message}")
+            job = JobResult(label, folder, totals.images, totals.instances, totals.failures, totals.seconds)
+            job.segmenter, job.score_threshold, job.resumed = is_segmenter(predictor), settings.score_threshold, resumed
+            _write(job, dataset, totals.masks, settings)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error.strerror or one_line(error)})") from None
+        raise OutputError(
+            f"{folder}: cannot be written ({error.strerror or one_line(error)}); what is done is kept, call again"
+        ) from None
     return job
 
 
-def _write(job: JobResult, dataset: Dataset, found: list[Instances], settings: JobSettings, segmenter: bool) -> None:
-    table = job.folder / "instances.parquet"
-    parquet.write_instances(found, table)
-    parquet.write_failures(job.failures, job.folder / "errors.parquet")
-    read_back = parquet.read_instances(table)
-    coco.write_results(read_back, dataset, job.folder / "coco_results.json")
-    if any(f.masks is not None for f in found) or not job.instances:
-        kaggle.write_submission(read_back, dataset, job.folder / "kaggle.csv", settings.rle)
-    geojson.write_geojson(read_back, dataset, job.folder / "geojson")
-    if settings.overlays:
-        overlays.write_overlays(read_back, dataset, job.folder / "overlays", settings.overlays)
-    scored = {f.image_id for f in found}
-    truth = dataset.subset([s.image_id for s in dataset.samples if s.image_id in scored], dataset.split)
+def _make_missing(
+    predictor: Predictor, manifest: Manifest, folder: Path, dataset: Dataset, settings: JobSettings, progress: Progress
+) -> int:
+    """Predict and write the shards that are not there; return how many images the others hold."""
+    done, shards = finished(folder), manifest.shards()
+    missing = [i for i in range(len(shards)) if i not in done]
+    parts = [[dataset.samples[k] for k in shards[i]] for i in missing]
+    total = sum(map(len, parts))
+    results = predict_shards(predictor, parts, settings.batch_size or 1, settings.workers)
+    collected: list[Instances | Failure] = []
+    started = time.monotonic()
+    title = f"scoring with {manifest.label}"
+    for position, result in progress(results, total, title) if total else ():
+        collected.append(result.above(settings.score_threshold) if isinstance(result, Instances) else result)
+        if len(collected) == len(parts[position]):
+            now = time.monotonic()
+            write_shard(folder, missing[position], collected, now - started)
+            collected, started = [], now
+    return len(dataset) - total
+
+
+def _write(job: JobResult, dataset: Dataset, has_masks: bool, settings: JobSettings) -> None:
+    found = parquet.read_instances(job.folder / INSTANCES)
+    failed = {f.image_id for f in parquet.read_failures(job.folder / ERRORS)} if job.failures else set()
+    made = set(FORMATS) if has_masks or not job.instances else set(FORMATS) - {"kaggle"}
+    made -= set() if settings.overlays else {"overlays"}
+    export(found, dataset, job.folder, made, settings.rle, settings.overlays)
+    truth = dataset.subset([s.image_id for s in dataset.samples if s.image_id not in failed], dataset.split)
     if truth.has_truth and truth.planes:
-        job.evaluations = evaluate_predictions(found, truth, segmenter, settings.score_threshold)
+        listed = {f.image_id for f in found}
+        # Images without a plane have no row; that masks were looked for there counts.
+        empty = [
+            Instances.make(s.image_id, s.height, s.width, [], [], [], [] if has_masks else None)
+            for s in truth.samples
+            if s.image_id not in listed
+        ]
+        job.evaluations = evaluate_predictions([*found, *empty], truth, job.segmenter, settings.score_threshold)
         content = [{"prefix": p, "metrics": e.finite(), "settings": e.settings} for p, e in job.evaluations]
         write_text(job.folder / "metrics.json", json.dumps(content, indent=2) + "\n")
 

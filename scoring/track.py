@@ -32,13 +32,17 @@ def log_job(
         tracking.log_dataset(dataset, "scoring")
         if resolved.model_id:
             mlflow.log_input(model=LoggedModelInput(resolved.model_id))
-        counts = {"images": job.images, "instances": job.instances, "errors": len(job.failures)}
+        counts = {"images": job.images, "instances": job.instances, "errors": job.failures}
         if not math.isnan(megabytes):
             mlflow.log_metric("model_megabytes", megabytes)
         mlflow.log_metrics({**counts, "seconds": job.seconds, "images_per_second": job.images / job.seconds})
         for kind, evaluation in job.evaluations:
             tracking.log_evaluation(prefix + kind, evaluation, dataset, resolved.model_id)
-        mlflow.log_artifacts(str(job.folder), "scoring")
+        for path in sorted(job.folder.iterdir()):
+            if path.is_dir():
+                mlflow.log_artifacts(str(path), f"scoring/{path.name}")
+            elif not path.name.startswith("."):
+                mlflow.log_artifact(str(path), "scoring")
         return run.info.run_id
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from models.geometry import rle_crop
 from models.instances import Instances
-from models.windows import WINDOWED_SUFFIXES
+from models.windows import WINDOWED_SUFFIXES, quiet_rasterio
 from pipelines.data.dataset import Dataset
 
 
@@ -47,8 +47,7 @@ def write_geojson(found: Sequence[Instances], dataset: Dataset, folder: Path) ->
 
 def _georeference(path: Path) -> tuple[Any, dict[str, Any]] | None:
     """(affine map from pixels to the ground, GeoJSON's ``crs`` member), None without a coordinate system."""
-    import rasterio
-
+    rasterio = quiet_rasterio(path)
     try:
         with rasterio.open(path) as file:
             if file.crs is None or file.transform.is_identity:

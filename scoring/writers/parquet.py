@@ -30,6 +30,8 @@ SCHEMA = pa.schema(
     ]
 )
 
+ERROR_SCHEMA = pa.schema([(name, pa.string()) for name in ("image_id", "path", "kind", "message")])
+
 
 def write_instances(found: Sequence[Instances], path: Path) -> None:
     """Write the instance table, whole or not at all; images without planes have no row."""
@@ -53,9 +55,13 @@ def read_instances(path: Path) -> list[Instances]:
 
 
 def write_failures(failures: Sequence[Failure], path: Path) -> None:
-    """Write image_id, path and message of what could not be scored."""
-    schema = pa.schema([("image_id", pa.string()), ("path", pa.string()), ("message", pa.string())])
-    _write(pa.Table.from_pylist([f.__dict__ for f in failures], schema=schema), path)
+    """Write image_id, path, kind and message of what could not be scored."""
+    _write(pa.Table.from_pylist([f.__dict__ for f in failures], schema=ERROR_SCHEMA), path)
+
+
+def read_failures(path: Path) -> list[Failure]:
+    """What could not be scored, read back."""
+    return [Failure(**row) for row in pq.read_table(path).to_pylist()]
 
 
 def _write(table: pa.Table, path: Path) -> None:

@@ -27,7 +27,8 @@ def test_outputs_metrics_and_run(scored):
     project, done = scored
     folder = project.folder / "out" / "planes-det-1"
     names = {p.name for p in folder.iterdir()}
-    assert names == {"instances.parquet", "errors.parquet", "coco_results.json", "metrics.json", "overlays"}
+    made = {"instances.parquet", "errors.parquet", "coco_results.json", "metrics.json", "overlays"}
+    assert names == made | {"manifest.json", "inputs.parquet", "done.json", ".lock"}
     table = pq.read_table(folder / "instances.parquet")
     results = json.loads((folder / "coco_results.json").read_text())
     assert table.num_rows == len(results) > 0

@@ -47,8 +47,8 @@ def test_tables_of_no_use_are_refused(tmp_path):
     path.write_bytes(b"x")
     with pytest.raises(DataError, match="not a readable parquet"):
         read_instances(path)
-    write_failures([Failure("a", "/a", "broken")], path)
-    assert pq.read_table(path).to_pylist() == [{"image_id": "a", "path": "/a", "message": "broken"}]
+    write_failures([Failure("a", "/a", "damaged", "broken")], path)
+    assert pq.read_table(path).to_pylist() == [{"image_id": "a", "path": "/a", "kind": "damaged", "message": "broken"}]
     with pytest.raises(DataError, match="no column 'instance'"):
         read_instances(path)
 

@@ -1,0 +1,207 @@
+"""What a scoring job is to do, written down before it begins: model, settings, inputs, shards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from models.errors import DataError, OutputError
+from pipelines.data.dataset import Dataset, Sample
+
+MANIFEST, INPUTS, SHARDS, DONE, LOCK = "manifest.json", "inputs.parquet", "shards", "done.json", ".lock"
+
+INPUT_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("path", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("number", pa.int64()),
+        ("digest", pa.string()),
+    ]
+)
+
+
+class Manifest(BaseModel):
+    """All that decides a job's rows.
+
+    model: digest of the saved folder; settings: threshold, tiling, batch, device; inputs:
+    digest of the images in their order; category_id: the category's number in COCO results.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    label: str
+    model: str
+    settings: dict[str, Any]
+    data: str
+    split: str
+    category_id: int
+    inputs: str
+    images: int
+    shard_size: int
+
+    def shards(self) -> list[range]:
+        """Positions of each shard's images among the inputs."""
+        return [range(a, min(a + self.shard_size, self.images)) for a in range(0, self.images, self.shard_size)]
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over names and contents of a saved model's files, 16 hex digits."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        with open(path, "rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def make_manifest(label: str, model: str, settings: Mapping[str, Any], dataset: Dataset, shard_size: int) -> Manifest:
+    """The manifest of a job over a data set."""
+    return Manifest(
+        label=label,
+        model=model,
+        settings=dict(settings),
+        data=dataset.name,
+        split=dataset.split,
+        category_id=dataset.category_id,
+        inputs=_digest_in_order(dataset),
+        images=len(dataset),
+        shard_size=shard_size,
+    )
+
+
+def _digest_in_order(dataset: Dataset) -> str:
+    """Of images, annotations and order: shards count the images."""
+    text = "\0".join([dataset.digest(), *(s.image_id for s in dataset.samples)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def claimed(folder: Path, manifest: Manifest, dataset: Dataset, fresh: bool) -> Iterator[None]:
+    """Hold a job's folder: write the manifest and the list of inputs, or go on where an equal job stopped.
+
+    Args:
+        fresh: throw away what a job left there, whatever it was.
+
+    Raises:
+        DataError: the folder holds a job of another model, other settings or inputs (saying which).
+        OutputError: another process is working there.
+    """
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            if fresh:
+                (folder / MANIFEST).unlink(missing_ok=True)
+            if (folder / MANIFEST).exists():
+                _check(folder, read_manifest(folder), manifest, dataset)
+            else:
+                shutil.rmtree(folder / SHARDS, ignore_errors=True)
+                (folder / DONE).unlink(missing_ok=True)
+                write_durably(folder / INPUTS, lambda path: pq.write_table(_inputs(dataset), path, compression="zstd"))
+                text = manifest.model_dump_json(indent=2) + "\n"
+                write_durably(folder / MANIFEST, lambda path: path.write_text(text))
+            yield
+    except Timeout:
+        raise OutputError(f"{folder}: another score is writing there; wait for it or name another --out") from None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a job's folder.
+
+    Raises:
+        DataError: absent, damaged, or of another release.
+    """
+    try:
+        return Manifest.model_validate_json((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise DataError(f"{folder}: not the folder of a scoring (no {MANIFEST})") from None
+    except (OSError, ValidationError, ValueError):
+        raise DataError(f"{folder / MANIFEST}: damaged or of another release; score with --fresh") from None
+
+
+def read_inputs(folder: Path, manifest: Manifest) -> Dataset:
+    """The images of a job as a data set without ground truth, for what is made from its table.
+
+    Raises:
+        DataError: the list is absent or damaged.
+    """
+    try:
+        rows = pq.read_table(folder / INPUTS).to_pylist()
+    except (OSError, pa.ArrowException):
+        raise DataError(f"{folder / INPUTS}: absent or damaged; score with --fresh") from None
+    none = np.zeros((0, 4), np.float32), (), np.zeros(0, bool)
+    samples = [
+        Sample(r["image_id"], Path(r["path"]), r["height"], r["width"], r["image_id"], *none, False, r["number"])
+        for r in rows
+    ]
+    return Dataset(manifest.data, folder, manifest.split, "plane", tuple(samples), category_id=manifest.category_id)
+
+
+def _inputs(dataset: Dataset) -> pa.Table:
+    rows = [
+        {
+            "image_id": s.image_id,
+            "path": str(s.path.resolve()),
+            "height": s.height,
+            "width": s.width,
+            "number": s.number,
+            "digest": digest,
+        }
+        for s, digest in zip(dataset.samples, dataset.file_digests(), strict=True)
+    ]
+    return pa.Table.from_pylist(rows, schema=INPUT_SCHEMA)
+
+
+def _check(folder: Path, held: Manifest, asked: Manifest, dataset: Dataset) -> None:
+    if held == asked:
+        return
+    what = [f"{k} {held.settings.get(k)}, not {v}" for k, v in asked.settings.items() if held.settings.get(k) != v]
+    for key in ("label", "model", "shard_size"):
+        if getattr(held, key) != getattr(asked, key):
+            what.append(f"{key} {getattr(held, key)}, not {getattr(asked, key)}")
+    if held.inputs != asked.inputs:
+        what.append(_other_inputs(folder, dataset))
+    what = what or ["other data"]
+    raise DataError(f"{folder}: holds a scoring with {'; '.join(what)}; name another --out, or --fresh to score anew")
+
+
+def _other_inputs(folder: Path, dataset: Dataset) -> str:
+    held = {r["image_id"]: r["digest"] for r in pq.read_table(folder / INPUTS).to_pylist()}
+    asked = dict(zip((s.image_id for s in dataset.samples), dataset.file_digests(), strict=True))
+    kinds = {
+        "new": sorted(asked.keys() - held.keys()),
+        "gone": sorted(held.keys() - asked.keys()),
+        "changed": sorted(k for k in asked.keys() & held.keys() if asked[k] != held[k]),
+    }
+    parts = [f"{len(names)} images {kind} (first: {names[0]})" for kind, names in kinds.items() if names]
+    return f"other inputs: {', '.join(parts) or 'other annotations or another order'}"
+
+
+def write_durably(path: Path, write: Any) -> None:
+    """Let ``write`` fill a temporary file; flush it to disk and rename it over ``path``."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    flush(temporary)
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """fsync a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

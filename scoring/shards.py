@@ -1,0 +1,94 @@
+"""Shards of a scoring job: a folder each, there whole or not at all, joined into the job's tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from models.instances import Instances
+from scoring.plan import DONE, SHARDS, flush, write_durably
+from scoring.reader import Failure
+from scoring.writers import parquet
+
+INSTANCES, ERRORS, NOTES = "instances.parquet", "errors.parquet", "shard.json"
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What all shards hold: images predicted, planes, images that failed, seconds of work, whether masks were made."""
+
+    images: int
+    instances: int
+    failures: int
+    seconds: float
+    masks: bool
+
+
+def finished(folder: Path) -> set[int]:
+    """Numbers of the shards that are there; what a killed process left half-written is removed."""
+    numbers = set()
+    for path in (folder / SHARDS).glob("*") if (folder / SHARDS).is_dir() else ():
+        if re.fullmatch(r"\d{6}", path.name):
+            numbers.add(int(path.name))
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return numbers
+
+
+def write_shard(folder: Path, number: int, results: Sequence[Instances | Failure], seconds: float) -> None:
+    """Write one shard: temporary folder, fsync, rename.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    found = [r for r in results if isinstance(r, Instances)]
+    failures = [r for r in results if isinstance(r, Failure)]
+    target = folder / SHARDS / f"{number:06d}"
+    temporary = target.with_name(f".{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        parquet.write_instances(found, temporary / INSTANCES)
+        parquet.write_failures(failures, temporary / ERRORS)
+        notes = {"images": len(found), "instances": sum(map(len, found)), "failures": len(failures), "seconds": seconds}
+        notes["masks"] = any(f.masks is not None for f in found)
+        (temporary / NOTES).write_text(json.dumps(notes))
+        for path in (*temporary.iterdir(), temporary):
+            flush(path)
+        os.rename(temporary, target)
+        flush(target.parent)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def totals_of(folder: Path) -> Totals | None:
+    """What a finished job holds; None where shards are missing or not yet joined."""
+    path = folder / DONE
+    return Totals(**json.loads(path.read_text())) if path.exists() else None
+
+
+def join_shards(folder: Path, count: int) -> Totals:
+    """Write the job's instances.parquet and errors.parquet, a row group per shard, then done.json; remove the shards."""
+    shards = [folder / SHARDS / f"{i:06d}" for i in range(count)]
+    for name, schema in ((INSTANCES, parquet.SCHEMA), (ERRORS, parquet.ERROR_SCHEMA)):
+
+        def fill(path: Path, name: str = name, schema: object = schema) -> None:
+            with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+                for shard in shards:
+                    writer.write_table(pq.read_table(shard / name, schema=schema))
+
+        write_durably(folder / name, fill)
+    notes = [json.loads((shard / NOTES).read_text()) for shard in shards]
+    counts = (sum(n[key] for n in notes) for key in ("images", "instances", "failures", "seconds"))
+    totals = Totals(*counts, any(n["masks"] for n in notes))
+    write_durably(folder / DONE, lambda path: path.write_text(json.dumps(asdict(totals)) + "\n"))
+    shutil.rmtree(folder / SHARDS, ignore_errors=True)
+    return totals
