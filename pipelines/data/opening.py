@@ -6,7 +6,7 @@ import glob
 from dataclasses import replace
 from pathlib import Path
 
-from models.errors import DataError
+from models.errors import DataError, one_line
 from models.image import image_size
 from pipelines.data.annotations import make_sample, read_json
 from pipelines.data.coco import read_coco
@@ -17,13 +17,14 @@ from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
 def open_dataset(
     where: str | Path, split: str = "all", category: str = "plane", scene_pattern: str | None = None
 ) -> Dataset:
-    """Open a COCO JSON, a course JSON, a data set folder, a folder of images, or a glob.
+    """Open a COCO JSON, a course JSON, a data set folder, a folder of images, a glob, or a list of paths.
 
     In a folder the annotations of ``split`` are looked for as ``<split>_coco.json``,
     ``<split>.json``, ``annotations/instances_<split>.json`` (also with 2017), and
     ``<split>/_annotations.coco.json``; without any, ``<split>/`` or the folder itself
     is taken as images without ground truth. Of a single JSON file ``split`` is the label.
-    ``train+test`` takes the splits of a folder one after the other.
+    ``train+test`` takes the splits of a folder one after the other. A list is a CSV or
+    parquet file with a column ``path``; relative paths start at the list's own folder.
 
     Raises:
         DataError: nothing usable there.
@@ -35,6 +36,8 @@ def open_dataset(
         return replace(parts[0], split=split, samples=samples)
     if path.is_file() and path.suffix.lower() == ".json":
         return _read_json_file(path, path.stem.removesuffix("_coco") if split == "all" else split, category, scene_pattern)
+    if path.is_file() and path.suffix.lower() in (".csv", ".parquet"):
+        return _plain(_listed(path), path, split, category, scene_pattern)
     if path.is_dir():
         for candidate in _annotation_files(path, split):
             if candidate.is_file():
@@ -62,6 +65,18 @@ def _read_json_file(path: Path, split: str, category: str, scene_pattern: str | 
     if isinstance(content, list):
         return read_course(path, split, category, scene_pattern, name)
     raise DataError(f"{path}: neither COCO (images, annotations, categories) nor the course's list of annotations")
+
+
+def _listed(path: Path) -> list[Path]:
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(path, dtype=str) if path.suffix.lower() == ".csv" else pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable list ({one_line(error)[:160]})") from None
+    if "path" not in table.columns:
+        raise DataError(f"{path}: no column 'path'; it has: {', '.join(map(str, table.columns))}")
+    return [path.parent / str(one) for one in table["path"].dropna()]
 
 
 def _plain(files: list[Path], where: Path, split: str, category: str, scene_pattern: str | None) -> Dataset:

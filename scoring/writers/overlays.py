@@ -26,7 +26,12 @@ def write_overlays(found: Sequence[Instances], dataset: Dataset, folder: Path, m
     folder.mkdir(parents=True, exist_ok=True)
     by_id = {f.image_id: f for f in found}
     step = max(1, len(dataset) // most)
-    for sample in dataset.samples[::step][:most]:
+    # Where one of those that are spread evenly cannot be read, the next one stands in.
+    spread = [s for first in range(min(step, 10)) for s in dataset.samples[first::step][:most]]
+    drawn = 0
+    for sample in spread:
+        if drawn == most:
+            break
         try:
             image = shrunk(open_image(sample.path), MOST_PIXELS)
         except DataError:
@@ -37,6 +42,7 @@ def write_overlays(found: Sequence[Instances], dataset: Dataset, folder: Path, m
         path = folder / f"{sample.image_id.replace('/', '_')}.jpg"
         if not cv2.imwrite(str(path), cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90]):
             raise OSError(f"{path} cannot be written")
+        drawn += 1
 
 
 def _shrunk_truth(sample: Sample, image: np.ndarray) -> Sample:
