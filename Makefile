@@ -21,6 +21,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.masks
 	$(BIN)/python -m benchmarks.comparison
+	$(BIN)/python -m benchmarks.merging
+	$(BIN)/python -m benchmarks.tiles
+	$(BIN)/python -m benchmarks.field
 
 clean:
 	rm -rf $(VENV)
