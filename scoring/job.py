@@ -144,7 +144,9 @@ def run_job(
             resumed, totals = len(dataset), totals_of(folder)
             if totals is None:
                 resumed = _make_missing(predictor, manifest, folder, dataset, settings, progress)
-                totals = join_shards(folder, len(manifest.shards()))
+                join_shards(folder, len(manifest.shards()))
+                totals = totals_of(folder)
+            assert totals is not None
             if not totals.images:
                 first = parquet.read_failures(folder / ERRORS)[0]
                 raise DataError(f"none of {len(dataset)} images could be read; the first: {first.message}")

@@ -70,13 +70,16 @@ def write_shard(folder: Path, number: int, results: Sequence[Instances | Failure
 
 
 def totals_of(folder: Path) -> Totals | None:
-    """What a finished job holds; None where shards are missing or not yet joined."""
+    """What a finished job holds, its shards removed; None where shards are missing or not yet joined."""
     path = folder / DONE
-    return Totals(**json.loads(path.read_text())) if path.exists() else None
+    if not path.exists():
+        return None
+    shutil.rmtree(folder / SHARDS, ignore_errors=True)
+    return Totals(**json.loads(path.read_text()))
 
 
-def join_shards(folder: Path, count: int) -> Totals:
-    """Write the job's instances.parquet and errors.parquet, a row group per shard, then done.json; remove the shards."""
+def join_shards(folder: Path, count: int) -> None:
+    """Write the job's instances.parquet and errors.parquet, a row group per shard, then done.json."""
     shards = [folder / SHARDS / f"{i:06d}" for i in range(count)]
     for name, schema in ((INSTANCES, parquet.SCHEMA), (ERRORS, parquet.ERROR_SCHEMA)):
 
@@ -90,5 +93,3 @@ def join_shards(folder: Path, count: int) -> Totals:
     counts = (sum(n[key] for n in notes) for key in ("images", "instances", "failures", "seconds"))
     totals = Totals(*counts, any(n["masks"] for n in notes))
     write_durably(folder / DONE, lambda path: path.write_text(json.dumps(asdict(totals)) + "\n"))
-    shutil.rmtree(folder / SHARDS, ignore_errors=True)
-    return totals

@@ -139,16 +139,17 @@ class Slow(test_job.Brightness):
         return super().predict(images)
 
 images, out, kills = Path(sys.argv[1]), Path(sys.argv[2]), 0
-started = time.monotonic()
-test_job._run(out.with_name("timed"), images, Slow())
-full = time.monotonic() - started
+for name in ("warm", "timed"):
+    started = time.monotonic()
+    test_job._run(out.with_name(name), images, Slow())
+    full = time.monotonic() - started
 random.seed(0)
 for round_ in range(50):
     child = os.fork()
     if child == 0:
         test_job._run(out, images, Slow())
         os._exit(0)
-    time.sleep(full * random.uniform(0.2, 1.2))
+    time.sleep(full * random.uniform(0.1, 1.0))
     try:
         os.kill(child, signal.SIGKILL)
     except ProcessLookupError:
@@ -173,7 +174,7 @@ def test_killed_fifty_times_nothing_is_lost_or_doubled(images, tmp_path, root):
     ended = list((tmp_path / "killed").iterdir())
     for folder in ended:
         # Killed between the tables and what is made from them, a finished job was put aside without the latter.
-        left = _digests(folder)
+        left = {name: digest for name, digest in _digests(folder).items() if not name.startswith("shards/")}
         assert {name: digest for name, digest in expected.items() if name in left} == left
         assert left.keys() >= {"instances.parquet", "errors.parquet", "manifest.json", "inputs.parquet"}
     assert _digests(tmp_path / "killed" / "m-1") == expected
