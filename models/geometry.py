@@ -1,14 +1,15 @@
-"""Boxes and masks: clipping, IoU, xywh, run-length encoding, crop windows."""
+"""Boxes and masks: clipping, IoU, xywh, run-length encoding, crop windows, other scales."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from models.instances import RLE
+from models.instances import RLE, Instances
 
 
 def clip_boxes(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -242,3 +243,29 @@ def rle_crop(rle: RLE) -> tuple[np.ndarray, int, int]:
     part = np.zeros((int(rows.max()) - top + 1, int(columns.max()) - left + 1), bool)
     part[rows - top, columns - left] = True
     return part, left, top
+
+
+def rescaled(found: Instances, height: int, width: int) -> Instances:
+    """What was found in an image, in pixels of the same image at another size, masks too."""
+    if (height, width) == (found.height, found.width):
+        return found
+    scale = np.array([width / found.width, height / found.height] * 2)
+    masks = None
+    if found.masks is not None:
+        masks = [rescaled_mask(rle, scale, height, width) for rle in found.masks]
+    return Instances.make(
+        found.image_id, height, width, clip_boxes(found.boxes * scale, height, width), found.scores, found.labels, masks
+    )
+
+
+def rescaled_mask(rle: RLE, scale: np.ndarray, height: int, width: int) -> RLE:
+    """A mask in an image of another size; ``scale`` is new by old, (4,): x, y, x, y."""
+    mask, left, top = rle_crop(rle)
+    if not mask.size:
+        return rle_paste(mask, 0, 0, height, width)
+    bounds = np.array([left, top, left + mask.shape[1], top + mask.shape[0]]) * scale
+    x1, y1, x2, y2 = clip_boxes(bounds.round(), height, width)[0].astype(int).tolist()
+    if x2 <= x1 or y2 <= y1:
+        return rle_paste(mask[:0, :0], 0, 0, height, width)
+    smooth = cv2.resize(mask.astype(np.float32), (x2 - x1, y2 - y1), interpolation=cv2.INTER_LINEAR)
+    return rle_paste(smooth >= 0.5, x1, y1, height, width)

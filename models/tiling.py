@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import cv2
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.geometry import box_area, clip_boxes, rle_crop, rle_paste
+from models.geometry import box_area, clip_boxes, rescaled, rle_crop, rle_paste
 from models.instances import RLE, Instances
 from models.merge import Metric, Seen, cut_sides, hull_groups, members, owners, parts_of_one
 from models.windows import AnyImage, shrunk
@@ -174,8 +173,9 @@ def merge_parts(
     """One result from what the tiles of an image show, and ``whole``, found in the whole image.
 
     With ``join``, parts of cut planes become one (`models.merge.parts_of_one`), box and
-    mask. Then of those that show one plane the best is kept, one that no border cuts before
-    one that is cut, with the highest score among them.
+    mask, with the mean of their scores weighted by area. Then of those that show one plane the
+    best is kept, one that no border cuts before one that is cut, with the highest score
+    among those that are whole.
     """
     if whole is not None:
         parts = [*parts, Part(whole, (0, 0, width, height))]
@@ -188,8 +188,10 @@ def merge_parts(
     cut = pieces.seen.cut
     order = np.lexsort([-np.where(cut, box_area(pieces.boxes), pieces.scores), cut])
     owner = owners(pieces.boxes, order, pieces.labels, tiling.threshold, tiling.match, pieces.seen)
-    scores = np.zeros(len(owner))
-    np.maximum.at(scores, owner, pieces.scores)
+    scores = pieces.scores.copy()
+    # What a part scores says little about the whole. Measured on 18 training images of DOTA: AP50 0.777
+    # so and with the mean of joined parts, 0.766 with the highest score of all in both places.
+    np.maximum.at(scores, owner[~cut], pieces.scores[~cut])
     boxes = clip_boxes(pieces.boxes, height, width)
     # The black beyond the image can hold boxes of which nothing is left.
     inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
@@ -235,13 +237,14 @@ def _placed(rle: RLE, window: Window) -> tuple[np.ndarray, int, int]:
 
 
 def _joined(pieces: _Pieces, group: np.ndarray) -> _Pieces:
-    """The parts of each group as one: hull of the boxes and of what is seen, union of the masks, highest score."""
+    """The parts of each group as one: hull of the boxes and of what is seen, union of the masks, mean score by area."""
     leaders, boxes = hull_groups(pieces.boxes, group)
     if len(leaders) == len(group):
         return pieces
     _, regions = hull_groups(pieces.seen.regions, group)
     of_each = members(group, leaders)
-    scores = np.array([pieces.scores[m].max() for m in of_each])
+    area = box_area(pieces.boxes) + 1e-9
+    scores = np.array([np.average(pieces.scores[m], weights=area[m]) for m in of_each])
     own_tiles = pieces.seen.tiles
     tiles = np.array([own_tiles[m[0]] if len(m) == 1 else -1 - m[0] for m in of_each])
     joined = {-1 - int(m[0]): frozenset(own_tiles[m].tolist()) for m in of_each if len(m) > 1}
@@ -268,29 +271,3 @@ def _take(found: Instances, index: np.ndarray) -> Instances:
     masks = None if found.masks is None else [found.masks[i] for i in index]
     boxes, scores, labels = found.boxes[index], found.scores[index], found.labels[index]
     return Instances.make(found.image_id, found.height, found.width, boxes, scores, labels, masks)
-
-
-def rescaled(found: Instances, height: int, width: int) -> Instances:
-    """What was found in an image, in pixels of the same image at another size, masks too."""
-    if (height, width) == (found.height, found.width):
-        return found
-    scale = np.array([width / found.width, height / found.height] * 2)
-    masks = None
-    if found.masks is not None:
-        masks = [rescaled_mask(rle, scale, height, width) for rle in found.masks]
-    return Instances.make(
-        found.image_id, height, width, clip_boxes(found.boxes * scale, height, width), found.scores, found.labels, masks
-    )
-
-
-def rescaled_mask(rle: RLE, scale: np.ndarray, height: int, width: int) -> RLE:
-    """A mask in an image of another size; ``scale`` is new by old, (4,): x, y, x, y."""
-    mask, left, top = rle_crop(rle)
-    if not mask.size:
-        return rle_paste(mask, 0, 0, height, width)
-    bounds = np.array([left, top, left + mask.shape[1], top + mask.shape[0]]) * scale
-    x1, y1, x2, y2 = clip_boxes(bounds.round(), height, width)[0].astype(int).tolist()
-    if x2 <= x1 or y2 <= y1:
-        return rle_paste(mask[:0, :0], 0, 0, height, width)
-    smooth = cv2.resize(mask.astype(np.float32), (x2 - x1, y2 - y1), interpolation=cv2.INTER_LINEAR)
-    return rle_paste(smooth >= 0.5, x1, y1, height, width)

@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 
 from models.errors import DataError
+from models.geometry import rescaled, rescaled_mask
 from models.instances import Instances
-from models.tiling import rescaled, rescaled_mask
 from models.windows import open_image, shrunk
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.figures import draw_instances, draw_truth
