@@ -24,17 +24,19 @@ from models.torchvision_network import DetectorArchitecture, build_detector
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.data.synthetic import AirfieldSettings, draw_scene
 from pipelines.evaluation import evaluate_instances
+from pipelines.recipe import load_recipe
+from pipelines.settings import DetectorRecipe
 
 THRESHOLD = 0.05
 
 
 def random_model(folder: Path) -> Path:
-    """A saved MobileNet FPN detector at the image's own scale with random weights, which finds something everywhere."""
+    """A saved detector of the recipe detector_scratch with random weights, which finds something everywhere."""
     torch.manual_seed(0)
-    architecture = DetectorArchitecture(
-        backbone="mobilenet_v3_large", levels=[3, 4], anchor_sizes=[[32], [64], [128]], min_size=None, max_detections=30
-    )
-    return save_model(folder, detector_spec(architecture, ["plane"]), build_detector(architecture, 1).state_dict())
+    recipe = load_recipe("detector_scratch")
+    assert isinstance(recipe, DetectorRecipe)
+    network = build_detector(recipe.architecture, 1)
+    return save_model(folder, detector_spec(recipe.architecture, ["plane"]), network.state_dict())
 
 
 def plain_network(folder: Path) -> torch.nn.Module:
@@ -75,7 +77,7 @@ def unmerged(tiled: Tiled, image: np.ndarray) -> Instances:
 
 
 def sliced(model: TorchVisionDetectionModel, image: np.ndarray, tiling: Tiling, batch: int, merge: bool) -> Instances:
-    """SAHI's prediction; without ``merge`` nothing but equal boxes is taken away."""
+    """SAHI's prediction; without ``merge`` nothing is taken away."""
     result = get_sliced_prediction(
         image,
         model,
@@ -86,7 +88,7 @@ def sliced(model: TorchVisionDetectionModel, image: np.ndarray, tiling: Tiling, 
         perform_standard_pred=False,
         postprocess_type="GREEDYNMM" if merge else "NMS",
         postprocess_match_metric="IOS" if merge else "IOU",
-        postprocess_match_threshold=0.5 if merge else 1.0,
+        postprocess_match_threshold=0.5 if merge else 2.0,
         force_postprocess_type=True,
         verbose=0,
         batch_size=batch,
