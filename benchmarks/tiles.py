@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from PIL import Image
 from sahi.models.torchvision import TorchVisionDetectionModel
 from sahi.predict import get_sliced_prediction
 
+from benchmarks.masks import timed
 from models.instances import Instances
 from models.predictor import load_model, parse_architecture, read_spec, read_weights, save_model
 from models.tiling import Tiled, Tiling, tile_grid
@@ -45,15 +45,6 @@ def plain_network(folder: Path) -> torch.nn.Module:
     model = build_detector(parse_architecture(spec, DetectorArchitecture), len(spec.classes))
     load_strict(model, read_weights(folder), str(folder))
     return model.eval()
-
-
-def timed(function: Callable[[], object]) -> tuple[float, object]:
-    """(seconds, result) of one call, the device's work included."""
-    started = time.perf_counter()
-    result = function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, result
 
 
 def agreement(found: Instances, other: Instances, image: np.ndarray) -> float:
