@@ -21,10 +21,10 @@ SHOWN_SCORE = 0.5
 MOST_PIXELS = 4096
 
 
-def write_overlays(found: Sequence[Instances], dataset: Dataset, folder: Path, most: int) -> None:
+def write_overlays(table: Sequence[Instances], dataset: Dataset, folder: Path, most: int) -> None:
     """Draw up to ``most`` images, spread over the data set: truth green, predictions orange."""
     folder.mkdir(parents=True, exist_ok=True)
-    by_id = {f.image_id: f for f in found}
+    by_id = {f.image_id: f for f in table}
     step = max(1, len(dataset) // most)
     # Where one of those that are spread evenly cannot be read, the next one stands in.
     spread = [s for first in range(min(step, 10)) for s in dataset.samples[first::step][:most]]
@@ -36,9 +36,12 @@ def write_overlays(found: Sequence[Instances], dataset: Dataset, folder: Path, m
             image = shrunk(open_image(sample.path), MOST_PIXELS)
         except DataError:
             continue
-        canvas = draw_truth(image, _shrunk_truth(sample, image)) if sample.truth else image
+        # Planes of a shrunken image are small: thick lines and large numbers would hide them.
+        line = 1 if image.shape[0] < sample.height else None
+        canvas = draw_truth(image, _shrunk_truth(sample, image), line) if sample.truth else image
         if sample.image_id in by_id:
-            canvas = draw_instances(canvas, rescaled(by_id[sample.image_id].above(SHOWN_SCORE), *image.shape[:2]))
+            found = rescaled(by_id[sample.image_id].above(SHOWN_SCORE), *image.shape[:2])
+            canvas = draw_instances(canvas, found, line)
         path = folder / f"{sample.image_id.replace('/', '_')}.jpg"
         if not cv2.imwrite(str(path), cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90]):
             raise OSError(f"{path} cannot be written")
