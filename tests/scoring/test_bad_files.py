@@ -35,7 +35,7 @@ def test_every_bad_file_is_an_error_and_every_good_one_is_scored(folder, tmp_pat
     job = _run(tmp_path, folder, predictor)
     errors = pq.read_table(tmp_path / "m-1" / "errors.parquet").to_pandas()
     scored = pq.read_table(tmp_path / "m-1" / "instances.parquet").to_pandas()
-    assert len(kinds()) >= 80
+    assert len(kinds()) >= 100
     assert sorted(scored.image_id) == sorted(["good", "näme with spaces .. and dots", "日本"])
     expected = {name for name, _ in kinds()} | {"dangling.png", "loop.png"}
     assert {path.rsplit("/", 1)[1] for path in errors.path} <= expected
