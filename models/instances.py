@@ -91,11 +91,13 @@ class Instances:
 
     def above(self, score: float) -> Instances:
         """Only the instances whose score is at least ``score``."""
-        keep = np.flatnonzero(self.scores >= score)
-        masks = None if self.masks is None else tuple(self.masks[i] for i in keep)
-        return Instances(
-            self.image_id, self.height, self.width, self.boxes[keep], self.scores[keep], self.labels[keep], masks
-        )
+        return self.take(np.flatnonzero(self.scores >= score))
+
+    def take(self, index: np.ndarray) -> Instances:
+        """The instances at ``index``, int64 (K,), which must keep their order."""
+        masks = None if self.masks is None else tuple(self.masks[i] for i in index)
+        boxes, scores, labels = self.boxes[index], self.scores[index], self.labels[index]
+        return Instances(self.image_id, self.height, self.width, boxes, scores, labels, masks)
 
 
 def to_rows(instances: Iterable[Instances]) -> list[dict[str, Any]]:

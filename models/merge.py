@@ -21,10 +21,6 @@ Metric = Literal["iou", "ios"]
 # share of the box's own extent, at least and at most so many pixels, it counts as cut.
 SLACK, SLACK_SHARE, MOST_SLACK = 2.0, 0.06, 8.0
 
-# Where boxes lie in heaps the best are asked first, about this many pairs for each box at a
-# time: what they take need not be asked, and memory stays linear.
-PAIRS_EACH = 8
-
 
 @dataclass(frozen=True)
 class Seen:
@@ -138,11 +134,11 @@ def overlap(boxes: np.ndarray, left: np.ndarray, right: np.ndarray, metric: Metr
     """
     a, b = boxes[left], boxes[right]
     if seen is None:
-        return _ratio(_area(_meet(a, b)), box_area(a), box_area(b), metric)
+        return _ratio(box_area(_meet(a, b)), box_area(a), box_area(b), metric)
     shared = _meet(seen.regions[left], seen.regions[right])
     lines = (np.abs(shared[:, 2:] - shared[:, :2]) < 1e-6) & seen.touching
     part_a, part_b = _inside(a, shared, lines), _inside(b, shared, lines)
-    areas = _area(_meet(part_a, part_b)), _area(part_a), _area(part_b)
+    areas = box_area(_meet(part_a, part_b)), box_area(part_a), box_area(part_b)
     value = np.where(seen.cut[left] | seen.cut[right], _ratio(*areas, "ios"), _ratio(*areas, metric))
     return np.where(seen.tiles[left] == seen.tiles[right], 0.0, value)
 
@@ -158,10 +154,6 @@ def _inside(boxes: np.ndarray, shared: np.ndarray, lines: np.ndarray) -> np.ndar
     low = np.where(lines, 0.0, part[:, :2])
     high = np.where(lines, reaches.astype(float), part[:, 2:])
     return np.concatenate([low, high], axis=1)
-
-
-def _area(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2] - boxes[:, 0]).clip(0) * (boxes[:, 3] - boxes[:, 1]).clip(0)
 
 
 def _ratio(both: np.ndarray, a: np.ndarray, b: np.ndarray, metric: Metric) -> np.ndarray:

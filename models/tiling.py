@@ -139,7 +139,7 @@ class Tiled:
             found = rescaled(self.predictor.predict([small])[0], height, width)
             sides = (found.boxes[:, 2:] - found.boxes[:, :2]).max(axis=1, initial=0)
             # What a tile shows whole, tiles show better.
-            whole = _take(found, np.flatnonzero(sides > self.tiling.shared))
+            whole = found.take(np.flatnonzero(sides > self.tiling.shared))
         return merge_parts(image_id, height, width, parts, self.tiling, whole)
 
 
@@ -265,9 +265,3 @@ def _union(masks: Sequence[tuple[np.ndarray, int, int]]) -> tuple[np.ndarray, in
     for mask, x, y in masks:
         union[y - top : y - top + mask.shape[0], x - left : x - left + mask.shape[1]] |= mask
     return union, left, top
-
-
-def _take(found: Instances, index: np.ndarray) -> Instances:
-    masks = None if found.masks is None else [found.masks[i] for i in index]
-    boxes, scores, labels = found.boxes[index], found.scores[index], found.labels[index]
-    return Instances.make(found.image_id, found.height, found.width, boxes, scores, labels, masks)

@@ -30,8 +30,6 @@ class WindowedImage:
         DataError: not readable, or of a kind that has no RGB reading.
     """
 
-    ndim = 3
-
     def __init__(self, path: str | Path) -> None:
         rasterio = quiet_rasterio(path)
         self.path = Path(path)

@@ -99,10 +99,8 @@ def load_into_network(recipe: Any, weights: str, folder: Path) -> Path:
         from models.torchvision_engine import detector_spec
         from models.torchvision_network import build_detector
 
-        network, spec = (
-            build_detector(recipe.architecture, 1),
-            detector_spec(recipe.architecture, classes, recipe.prediction),
-        )
+        network = build_detector(recipe.architecture, 1)
+        spec = detector_spec(recipe.architecture, classes, recipe.prediction)
     load_strict(network, read_checkpoint(weights), weights)
     return save_model(folder, spec, network.state_dict())
 

@@ -5,6 +5,7 @@ import pytest
 
 from models.geometry import box_iou, rle_boxes, rle_decode, rle_encode
 from models.unet import SegmenterArchitecture
+from pipelines.data import augment
 from pipelines.data.augment import (
     Augmentation,
     jitter_light,
@@ -170,3 +171,17 @@ def test_without_augmentation_a_crop_is_the_box(airfield):
             a, b = crop > 0.5, masks[0] > 0.5
             best = max(best, (a & b).sum() / (a | b).sum())
     assert best > 0.9
+
+
+def test_hue_turns_colours_and_leaves_gray():
+    rng = np.random.default_rng(0)
+    colours = rng.uniform(0, 255, (50, 3))
+    colours -= colours.mean(axis=1, keepdims=True)
+    # A third of the circle moves each channel to the next one.
+    turned = colours @ augment.turned_hue(1 / 3)
+    assert np.allclose(turned, np.roll(colours, 1, axis=1), atol=1e-3) or np.allclose(
+        turned, np.roll(colours, -1, axis=1), atol=1e-3
+    )
+    assert np.allclose(colours @ augment.turned_hue(0.2) @ augment.turned_hue(-0.2), colours, atol=1e-3)
+    gray = np.repeat(rng.integers(0, 256, (20, 20, 1), dtype=np.uint8), 3, axis=2)
+    assert (augment.jitter_light(rng, gray, augment.Augmentation(hue=0.5)) == gray).all()
