@@ -23,6 +23,7 @@ from models.errors import EngineMissing, ModelError, one_line
 from models.geometry import clip_boxes, crop_window, rle_paste
 from models.instances import RLE, Instances
 from models.predictor import ModelSpec, parse_architecture
+from models.stages import measured
 from models.tiling import Tiling
 from models.torch_tools import library_versions, load_strict, pick_device
 
@@ -247,6 +248,7 @@ class Detectron2Predictor:
         self.masks = has_masks(cfg)
         self._resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
+    @measured("forward")
     @torch.inference_mode()
     def predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
         """Detect planes in RGB uint8 images of any sizes; see `Predictor`."""

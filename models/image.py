@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -18,19 +22,38 @@ MAX_PIXELS = 400_000_000
 # Pillow's own limit is lower, and raises where ours tells what to do.
 Image.MAX_IMAGE_PIXELS = None
 
+# Pauses in seconds before a file that is not on this machine is asked for once more.
+RETRIES = (0.5, 2.0)
 
-def read_image(source: str | Path | bytes) -> np.ndarray:
-    """Decode an image file or its bytes to RGB uint8 (H, W, 3).
+
+class RemoteFile(Protocol):
+    """A file that is not on this machine, such as a ``UPath`` of an object store; its text is its URL."""
+
+    def read_bytes(self) -> bytes:
+        """All of it."""
+        ...
+
+    def open(self, mode: str) -> IO[bytes]:
+        """A stream that fetches what is read of it."""
+        ...
+
+
+Source = str | os.PathLike | RemoteFile
+
+
+def read_image(source: Source | bytes) -> np.ndarray:
+    """Decode an image file, here or elsewhere, or its bytes to RGB uint8 (H, W, 3).
 
     Grayscale, palette, RGBA (alpha dropped), CMYK and 16-bit images are converted,
     EXIF orientation is applied, of an animation the first frame is taken.
 
     Raises:
-        DataError: not readable, not an image, truncated, or more than MAX_PIXELS.
+        DataError: not readable, not an image, truncated, out of reach, or more than MAX_PIXELS.
     """
     name = "image bytes" if isinstance(source, bytes) else str(source)
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    with _told(name):
+        content: Any = source if isinstance(source, (bytes, str, os.PathLike)) else _fetched(source)
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise DataError(
@@ -39,6 +62,13 @@ def read_image(source: str | Path | bytes) -> np.ndarray:
                     "too large",
                 )
             return _to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """What the decoder and the file system raise, as a DataError with its kind."""
+    try:
+        yield
     except UnidentifiedImageError:
         what = f"{name}: not an image that can be read (PNG, JPEG, TIFF, BMP, WebP)"
         raise DataError(what, "not an image") from None
@@ -50,18 +80,31 @@ def read_image(source: str | Path | bytes) -> np.ndarray:
         raise DataError(f"{name}: cannot be decoded ({one_line(error)})", "damaged") from None
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def _fetched(source: RemoteFile) -> bytes:
+    for pause in (*RETRIES, None):
+        try:
+            return source.read_bytes()
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
+            raise
+        except Exception as error:
+            # Each store's library has errors of its own.
+            if pause is None:
+                raise DataError(f"{source}: cannot be fetched ({one_line(error)[:160]})", "unreachable") from None
+        time.sleep(pause)
+    raise AssertionError
+
+
+def image_size(path: Source) -> tuple[int, int]:
     """(height, width) as `read_image` would return it, from the file's header alone.
 
     Raises:
         DataError: not readable or not an image.
     """
-    try:
-        with Image.open(path) as image:
+    with _told(str(path)):
+        stream: Any = path if isinstance(path, (str, os.PathLike)) else path.open("rb")
+        with Image.open(stream) as image:
             width, height = image.size
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path}: not an image that can be read ({one_line(error)})") from None
     return (width, height) if turned else (height, width)
 
 

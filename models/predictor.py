@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -102,6 +103,16 @@ def write_folder(folder: str | Path, spec: ModelSpec, fill: Callable[[Path], Non
     except OSError as error:
         raise ModelError(f"{folder}: cannot save the model ({one_line(error)})") from None
     return folder
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over names and contents of a saved model's files, 16 hex digits."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        with open(path, "rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def read_spec(folder: str | Path) -> ModelSpec:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.batches import predict_parted
 from models.geometry import box_area, clip_boxes, rescaled, rle_crop, rle_paste
 from models.instances import RLE, Instances
 from models.merge import Metric, Seen, cut_sides, hull_groups, members, owners, parts_of_one
+from models.stages import measured
 from models.windows import AnyImage, shrunk
 
 if TYPE_CHECKING:
@@ -109,10 +111,11 @@ class Tiled:
         with ThreadPoolExecutor(max_workers=1) as pool:
             # The next tiles are cut, and read from disk where they must be, while the model works.
             batches = self._batches(images)
-            pending = pool.submit(next, batches, None)
+            following = measured("tile")(next)
+            pending = pool.submit(following, batches, None)
             while (batch := pending.result()) is not None:
-                pending = pool.submit(next, batches, None)
-                found = self.predictor.predict([tile for _, _, tile in batch])
+                pending = pool.submit(following, batches, None)
+                found = predict_parted(self.predictor, [tile for _, _, tile in batch])
                 for (number, window, _), one in zip(batch, found, strict=True):
                     parts[number].append(Part(one, window))
         return parts
@@ -140,7 +143,8 @@ class Tiled:
             sides = (found.boxes[:, 2:] - found.boxes[:, :2]).max(axis=1, initial=0)
             # What a tile shows whole, tiles show better.
             whole = found.take(np.flatnonzero(sides > self.tiling.shared))
-        return merge_parts(image_id, height, width, parts, self.tiling, whole)
+        with measured("merge"):
+            return merge_parts(image_id, height, width, parts, self.tiling, whole)
 
 
 def tiling_of(predictor: object) -> Tiling | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,6 +31,25 @@ def pick_device(device: str) -> str:
             raise ModelError(f"device {device!r}: no CUDA device here; use --device cpu or auto")
         return device
     raise ModelError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
+
+
+Precision = Literal["32", "bf16-mixed", "16-mixed"]
+
+
+@contextmanager
+def precision(device: str, kind: Precision) -> Iterator[None]:
+    """Run networks inside with full or, where torch holds it safe, half precision (its autocast)."""
+    if kind == "32":
+        yield
+        return
+    dtype = torch.bfloat16 if kind == "bf16-mixed" else torch.float16
+    with torch.autocast(device.partition(":")[0], dtype):
+        yield
+
+
+def to_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """The tensor on a device; to a GPU through pinned memory, so that the copy runs beside other work."""
+    return tensor.to(device) if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def channels_last(model: nn.Module) -> nn.Module:

@@ -15,8 +15,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from models.geometry import clip_boxes, rle_paste
 from models.instances import RLE, Instances
 from models.predictor import ModelSpec, parse_architecture
+from models.stages import measured
 from models.tiling import Tiling
-from models.torch_tools import channels_last, library_versions, load_strict, pick_device
+from models.torch_tools import channels_last, library_versions, load_strict, pick_device, to_device
 from models.torchvision_network import DetectorArchitecture, MaskArchitecture, build_detector
 
 KINDS: dict[str, type[DetectorArchitecture]] = {
@@ -78,6 +79,7 @@ class TorchvisionDetector:
         self.device = pick_device(device)
         self.model = channels_last(model.to(self.device)).eval()
 
+    @measured("forward")
     @torch.inference_mode()
     def predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
         """Detect planes in RGB uint8 images of any sizes; see `Predictor`.
@@ -97,7 +99,7 @@ class TorchvisionDetector:
 
     def tensor(self, image: np.ndarray) -> torch.Tensor:
         """The network's input of an RGB uint8 image, float32 (3, H, W) in 0..1, on the device."""
-        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(self.device).float() / 255
+        return to_device(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), self.device).float() / 255
 
     @staticmethod
     def _instances(image_id: str, image: np.ndarray, output: Mapping[str, torch.Tensor]) -> Instances:

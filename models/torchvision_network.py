@@ -10,6 +10,7 @@ import torchvision
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -117,6 +118,8 @@ def build_detector(architecture: DetectorArchitecture, classes: int, weights: st
         model = FasterRCNN(backbone, **parts)
     old = model.transform
     model.transform = _Transform(old.min_size[-1], old.max_size, old.image_mean, old.image_std)
+    for part in (model.rpn, model.roi_heads):
+        part.box_coder = _FullPrecision(part.box_coder.weights)
     model.transform.zoom = architecture.zoom if architecture.min_size is None else None
     if weights == "coco":
         load_matching(model, _coco_weights(architecture), "coco")
@@ -228,6 +231,13 @@ class _Transform(GeneralizedRCNNTransform):
         masks = [found.pop("masks", None) for found in result]
         result = super().postprocess(result, image_shapes, original_image_sizes)
         return [{**f, "masks": m} if m is not None else f for f, m in zip(result, masks, strict=True)]
+
+
+class _FullPrecision(BoxCoder):
+    """Computes boxes in float32 where the network runs in half precision: 16 bits place a border to a pixel or so."""
+
+    def decode_single(self, rel_codes, boxes):  # type: ignore[no-untyped-def]
+        return super().decode_single(rel_codes.float(), boxes.float())
 
 
 class _NoExtraBlock(LastLevelMaxPool):

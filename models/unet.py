@@ -15,6 +15,7 @@ from models.errors import ModelError, one_line
 from models.geometry import crop_window, rle_boxes, rle_encode, rle_paste
 from models.instances import RLE, Instances
 from models.predictor import ModelSpec, parse_architecture
+from models.stages import measured
 from models.torch_tools import (
     channels_last,
     download_error,
@@ -23,6 +24,7 @@ from models.torch_tools import (
     load_strict,
     pick_device,
     read_checkpoint,
+    to_device,
 )
 
 # ImageNet statistics, which the encoders' pretrained weights expect.
@@ -173,6 +175,7 @@ class CropSegmenter:
             results.append(Instances.make(str(i), height, width, rle_boxes([rle]), [score], [0], [rle]))
         return results
 
+    @measured("forward")
     def segment(self, crops: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Plane probability of each RGB uint8 crop (h, w, 3), float32 (h, w), in large batches."""
         size = self.architecture.crop_size
@@ -205,7 +208,7 @@ class CropSegmenter:
 
     @torch.inference_mode()
     def _forward(self, batch: torch.Tensor) -> np.ndarray:
-        batch = batch.to(self.device)
+        batch = to_device(batch, self.device)
         total = torch.sigmoid(self.model(batch))
         if self.architecture.flips:
             for dims in ((2,), (3,), (2, 3)):

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from models.errors import DataError, one_line
-from models.image import MAX_PIXELS, image_size, read_image
+from models.image import MAX_PIXELS, Source, image_size, read_image
 
 # Above this many pixels a TIFF is not decoded as a whole.
 WINDOWED_PIXELS = 100_000_000
@@ -116,16 +116,16 @@ def quiet_rasterio(path: str | Path) -> Any:
     return rasterio
 
 
-def open_image(path: str | Path) -> AnyImage:
-    """An image whole, or as a `WindowedImage` where it is a large TIFF.
+def open_image(path: Source) -> AnyImage:
+    """An image whole, or as a `WindowedImage` where it is a large TIFF on this machine.
 
     Raises:
         DataError: not readable, or too large to be decoded whole and no TIFF.
     """
-    if Path(path).suffix.lower() in WINDOWED_SUFFIXES:
+    if isinstance(path, (str, os.PathLike)) and Path(path).suffix.lower() in WINDOWED_SUFFIXES:
         height, width = image_size(path)
         if height * width > MAX_PIXELS or (height * width > WINDOWED_PIXELS and _has_rasterio()):
-            return WindowedImage(path)
+            return WindowedImage(Path(path))
     return read_image(path)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as installed
@@ -20,9 +23,12 @@ from mlflow.types.schema import Array
 
 import models
 from models.errors import RegistryError, one_line
-from models.predictor import SPEC_FILE
+from models.predictor import SPEC_FILE, folder_digest
 
 PACKAGE = Path(models.__file__).parent
+
+# Tag of a version: digest of its saved folder.
+DIGEST = "digest"
 
 # What a version needs to run by itself; the rest of the project is not in it.
 SERVING_REQUIREMENTS = (
@@ -59,7 +65,8 @@ SIGNATURE = ModelSignature(
 class Resolved:
     """A registered version or a saved folder, and how it was named.
 
-    ``name`` and ``version`` are None for a folder, ``folder`` is None for a version.
+    ``name`` and ``version`` are None for a folder, ``folder`` is None for a version;
+    ``digest`` is that of the version's saved folder, as its tag says.
     """
 
     asked: str
@@ -68,6 +75,7 @@ class Resolved:
     run_id: str | None = None
     model_id: str | None = None
     folder: Path | None = None
+    digest: str | None = None
 
     @property
     def label(self) -> str:
@@ -142,7 +150,8 @@ def resolve(text: str) -> Resolved:
     found = _pick(name, what, sign == "@", versions)
     if found is None:
         raise RegistryError(f"model {text!r}: {name} has no version, alias or stage {what!r}; {describe(name, versions)}")
-    return Resolved(text, name, str(found.version), found.run_id, logged_model_id(found))
+    digest = found.tags.get(DIGEST)
+    return Resolved(text, name, str(found.version), found.run_id, logged_model_id(found), digest=digest)
 
 
 def logged_model_id(version: ModelVersion) -> str | None:
@@ -229,20 +238,50 @@ def _known_models() -> str:
     return f"registered: {', '.join(names)}" if names else "nothing is registered here yet; train a model first"
 
 
+def cache_folder() -> Path:
+    """Where downloaded versions are kept: ``PLANES_CACHE``, or ``planes/versions`` in the user's cache folder."""
+    given = os.environ.get("PLANES_CACHE")
+    return (
+        Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "planes" / "versions"
+    )
+
+
 def fetch(resolved: Resolved) -> Path:
-    """Local saved folder of what was resolved; downloaded where the artefacts are elsewhere.
+    """Local saved folder of what was resolved; where the artefacts are elsewhere, downloaded once and kept by digest.
 
     Raises:
-        RegistryError: the artefacts are gone, or hold no saved model of ours.
+        RegistryError: the artefacts are gone, hold no saved model of ours, or are not what
+            the version's digest says.
     """
     if resolved.folder is not None:
         return resolved.folder
     uri = f"models:/{resolved.name}/{resolved.version}"
+    kept = cache_folder() / resolved.digest if resolved.digest else None
+    if kept is not None and (kept / SPEC_FILE).is_file() and folder_digest(kept) == resolved.digest:
+        return kept
     try:
-        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+        source = MlflowClient().get_model_version_download_uri(str(resolved.name), str(resolved.version))
+        if Path(source.removeprefix("file://")).is_dir():
+            return _checked(Path(mlflow.artifacts.download_artifacts(artifact_uri=uri)), uri, resolved.digest)
+        if kept is None:
+            return _checked(Path(mlflow.artifacts.download_artifacts(artifact_uri=uri)), uri, None)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".download-") as into:
+            got = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=into))
+            saved = _checked(got, uri, resolved.digest)
+            if kept.exists():
+                # Another process was faster, or what is there is damaged.
+                shutil.rmtree(kept, ignore_errors=True)
+            saved.rename(kept)
     except (mlflow.MlflowException, OSError) as error:
         raise RegistryError(f"{uri}: its artefacts cannot be fetched ({one_line(error)[:200]})") from None
+    return kept
+
+
+def _checked(local: Path, uri: str, digest: str | None) -> Path:
     specs = list(local.glob(f"artifacts/*/{SPEC_FILE}"))
     if len(specs) != 1:
         raise RegistryError(f"{uri}: not a version made by this project (no artifacts/*/{SPEC_FILE})")
+    if digest is not None and folder_digest(specs[0].parent) != digest:
+        raise RegistryError(f"{uri}: its files are not those that were registered (digest {digest}); do not use it")
     return specs[0].parent

@@ -15,11 +15,18 @@ VERSION = "version"
     multiple=True,
     help="NAME/VERSION, NAME/ALIAS, NAME@ALIAS, models:/..., or a saved folder; repeatable.",
 )
-@click.option("--data", help="Folder, COCO JSON, course JSON, image or quoted glob.")
+@click.option("--data", help="Folder, COCO JSON, course JSON, image, quoted glob, CSV or parquet list, or a URL.")
 @click.option("--out", default="predictions", show_default=True, help="Folder for the outputs.")
 @click.option("--split", default="test", show_default=True, help="Split of a data set folder; train+test: both.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--batch", default="auto", show_default=True, help="Images, or tiles, per forward pass.")
+@click.option(
+    "--precision",
+    default="32",
+    show_default=True,
+    type=click.Choice(["32", "bf16-mixed", "16-mixed"]),
+    help="Of the networks.",
+)
 @click.option("--tile", default=VERSION, show_default=True, help="Side of the tiles in pixels; none: whole images.")
 @click.option("--tile-overlap", default=VERSION, show_default=True, help="Share of a tile that neighbours share.")
 @click.option(
@@ -47,7 +54,7 @@ VERSION = "version"
 @click.option(
     "--rle", default="course", show_default=True, type=click.Choice(["course", "airbus"]), help="Runs of the Kaggle CSV."
 )
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Threads that decode images.")
+@click.option("--workers", default="auto", show_default=True, help="Threads that decode images.")
 @click.option("--shard", default=32, show_default=True, type=click.IntRange(1), help="Images written together.")
 @click.option("--fresh", is_flag=True, help="Score anew where --out holds another or an unfinished scoring.")
 @click.option(
@@ -57,6 +64,11 @@ VERSION = "version"
     type=click.FloatRange(0, 1),
     help="Exit with 3 above this share of errors.",
 )
+@click.option(
+    "--runner", default="local", show_default=True, type=click.Choice(["local", "ray"]), help="What runs the scoring."
+)
+@click.option("--ray-address", default=None, help="A running Ray cluster; without it one in this machine.")
+@click.option("--actors", default="auto", show_default=True, help="Ray actors: one a GPU, or one for two CPUs.")
 @click.option("--scene-pattern", default=None, help="Regular expression whose first group is an image's scene.")
 @click.version_option(package_name="planes")
 @click.pass_context
@@ -144,23 +156,28 @@ def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str
     from pipelines.data.opening import open_dataset
     from scoring.job import JobSettings, claim_folder
 
-    dataset = open_dataset(data, split, scene_pattern=options["scene_pattern"])
+    dataset = open_dataset(data, split, scene_pattern=options["scene_pattern"], keep=True)
     claim_folder(Path(out))
 
     from models.torch_tools import pick_device
     from pipelines import registry, tracking
-    from scoring.commands import compare_jobs, score_version
+    from scoring.commands import Execution, check_logged, compare_jobs, score_version
 
     uri = tracking.connect()
-    device = pick_device(device)
+    execution = Execution(options["runner"], options["ray_address"], _auto("actors", options))
+    # A cluster may have what this machine has not.
+    device = device if execution.address and device != "auto" else pick_device(device)
     resolved = [registry.resolve(text) for text in dict.fromkeys(models)]
+    # What cannot be had is said before anything is scored.
+    for version in resolved:
+        registry.fetch(version)
     click.echo(dataset.summary())
-    batch = None if options["batch"] == "auto" else _number("batch", options["batch"], int)
-    more = {"shard_size": options["shard"], "workers": options["workers"], "fresh": options["fresh"]}
+    more = {"shard_size": options["shard"], "workers": _auto("workers", options), "fresh": options["fresh"]}
     outputs = options["score_threshold"], options["overlays"], options["rle"]
-    settings = JobSettings(batch, *outputs, _tiling(options), **more)
-    runs = [score_version(version, dataset, Path(out), settings, device) for version in resolved]
+    settings = JobSettings(_auto("batch", options), *outputs, _tiling(options), **more, precision=options["precision"])
+    runs = [score_version(version, dataset, Path(out), settings, device, execution) for version in resolved]
     _show([scored for scored, _ in runs], Path(out), uri)
+    check_logged([job for _, job in runs])
     if len(runs) > 1 and dataset.has_truth and dataset.planes:
         compare_jobs([job for _, job in runs], dataset, Path(out))
     worst = max(job.failures / len(dataset) for _, job in runs)
@@ -181,6 +198,17 @@ def _tiling(options) -> dict[str, object]:  # type: ignore[no-untyped-def]
         elif text != VERSION:
             changes[key] = _number(option, text, kind)
     return changes
+
+
+def _auto(option: str, options) -> int | None:  # type: ignore[no-untyped-def]
+    """A whole number from 1, None for ``auto``."""
+    text = options[option]
+    if text == "auto":
+        return None
+    number = _number(option, text, int)
+    if number < 1:
+        raise click.UsageError(f"--{option} {text}: expected 1 or more, or auto")
+    return number
 
 
 def _number(option: str, text: str, kind):  # type: ignore[no-untyped-def]

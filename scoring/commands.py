@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
-from models.errors import DataError
-from models.predictor import load_model
+from models.errors import DataError, RegistryError, one_line
+from models.predictor import folder_digest, load_model
 from models.tiling import tiling_of
 from models.torch_tools import pick_device
 from pipelines import registry, tracking
@@ -20,9 +24,11 @@ from pipelines.steps.edge import show_progress
 from scoring import track
 from scoring.candidates import data_of, from_job, gather, is_run
 from scoring.compare import Candidate, Scored, compare, comparison_table, render
-from scoring.job import JobResult, JobSettings, claim_folder, run_job
-from scoring.plan import folder_digest
+from scoring.job import JobResult, JobSettings, Progress, claim_folder, run_job
+from scoring.reader import Failure
 from scoring.report import write_report
+from scoring.runners.local import auto_batch, auto_workers
+from scoring.runners.runner import Runner
 
 # What the terminal shows of the table; the CSV and the page hold all.
 SHOWN = ("model", "AP", "AP50", "mask_AP", "mask_AP50", "matched_IoU", "correct", "missed", "false", "images/s", "MB")
@@ -65,6 +71,7 @@ def run_comparison(request: ComparisonRequest) -> None:
     def score(target: str) -> Candidate:
         version = registry.resolve(target)
         _, job = score_version(version, dataset, Path(request.out), settings, device)
+        check_logged([job])
         if job.segmenter:
             raise DataError(f"{job.label}: outlines given boxes and finds none; score it and compare its runs")
         return from_job(job)
@@ -100,29 +107,95 @@ def finish(candidates: Sequence[Candidate], dataset: Dataset, out: Path) -> None
     click.echo(f"report: {report} (run {run_id})")
 
 
+@dataclass(frozen=True)
+class Execution:
+    """What runs the scoring: ``local`` or ``ray``; for Ray the cluster's address and the number of actors."""
+
+    runner: str = "local"
+    address: str | None = None
+    actors: int | None = None
+
+
 def score_version(
-    version: registry.Resolved, dataset: Dataset, out: Path, settings: JobSettings, device: str
+    version: registry.Resolved,
+    dataset: Dataset,
+    out: Path,
+    settings: JobSettings,
+    device: str,
+    execution: Execution = Execution(),
 ) -> tuple[Scored, JobResult]:
-    """Run one job, log it, and say what it left."""
+    """Run one job, log it, and say what it left; `check_logged` tells whether the store took it.
+
+    Raises:
+        PlanesError: the version, the images or the folder cannot be used.
+    """
     folder = registry.fetch(version)
-    predictor = load_model(folder, device, settings.changes)
+    predictor = load_model(folder, "cpu" if execution.runner == "ray" else device, settings.changes)
+    runner = _ray(folder, dataset, settings, device, execution) if execution.runner == "ray" else None
+    progress: Progress = partial(show_progress, failed=lambda scored: isinstance(scored[2], Failure))
+    if runner and sys.stderr.isatty():
+        # Ray shows its own bars there.
+        progress = _as_it_is
     digest = folder_digest(folder)
-    job = run_job(predictor, version.label, dataset, out, settings, show_progress, digest, device)
+    job = run_job(predictor, version.label, dataset, out, settings, progress, digest, device, runner)
     job.megabytes = folder_megabytes(folder)
+    _tell(job)
     tiling = tiling_of(predictor)
-    params = {**settings.__dict__, "batch_size": settings.batch_size or 1}
+    params = {**settings.__dict__, "batch_size": settings.batch_size or auto_batch(device), **execution.__dict__}
     params |= {"tiling": tiling.model_dump_json() if tiling else "whole images"}
     params |= {"device": device, "data": str(dataset.source)}
-    run_id = track.log_job(job, version, dataset, params, job.megabytes)
+    try:
+        run_id = track.log_job(job, version, dataset, params, job.megabytes)
+        click.echo(f"   outputs in {job.folder}, run {run_id}")
+    except Exception as error:
+        if os.environ.get("PLANES_TRACEBACK"):
+            raise
+        # What was scored is on disk; a store that is away must not keep the next model from being scored.
+        job.unlogged = one_line(error)[:200]
+        click.echo(f"   outputs in {job.folder}; NOT LOGGED: {job.unlogged}")
+    name = f"{dataset.name}/{dataset.split}"
+    return Scored(job.label, name, dataset.digest(), job.metrics, job.images, job.seconds), job
+
+
+def check_logged(jobs: Sequence[JobResult]) -> None:
+    """Say which scorings the store did not take.
+
+    Raises:
+        RegistryError: there are some.
+    """
+    lost = [job for job in jobs if job.unlogged]
+    if lost:
+        what = ", ".join(job.label for job in lost)
+        raise RegistryError(
+            f"{what}: scored, but not logged ({lost[0].unlogged}); the outputs are kept, and the same command "
+            "logs them without scoring again"
+        )
+
+
+def _ray(folder: Path, dataset: Dataset, settings: JobSettings, device: str, execution: Execution) -> Runner:
+    from scoring.runners.ray_runner import RayRunner, RaySettings
+
+    workers = settings.workers or auto_workers(device, dataset)
+    batch_size = settings.batch_size or auto_batch(device)
+    how = (device, batch_size, workers, settings.precision, settings.changes, execution.address, execution.actors)
+    return RayRunner(folder, RaySettings(*how))
+
+
+def _as_it_is(items: Iterable[Any], *_: object) -> Iterator[Any]:
+    return iter(items)
+
+
+def _tell(job: JobResult) -> None:
     errors = f", {job.failures} unreadable (see errors.parquet)" if job.failures else ""
     errors += f", {job.resumed} of them scored before" if job.resumed else ""
-    click.echo(f"{job.label}: {job.instances} planes in {job.images} images{errors}, {job.seconds:.1f} s, run {run_id}")
-    click.echo(f"   outputs in {job.folder}")
+    speed = f"{job.seconds:.1f} s, {job.images / job.seconds:.3g} images/s"
+    click.echo(f"{job.label}: {job.instances} planes in {job.images} images{errors}, {speed}")
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sorted(job.stages.items(), key=lambda s: -s[1]))
+    peaks = ", ".join(f"peak {kind.replace('_', ' ')} {megabytes:,.0f} MB" for kind, megabytes in job.peaks.items())
+    click.echo(f"   {stages or 'no stages measured'}; {peaks}")
     for _, evaluation in job.evaluations:
         if "max_dets" in evaluation.settings:
             click.echo(coco_tables(evaluation))
-    name = f"{dataset.name}/{dataset.split}"
-    return Scored(job.label, name, dataset.digest(), job.metrics, job.images, job.seconds), job
 
 
 def folder_megabytes(folder: Path) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from models.errors import DataError
@@ -15,14 +15,17 @@ FORMATS = ("coco", "kaggle", "geojson", "overlays")
 
 
 def export(
-    found: Sequence[Instances],
+    found: Iterable[Instances],
     dataset: Dataset,
     folder: Path,
     formats: Collection[str],
     rle: kaggle.Convention = "course",
     most: int = 3,
 ) -> None:
-    """Write coco_results.json, kaggle.csv, geojson/ and overlays/ (up to ``most``), those of ``formats``."""
+    """Write coco_results.json, kaggle.csv, geojson/ and overlays/ (up to ``most``), those of ``formats``.
+
+    ``found`` is iterated once for each of them, in the data set's order.
+    """
     if "coco" in formats:
         coco.write_results(found, dataset, folder / "coco_results.json")
     if "kaggle" in formats:
@@ -50,9 +53,19 @@ def export_job(
     table = job / "instances.parquet"
     if not table.exists():
         raise DataError(f"{job}: the scoring is not finished; the same score command goes on with it")
-    found = [f.above(score_threshold) for f in parquet.read_instances(table)]
+    found = _Above(parquet.InstanceTable(table), score_threshold)
     if "kaggle" in formats and any(f.masks is None for f in found):
         raise DataError(f"{job}: its planes have no masks, so there is no Kaggle CSV of it")
     out.mkdir(parents=True, exist_ok=True)
     export(found, dataset, out, formats, rle, most)
     return sum(map(len, found))
+
+
+class _Above:
+    """The planes of a table that score at least ``threshold``, each time it is iterated."""
+
+    def __init__(self, table: Iterable[Instances], threshold: float) -> None:
+        self.table, self.threshold = table, threshold
+
+    def __iter__(self) -> Iterator[Instances]:
+        return (found.above(self.threshold) for found in self.table)

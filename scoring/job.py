@@ -9,6 +9,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from models.errors import DataError, OutputError, one_line
 from models.instances import Instances
 from models.predictor import Predictor
 from models.tiling import tiling_of
+from models.torch_tools import Precision
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation import Evaluation
 from pipelines.prediction import evaluate_predictions, is_segmenter
 from scoring.export import FORMATS, export
 from scoring.plan import Manifest, claimed, make_manifest
 from scoring.reader import Failure
-from scoring.runners.local import predict_shards
+from scoring.runners.local import LocalRunner, auto_batch, auto_workers
+from scoring.runners.runner import Runner
 from scoring.shards import ERRORS, INSTANCES, finished, join_shards, totals_of, write_shard
 from scoring.writers import kaggle, parquet
 
@@ -34,11 +37,12 @@ Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
 class JobSettings:
     """How to score.
 
-    batch_size: images at a time, and tiles per forward pass where it is given; score_threshold:
-    least score kept; overlays: how many; rle: convention of the Kaggle CSV; tiling: settings of
-    `models.tiling.Tiling` instead of the version's, ``{"size": 0}`` for whole images; shard_size:
-    images that are written, and after a stop lost, together; workers: threads that decode;
-    fresh: throw away what is in the folder.
+    batch_size: images at a time, and tiles per forward pass where it is given, None to leave it to
+    us; score_threshold: least score kept; overlays: how many; rle: convention of the Kaggle CSV;
+    tiling: settings of `models.tiling.Tiling` instead of the version's, ``{"size": 0}`` for whole
+    images; shard_size: images that are written, and after a stop lost, together; workers: threads
+    that decode, None to leave it to us; fresh: throw away what is in the folder; precision: of
+    the networks, as `models.torch_tools.precision` takes it.
     """
 
     batch_size: int | None = None
@@ -47,8 +51,9 @@ class JobSettings:
     rle: kaggle.Convention = "course"
     tiling: Mapping[str, Any] = field(default_factory=dict)
     shard_size: int = 32
-    workers: int = 1
+    workers: int | None = None
     fresh: bool = False
+    precision: Precision = "32"
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -60,7 +65,9 @@ class JobSettings:
 class JobResult:
     """What a job left: its folder, counts, times, and metrics where there is ground truth.
 
-    resumed: how many of the images had been scored by an earlier, interrupted call.
+    resumed: how many of the images had been scored by an earlier, interrupted call; stages:
+    seconds by stage, of all threads together; peaks: highest memory in MB by kind; unlogged: why
+    the tracking store did not take it.
     """
 
     label: str
@@ -74,6 +81,9 @@ class JobResult:
     score_threshold: float = 0.05
     megabytes: float = math.nan
     resumed: int = 0
+    stages: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+    unlogged: str | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -115,6 +125,7 @@ def run_job(
     progress: Progress,
     model: str = "",
     device: str = "cpu",
+    runner: Runner | None = None,
 ) -> JobResult:
     """Predict every image, write table, COCO results, overlays and metrics into ``out/<label>``.
 
@@ -124,6 +135,7 @@ def run_job(
 
     Args:
         model: digest of the saved model, device: where it runs; both decide the rows.
+        runner: what predicts, ``predictor`` in this process without it; decides no row.
 
     Raises:
         DataError: no image could be read, or the folder holds another job.
@@ -131,19 +143,22 @@ def run_job(
     """
     folder = out / folder_name(label)
     claim_folder(folder)
-    tiling = tiling_of(predictor)
+    tiling, batch_size = tiling_of(predictor), settings.batch_size or auto_batch(device)
     decisive = {
         "score_threshold": settings.score_threshold,
-        "batch_size": settings.batch_size or 1,
+        "batch_size": batch_size,
         "tiling": tiling.model_dump() if tiling else None,
         "device": device.partition(":")[0],
+        "precision": settings.precision,
     }
+    workers = settings.workers or auto_workers(device, dataset)
+    runner = runner or LocalRunner(predictor, device, batch_size, workers, settings.precision)
     manifest = make_manifest(label, model, decisive, dataset, settings.shard_size)
     try:
         with claimed(folder, manifest, dataset, settings.fresh):
             resumed, totals = len(dataset), totals_of(folder)
             if totals is None:
-                resumed = _make_missing(predictor, manifest, folder, dataset, settings, progress)
+                resumed = _make_missing(runner, manifest, folder, dataset, settings.score_threshold, progress)
                 join_shards(folder, len(manifest.shards()))
                 totals = totals_of(folder)
             assert totals is not None
@@ -152,6 +167,7 @@ def run_job(
                 raise DataError(f"none of {len(dataset)} images could be read; the first: {first.message}")
             job = JobResult(label, folder, totals.images, totals.instances, totals.failures, totals.seconds)
             job.segmenter, job.score_threshold, job.resumed = is_segmenter(predictor), settings.score_threshold, resumed
+            job.stages, job.peaks = totals.stages, runner.peak_megabytes()
             _write(job, dataset, totals.masks, settings)
     except OSError as error:
         raise OutputError(
@@ -161,34 +177,71 @@ def run_job(
 
 
 def _make_missing(
-    predictor: Predictor, manifest: Manifest, folder: Path, dataset: Dataset, settings: JobSettings, progress: Progress
+    runner: Runner, manifest: Manifest, folder: Path, dataset: Dataset, score_threshold: float, progress: Progress
 ) -> int:
     """Predict and write the shards that are not there; return how many images the others hold."""
     done, shards = finished(folder), manifest.shards()
     missing = [i for i in range(len(shards)) if i not in done]
-    parts = [[dataset.samples[k] for k in shards[i]] for i in missing]
+    parts = [dataset.samples[shards[i].start : shards[i].stop] for i in missing]
     total = sum(map(len, parts))
-    results = predict_shards(predictor, parts, settings.batch_size or 1, settings.workers)
-    collected: list[Instances | Failure] = []
-    started = time.monotonic()
-    title = f"scoring with {manifest.label}"
-    for position, result in progress(results, total, title) if total else ():
-        collected.append(result.above(settings.score_threshold) if isinstance(result, Instances) else result)
-        if len(collected) == len(parts[position]):
-            now = time.monotonic()
-            write_shard(folder, missing[position], collected, now - started)
-            collected, started = [], now
+    if not total:
+        return len(dataset)
+    collected: dict[int, dict[int, Instances | Failure]] = {}
+    begun, counted = time.monotonic(), runner.stages()
+    with _Writer() as writer:
+        for position, index, result in progress(runner.results(parts), total, f"scoring with {manifest.label}"):
+            mine = collected.setdefault(position, {})
+            mine[index] = result.above(score_threshold) if isinstance(result, Instances) else result
+            if len(mine) < len(parts[position]):
+                continue
+            results = [mine[i] for i in range(len(mine))]
+            del collected[position]
+            now, stages = time.monotonic(), runner.stages()
+            spent = {stage: seconds - counted.get(stage, 0.0) for stage, seconds in stages.items()}
+            writer.submit(write_shard, folder, missing[position], results, now - begun, spent)
+            begun, counted = now, stages
     return len(dataset) - total
 
 
+class _Writer:
+    """Writes shards in a thread of its own while the next ones are predicted; one waits at most."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[None] | None = None
+
+    def submit(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Write, once what is being written is on disk.
+
+        Raises:
+            OSError: what was being written could not be.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+        self._pending = self._pool.submit(write, *arguments)
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Interrupted or failed, what has been predicted is still written.
+        self._pool.shutdown(wait=True)
+        if error is None and self._pending is not None:
+            self._pending.result()
+
+
 def _write(job: JobResult, dataset: Dataset, has_masks: bool, settings: JobSettings) -> None:
-    found = parquet.read_instances(job.folder / INSTANCES)
-    failed = {f.image_id for f in parquet.read_failures(job.folder / ERRORS)} if job.failures else set()
+    table = parquet.InstanceTable(job.folder / INSTANCES)
     made = set(FORMATS) if has_masks or not job.instances else set(FORMATS) - {"kaggle"}
     made -= set() if settings.overlays else {"overlays"}
-    export(found, dataset, job.folder, made, settings.rle, settings.overlays)
+    export(table, dataset, job.folder, made, settings.rle, settings.overlays)
+    if not dataset.has_truth:
+        return
+    failed = {f.image_id for f in parquet.read_failures(job.folder / ERRORS)} if job.failures else set()
     truth = dataset.subset([s.image_id for s in dataset.samples if s.image_id not in failed], dataset.split)
-    if truth.has_truth and truth.planes:
+    if truth.planes:
+        found = list(table)
         listed = {f.image_id for f in found}
         # Images without a plane have no row; that masks were looked for there counts.
         empty = [

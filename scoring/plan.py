@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models.errors import DataError, OutputError
 from pipelines.data.dataset import Dataset, Sample
+from pipelines.data.remote import absolute, place
 
 MANIFEST, INPUTS, SHARDS, DONE, LOCK = "manifest.json", "inputs.parquet", "shards", "done.json", ".lock"
 
@@ -56,16 +57,6 @@ class Manifest(BaseModel):
     def shards(self) -> list[range]:
         """Positions of each shard's images among the inputs."""
         return [range(a, min(a + self.shard_size, self.images)) for a in range(0, self.images, self.shard_size)]
-
-
-def folder_digest(folder: Path) -> str:
-    """sha256 over names and contents of a saved model's files, 16 hex digits."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        with open(path, "rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def make_manifest(label: str, model: str, settings: Mapping[str, Any], dataset: Dataset, shard_size: int) -> Manifest:
@@ -143,25 +134,19 @@ def read_inputs(folder: Path, manifest: Manifest) -> Dataset:
         raise DataError(f"{folder / INPUTS}: absent or damaged; score with --fresh") from None
     none = np.zeros((0, 4), np.float32), (), np.zeros(0, bool)
     samples = [
-        Sample(r["image_id"], Path(r["path"]), r["height"], r["width"], r["image_id"], *none, False, r["number"])
+        Sample(r["image_id"], place(r["path"]), r["height"], r["width"], r["image_id"], *none, False, r["number"])
         for r in rows
     ]
     return Dataset(manifest.data, folder, manifest.split, "plane", tuple(samples), category_id=manifest.category_id)
 
 
 def _inputs(dataset: Dataset) -> pa.Table:
-    rows = [
-        {
-            "image_id": s.image_id,
-            "path": str(s.path.resolve()),
-            "height": s.height,
-            "width": s.width,
-            "number": s.number,
-            "digest": digest,
-        }
-        for s, digest in zip(dataset.samples, dataset.file_digests(), strict=True)
-    ]
-    return pa.Table.from_pylist(rows, schema=INPUT_SCHEMA)
+    columns: dict[str, list[Any]] = {
+        name: [getattr(s, name) for s in dataset.samples] for name in ("image_id", "height", "width", "number")
+    }
+    columns["path"] = [absolute(s.path) for s in dataset.samples]
+    columns["digest"] = dataset.file_digests()
+    return pa.Table.from_pydict(columns, schema=INPUT_SCHEMA)
 
 
 def _check(folder: Path, held: Manifest, asked: Manifest, dataset: Dataset) -> None:

@@ -7,10 +7,16 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
+
 from models.errors import DataError, PlanesError, one_line
 from models.image import read_image
+from models.stages import measured
 from models.windows import AnyImage, open_image
 from pipelines.data.dataset import Sample
+
+# Decoded images that wait for the model take no more than this, one image aside.
+MOST_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ def read_ahead(
         try:
             for sample in samples:
                 pending.append((sample, pool.submit(_read, sample, windows)))
-                if len(pending) > ahead:
+                while len(pending) > ahead or (pending and sum(_bytes(f) for _, f in pending) > MOST_BYTES):
                     first, future = pending.popleft()
                     yield first, future.result()
             while pending:
@@ -46,6 +52,16 @@ def read_ahead(
                 future.cancel()
 
 
+def size_in_bytes(image: object) -> int:
+    """Memory that a decoded image takes; 0 for one that is read by windows."""
+    return image.nbytes if isinstance(image, np.ndarray) else 0
+
+
+def _bytes(future: Future[AnyImage | Failure]) -> int:
+    return size_in_bytes(future.result()) if future.done() else 0
+
+
+@measured("decode")
 def _read(sample: Sample, windows: bool) -> AnyImage | Failure:
     try:
         image = open_image(sample.path) if windows else read_image(sample.path)
@@ -53,10 +69,15 @@ def _read(sample: Sample, windows: bool) -> AnyImage | Failure:
         return sample.part_of(image) if sample.truth else image
     except PlanesError as error:
         kind = error.kind if isinstance(error, DataError) else "unusable"
-        return Failure(sample.image_id, str(sample.path), kind, one_line(error))
+        return failure(sample, kind, one_line(error))
     except MemoryError:
-        return Failure(sample.image_id, str(sample.path), "too large", f"{sample.path}: does not fit in memory")
+        return failure(sample, "too large", f"{sample.path}: does not fit in memory")
     except Exception as error:
         # A decoder may raise anything on a damaged file; one file must not end the job.
         what = f"{type(error).__name__}: {one_line(error)[:160]}"
-        return Failure(sample.image_id, str(sample.path), "damaged", f"{sample.path}: cannot be decoded ({what})")
+        return failure(sample, "damaged", f"{sample.path}: cannot be decoded ({what})")
+
+
+def failure(sample: Sample, kind: str, message: str) -> Failure:
+    """The row of the table of errors for an image."""
+    return Failure(sample.image_id, str(sample.path), kind, message)

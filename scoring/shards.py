@@ -6,11 +6,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-import pyarrow.parquet as pq
 
 from models.instances import Instances
 from scoring.plan import DONE, SHARDS, flush, write_durably
@@ -22,13 +22,17 @@ INSTANCES, ERRORS, NOTES = "instances.parquet", "errors.parquet", "shard.json"
 
 @dataclass(frozen=True)
 class Totals:
-    """What all shards hold: images predicted, planes, images that failed, seconds of work, whether masks were made."""
+    """What all shards hold: images predicted, planes, images that failed, seconds of work, whether masks were made.
+
+    stages: seconds by stage, of all threads together.
+    """
 
     images: int
     instances: int
     failures: int
     seconds: float
     masks: bool
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 def finished(folder: Path) -> set[int]:
@@ -42,12 +46,18 @@ def finished(folder: Path) -> set[int]:
     return numbers
 
 
-def write_shard(folder: Path, number: int, results: Sequence[Instances | Failure], seconds: float) -> None:
+def write_shard(
+    folder: Path, number: int, results: Sequence[Instances | Failure], seconds: float, stages: Mapping[str, float]
+) -> None:
     """Write one shard: temporary folder, fsync, rename.
+
+    Args:
+        seconds: that its images took, stages: the same by stage; the time of writing is added here.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
+    started = time.perf_counter()
     found = [r for r in results if isinstance(r, Instances)]
     failures = [r for r in results if isinstance(r, Failure)]
     target = folder / SHARDS / f"{number:06d}"
@@ -57,10 +67,13 @@ def write_shard(folder: Path, number: int, results: Sequence[Instances | Failure
     try:
         parquet.write_instances(found, temporary / INSTANCES)
         parquet.write_failures(failures, temporary / ERRORS)
+        for name in (INSTANCES, ERRORS):
+            flush(temporary / name)
         notes = {"images": len(found), "instances": sum(map(len, found)), "failures": len(failures), "seconds": seconds}
         notes["masks"] = any(f.masks is not None for f in found)
+        notes["stages"] = {**stages, "write": time.perf_counter() - started}
         (temporary / NOTES).write_text(json.dumps(notes))
-        for path in (*temporary.iterdir(), temporary):
+        for path in (temporary / NOTES, temporary):
             flush(path)
         os.rename(temporary, target)
         flush(target.parent)
@@ -84,12 +97,13 @@ def join_shards(folder: Path, count: int) -> None:
     for name, schema in ((INSTANCES, parquet.SCHEMA), (ERRORS, parquet.ERROR_SCHEMA)):
 
         def fill(path: Path, name: str = name, schema: object = schema) -> None:
-            with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-                for shard in shards:
-                    writer.write_table(pq.read_table(shard / name, schema=schema))
+            parquet.join_tables([shard / name for shard in shards], path, schema)
 
         write_durably(folder / name, fill)
     notes = [json.loads((shard / NOTES).read_text()) for shard in shards]
     counts = (sum(n[key] for n in notes) for key in ("images", "instances", "failures", "seconds"))
-    totals = Totals(*counts, any(n["masks"] for n in notes))
+    stages: defaultdict[str, float] = defaultdict(float)
+    for stage, seconds in (item for n in notes for item in n["stages"].items()):
+        stages[stage] += seconds
+    totals = Totals(*counts, any(n["masks"] for n in notes), dict(stages))
     write_durably(folder / DONE, lambda path: path.write_text(json.dumps(asdict(totals)) + "\n"))

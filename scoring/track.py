@@ -16,6 +16,9 @@ from pipelines.registry import Resolved
 from scoring.compare import Comparison, Scored
 from scoring.job import JobResult, folder_name
 
+# File in a job's folder that holds the id of a run that is not logged to its end.
+BEGUN = ".run"
+
 
 def log_job(
     job: JobResult, resolved: Resolved, dataset: Dataset, params: dict[str, object], megabytes: float = math.nan
@@ -27,7 +30,11 @@ def log_job(
     # A number on training images must never look like one on test images.
     prefix = next((f"{name}/" for name in ("train", "val") if dataset.split.startswith(name)), "test/")
     tags = {"task": "score", "version": job.label, "metric_prefix": prefix}
-    with tracking.tracked_run(f"score {job.label} on {dataset.name}/{dataset.split}", tags) as run:
+    # Written while a run is being logged: after a stop, or a store that went away, it is gone on with.
+    begun = job.folder / BEGUN
+    resumed = begun.read_text() if begun.exists() else None
+    with tracking.tracked_run(f"score {job.label} on {dataset.name}/{dataset.split}", tags, resumed) as run:
+        begun.write_text(run.info.run_id)
         tracking.log_params({**params, "model": job.label, "data_digest": dataset.digest()})
         tracking.log_dataset(dataset, "scoring")
         if resolved.model_id:
@@ -36,6 +43,8 @@ def log_job(
         if not math.isnan(megabytes):
             mlflow.log_metric("model_megabytes", megabytes)
         mlflow.log_metrics({**counts, "seconds": job.seconds, "images_per_second": job.images / job.seconds})
+        mlflow.log_metrics({f"stage_{name}_seconds": seconds for name, seconds in job.stages.items()})
+        mlflow.log_metrics({f"peak_{name}_megabytes": megabytes for name, megabytes in job.peaks.items()})
         for kind, evaluation in job.evaluations:
             tracking.log_evaluation(prefix + kind, evaluation, dataset, resolved.model_id)
         for path in sorted(job.folder.iterdir()):
@@ -43,7 +52,8 @@ def log_job(
                 mlflow.log_artifacts(str(path), f"scoring/{path.name}")
             elif not path.name.startswith("."):
                 mlflow.log_artifact(str(path), "scoring")
-        return run.info.run_id
+    begun.unlink(missing_ok=True)
+    return run.info.run_id
 
 
 def load_scored(run_id: str) -> Scored:

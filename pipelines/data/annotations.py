@@ -16,6 +16,9 @@ from models.geometry import clip_boxes, rle_area, rle_boxes, rle_bytes, rle_from
 from models.instances import RLE
 from pipelines.data.dataset import Problems, Sample
 
+# Shared by all images without planes: a scoring may list millions.
+_NO_BOXES, _NO_CROWD = np.zeros((0, 4), np.float32), np.zeros(0, bool)
+
 
 @dataclass(frozen=True)
 class Plane:
@@ -134,9 +137,9 @@ def make_sample(
         size[0],
         size[1],
         scene,
-        np.array([p.box for p in planes], np.float32).reshape(-1, 4),
+        np.array([p.box for p in planes], np.float32) if planes else _NO_BOXES,
         tuple(p.mask for p in planes),
-        np.array([p.crowd for p in planes], bool),
+        np.array([p.crowd for p in planes], bool) if planes else _NO_CROWD,
         truth,
         number,
     )

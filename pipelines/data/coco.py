@@ -10,15 +10,22 @@ from models.errors import DataError
 from models.image import image_size
 from pipelines.data.annotations import make_sample, read_json, read_plane
 from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
+from pipelines.data.remote import AnyPath
 
 
 def read_coco(
-    path: Path, split: str = "all", category: str = "plane", scene_pattern: str | None = None, name: str | None = None
+    path: AnyPath,
+    split: str = "all",
+    category: str = "plane",
+    scene_pattern: str | None = None,
+    name: str | None = None,
+    keep: bool = False,
 ) -> Dataset:
     """Read a COCO file; images are looked for beside it, in ``<split>/`` and in ``images/``.
 
-    The category is chosen by name (any case), never by number. An image entry may
-    name its ``scene``. What is wrong is counted in ``problems``.
+    Images that cannot be read are left out; with ``keep`` they stay as `Sample.lost`.
+    The category is chosen by name (any case), never by number. An image entry may name its
+    ``scene``. What is wrong is counted in ``problems``.
 
     Raises:
         DataError: no COCO file, no such category, duplicate ids, or no image found.
@@ -34,11 +41,12 @@ def read_coco(
     for key, entry in images.items():
         file = find_image(path.parent, str(entry["file_name"]), split, path.stem)
         where = f"{path.name} image {entry['file_name']}"
-        if file is None:
-            problems.add("missing images left out", where)
-            continue
-        size = _size(entry, file, where, problems)
-        if size is None:
+        size = None if file is None else _size(entry, file, where, problems)
+        if file is None or size is None:
+            kept = ", kept as errors" if keep else " left out"
+            problems.add(("missing images" if file is None else "unreadable images") + kept, where)
+            lost = file or path.parent / str(entry["file_name"])
+            samples += [make_sample(lost.stem, lost, (0, 0), lost.stem, [])] if keep else []
             continue
         planes = [
             read_plane(a, *size, f"{path.name} annotation {a.get('id', '?')}", problems) for a in annotations.get(key, [])
@@ -47,14 +55,14 @@ def read_coco(
         known_truth = isinstance(content.get("annotations"), list)
         number = key if isinstance(key, int) else None
         samples.append(make_sample(file.stem, file, size, scene, [p for p in planes if p], known_truth, number))
-    if not samples:
+    if all(s.lost for s in samples):
         raise DataError(f"{path}: none of its {len(images)} images was found under {path.parent}")
     chosen = with_unique_ids(samples, path)
     first = min((i for i in wanted if isinstance(i, int)), default=1)
     return Dataset(name or path.parent.resolve().name, path, split, category, chosen, problems, first)
 
 
-def find_image(root: Path, file_name: str, split: str, stem: str) -> Path | None:
+def find_image(root: AnyPath, file_name: str, split: str, stem: str) -> AnyPath | None:
     """The file of an image entry: beside the JSON, in the folder of its split, or in ``images/``."""
     named = stem.removesuffix("_coco").removeprefix("instances_")
     for folder in (".", split, named, "images", f"images/{split}", f"images/{named}"):
@@ -119,7 +127,6 @@ def _size(entry: Mapping[str, Any], file: Path, where: str, problems: Problems) 
     try:
         size = image_size(file)
     except DataError:
-        problems.add("unreadable images left out", where)
         return None
     stated = (entry.get("height"), entry.get("width"))
     if None not in stated and tuple(stated) != size:

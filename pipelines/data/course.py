@@ -11,14 +11,21 @@ from models.image import IMAGE_SUFFIXES, image_size
 from pipelines.data.annotations import make_sample, read_json, read_plane
 from pipelines.data.coco import find_image
 from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
+from pipelines.data.remote import AnyPath
 
 
 def read_course(
-    path: Path, split: str = "train", category: str = "plane", scene_pattern: str | None = None, name: str | None = None
+    path: AnyPath,
+    split: str = "train",
+    category: str = "plane",
+    scene_pattern: str | None = None,
+    name: str | None = None,
+    keep: bool = False,
 ) -> Dataset:
     """Read ``train.json``: each entry has file_name, category_name, bbox xywh, segmentation polygons.
 
-    Images of the folder without any annotation count as images without planes.
+    Images of the folder without any annotation count as images without planes. Those that
+    cannot be read are left out; with ``keep`` they stay as `Sample.lost`.
 
     Raises:
         DataError: not such a list, category unknown, or no image found.
@@ -36,19 +43,21 @@ def read_course(
     samples = []
     for file_name in [*grouped, *others]:
         file = find_image(path.parent, file_name, split, path.stem)
-        if file is None:
-            problems.add("missing images left out", file_name)
-            continue
         try:
-            size = image_size(file)
+            size = None if file is None else image_size(file)
         except DataError:
-            problems.add("unreadable images left out", file_name)
+            size = None
+        if file is None or size is None:
+            kept = ", kept as errors" if keep else " left out"
+            problems.add(("missing images" if file is None else "unreadable images") + kept, file_name)
+            lost = file or path.parent / file_name
+            samples += [make_sample(lost.stem, lost, (0, 0), lost.stem, [])] if keep else []
             continue
         planes = [
             read_plane(e, *size, f"{path.name} annotation {e.get('id', '?')}", problems) for e in grouped.get(file_name, [])
         ]
         samples.append(make_sample(file.stem, file, size, scene_of(file.stem, scene_pattern), [p for p in planes if p]))
-    if not samples:
+    if all(s.lost for s in samples):
         raise DataError(f"{path}: none of its images was found under {path.parent}")
     samples.sort(key=lambda s: s.image_id)
     return Dataset(name or path.parent.resolve().name, path, split, category, with_unique_ids(samples, path), problems)

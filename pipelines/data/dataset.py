@@ -16,9 +16,11 @@ import numpy as np
 
 from models.errors import DataError
 from models.geometry import rle_area, xyxy_to_xywh
+from models.image import image_size
 from models.instances import RLE
 from models.tiling import Window, cut_tile
 from models.windows import AnyImage, open_image
+from pipelines.data.remote import AnyPath, marks
 
 # Names of cut tiles: DOTA's devkit (P0001__1.0__824___0), and x/y offsets at the end
 # (scene_512_1024, scene-x512-y1024, scene_tile_3).
@@ -33,10 +35,12 @@ class Sample:
     per plane; crowd: (N,) bool; truth: False where nothing is known about its planes;
     number: the image's id in the COCO file it comes from, if it comes from one;
     window: (x1, y1, x2, y2) of the file that the image is, None for all of it.
+    ``path`` may be a ``UPath`` (`pipelines.data.remote`); ``height`` and ``width`` are 0
+    where they are not known before the file is read.
     """
 
     image_id: str
-    path: Path
+    path: AnyPath
     height: int
     width: int
     scene: str
@@ -51,6 +55,19 @@ class Sample:
     def has_masks(self) -> bool:
         """Whether every plane has an outline."""
         return len(self.masks) > 0 and all(m is not None for m in self.masks)
+
+    @property
+    def lost(self) -> bool:
+        """Whether its file could not be read when the annotations were: kept for the table of errors alone."""
+        return self.truth and not self.height
+
+    def size(self) -> tuple[int, int]:
+        """(height, width), read from the file's header where they are not known yet.
+
+        Raises:
+            DataError: not readable.
+        """
+        return (self.height, self.width) if self.height else image_size(self.path)
 
     def read(self) -> np.ndarray:
         """Decode the image, RGB uint8 (H, W, 3).
@@ -105,7 +122,8 @@ class Dataset:
     samples: tuple[Sample, ...]
     problems: Problems = field(default_factory=Problems, compare=False)
     category_id: int = 1
-    # Not an argument, so that a subset starts with none.
+    # Not arguments, so that a subset starts with none.
+    _marks: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
     _digest: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
 
     def __len__(self) -> int:
@@ -127,19 +145,28 @@ class Dataset:
         return any(len(s.masks) for s in self.samples) and all(s.has_masks for s in self.samples if len(s.masks))
 
     def digest(self) -> str:
-        """sha256 of the images' bytes and the annotations, 16 hex digits; paths and order do not count."""
+        """sha256 of the images and the annotations, 16 hex digits; paths and order do not count.
+
+        Images with ground truth count by their bytes. Of others there may be millions: they
+        count by size and time of change, or an object store's mark of the content.
+        """
         if not self._digest:
             self._digest.append(self._compute_digest())
         return self._digest[0]
 
     def file_digests(self) -> list[str]:
-        """sha256 of each image's bytes in the samples' order; "unreadable" where there are none to be had."""
-        return [_file_digest(s.path) for s in self.samples]
+        """What tells whether each image has changed, in the samples' order; "unreadable" where nothing does."""
+        if not self._marks:
+            self._marks.extend(
+                [_file_digest(s.path) for s in self.samples] if self.has_truth else marks([s.path for s in self.samples])
+            )
+        return self._marks
 
     def _compute_digest(self) -> str:
         parts = []
-        for sample in sorted(self.samples, key=lambda s: s.image_id):
-            content = _file_digest(sample.path)
+        for sample, content in sorted(zip(self.samples, self.file_digests(), strict=True), key=lambda p: p[0].image_id):
+            if sample.lost:
+                continue
             planes = [
                 [*(round(float(v), 2) for v in box), bool(crowd), None if mask is None else mask["counts"]]
                 for box, crowd, mask in zip(sample.boxes, sample.crowd, sample.masks, strict=True)
@@ -176,7 +203,9 @@ class Dataset:
         return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": self.category}]}
 
 
-def _file_digest(path: Path) -> str:
+def _file_digest(path: AnyPath) -> str:
+    if not isinstance(path, Path):
+        return marks([path])[0]
     try:
         state = path.stat()
         return _content_digest(path, state.st_mtime_ns, state.st_size)
@@ -246,9 +275,9 @@ def with_unique_ids(samples: Sequence[Sample], source: Path) -> tuple[Sample, ..
     """
     counts = Counter(s.image_id for s in samples)
     if len(counts) < len(samples):
-        common = os.path.commonpath([s.path.parent for s in samples])
+        common = os.path.commonpath([str(s.path.parent) for s in samples])
         samples = [
-            s if counts[s.image_id] == 1 else replace(s, image_id=Path(os.path.relpath(s.path, common)).as_posix())
+            s if counts[s.image_id] == 1 else replace(s, image_id=Path(os.path.relpath(str(s.path), common)).as_posix())
             for s in samples
         ]
     for image_id, count in Counter(s.image_id for s in samples).items():

@@ -6,7 +6,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import click
@@ -89,8 +89,8 @@ class ProgressListener:
             self._bar = None
 
 
-def terminal_bar() -> Any:
-    """A rich progress bar on stderr, or None where stderr is no terminal."""
+def terminal_bar(*fields: str) -> Any:
+    """A rich progress bar on stderr, or None where stderr is no terminal; ``fields`` are shown beside it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -98,25 +98,46 @@ def terminal_bar() -> Any:
     if not console.is_terminal:
         return None
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    return Progress(*columns, TimeRemainingColumn(), console=console)
+    more = [TextColumn(f"{{task.fields[{name}]}}") for name in fields]
+    return Progress(*columns, TimeRemainingColumn(), *more, console=console)
 
 
-def show_progress(items: Iterable[T], total: int, title: str, seconds: float = 20.0) -> Iterator[T]:
-    """Pass items through, showing how many are done."""
-    bar = terminal_bar()
-    if bar:
-        with bar:
-            task = bar.add_task(title, total=total)
-            for item in items:
-                yield item
-                bar.advance(task)
-        return
-    said = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        if time.monotonic() - said > seconds or done == total:
-            said = time.monotonic()
-            click.echo(f"{title}: {done}/{total}")
+def show_progress(
+    items: Iterable[T], total: int, title: str, seconds: float = 60.0, failed: Callable[[T], bool] | None = None
+) -> Iterator[T]:
+    """Pass items through, showing how many are done, how many a second, the time left, and how many ``failed``.
+
+    On a terminal a bar, else a line every ``seconds``.
+    """
+    bar = terminal_bar("speed", "errors")
+    started = said = time.monotonic()
+    errors = 0
+    with bar or nullcontext():
+        task = bar.add_task(title, total=total, speed="", errors="") if bar else None
+        for done, item in enumerate(items, start=1):
+            yield item
+            errors += failed is not None and failed(item)
+            now = time.monotonic()
+            speed = done / max(now - started, 1e-9)
+            if bar:
+                # The time left is rich's; the bar redraws itself ten times a second.
+                told = f"{errors} errors" if errors else ""
+                bar.update(task, completed=done, speed=f"{speed:.3g}/s", errors=told)
+            elif now - said > seconds or done == total:
+                said = now
+                left = f", about {_duration((total - done) / speed)} left" if done < total else ""
+                click.echo(f"{title}: {done}/{total}, {speed:.3g}/s{left}" + (f", {errors} errors" if errors else ""))
+
+
+def _duration(seconds: float) -> str:
+    """Time for people.
+
+    >>> _duration(42), _duration(600), _duration(9000)
+    ('42 s', '10 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager

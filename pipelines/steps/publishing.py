@@ -13,7 +13,7 @@ import mlflow
 import numpy as np
 
 from models.geometry import crop_window
-from models.predictor import WEIGHTS_FILE, read_spec
+from models.predictor import WEIGHTS_FILE, folder_digest, read_spec
 from pipelines import registry, tracking
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation import Evaluation, coco_tables
@@ -73,6 +73,7 @@ def _tags(what: Publication, metrics: dict[str, float]) -> dict[str, str]:
         "data_digest": what.train.digest() if what.train else "unknown",
         "test_digest": what.test.digest() if what.test else "none",
         "metrics": json.dumps({k: round(v, 4) for k, v in metrics.items()}),
+        registry.DIGEST: folder_digest(what.saved),
         "weights_sha256": weights_digest(what.saved),
         "engine": read_spec(what.saved).engine,
     }

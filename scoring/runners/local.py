@@ -2,52 +2,130 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from models.errors import DataError, one_line
+from models.batches import out_of_memory, predict_parted
+from models.errors import DataError, PlanesError, one_line
 from models.instances import Instances
 from models.predictor import Predictor
+from models.stages import measured, seconds_since
 from models.tiling import tiling_of
+from models.torch_tools import Precision, precision
 from models.windows import AnyImage
-from pipelines.data.dataset import Sample
+from pipelines.data.dataset import Dataset, Sample
 from pipelines.prediction import is_segmenter, predict_image
-from scoring.reader import Failure, read_ahead
+from scoring.reader import MOST_BYTES, Failure, failure, read_ahead, size_in_bytes
+from scoring.runners.runner import Scored
+
+# Batches of images where none is given. On a CPU a batch is no gain in itself (models/tiling.py).
+CPU_BATCH, GPU_BATCH = 1, 8
+# Batches' worth of images of different sizes that wait for others of their size.
+WAITING_BATCHES = 4
 
 
-def predict_shards(
-    predictor: Predictor, shards: Sequence[Sequence[Sample]], batch_size: int, workers: int = 1
-) -> Iterator[tuple[int, Instances | Failure]]:
-    """(position of the shard, result) for every image, shard by shard: images in = Instances + Failures out.
-
-    What a batch holds depends on nothing but its shard, so that a shard made again is the same.
-    """
-    owner = [i for i, shard in enumerate(shards) for _ in shard]
-    waiting: list[tuple[Sample, AnyImage]] = []
-    samples = (sample for shard in shards for sample in shard)
-    ahead = max(2, batch_size, workers)
-    images = read_ahead(samples, ahead, tiling_of(predictor) is not None, workers)
-    for position, (sample, image) in enumerate(images):
-        shard = owner[position]
-        if isinstance(image, Failure):
-            yield shard, image
-        else:
-            waiting.append((sample, image))
-        last = position + 1 == len(owner) or owner[position + 1] != shard
-        if waiting and (last or len(waiting) >= batch_size):
-            for result in _predict(predictor, waiting):
-                yield shard, result
-            waiting = []
+def auto_batch(device: str) -> int:
+    """Images at a time where the user leaves it to us."""
+    return CPU_BATCH if device == "cpu" else GPU_BATCH
 
 
-def _predict(predictor: Predictor, batch: list[tuple[Sample, AnyImage]]) -> list[Instances | Failure]:
-    if is_segmenter(predictor):
-        return [predict_image(predictor, image, sample) for sample, image in batch]
-    try:
-        found = predictor.predict([image for _, image in batch])
-    except DataError as error:
-        # A large file is read while it is predicted, and may turn out damaged only then.
-        if len(batch) > 1:
-            return [result for one in batch for result in _predict(predictor, [one])]
-        sample = batch[0][0]
-        return [Failure(sample.image_id, str(sample.path), error.kind, one_line(error))]
-    return [f.named(sample.image_id) for f, (sample, _) in zip(found, batch, strict=True)]
+def auto_workers(device: str, dataset: Dataset) -> int:
+    """Threads that decode where the user leaves it to us: what comes from elsewhere is waited for, not worked on."""
+    cores = os.cpu_count() or 1
+    if any(not isinstance(s.path, Path) for s in dataset.samples[:1]):
+        return 16
+    return max(1, cores // 4) if device == "cpu" else min(16, cores)
+
+
+class _Read(NamedTuple):
+    """A decoded image and its place in the shard."""
+
+    index: int
+    sample: Sample
+    image: AnyImage
+
+
+class LocalRunner:
+    """A predictor in this process."""
+
+    def __init__(
+        self, predictor: Predictor, device: str = "cpu", batch_size: int = 1, workers: int = 1, kind: Precision = "32"
+    ) -> None:
+        self.predictor, self.device = predictor, device
+        self.batch_size, self.workers, self.kind = batch_size, workers, kind
+        self._before = seconds_since()
+        self._tiled = tiling_of(predictor) is not None
+
+    def stages(self) -> dict[str, float]:
+        """See `Runner`."""
+        return seconds_since(self._before)
+
+    def peak_megabytes(self) -> dict[str, float]:
+        """See `Runner`."""
+        unit = 1 if sys.platform == "darwin" else 1024
+        peaks = {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6}
+        if self.device != "cpu":
+            import torch
+
+            peaks["gpu_memory"] = torch.cuda.max_memory_allocated(self.device) / 1e6
+        return peaks
+
+    def results(self, shards: Sequence[Sequence[Sample]]) -> Iterator[Scored]:
+        """See `Runner`. Images of one size share a batch; tiles of all images do.
+
+        What a batch holds depends on nothing but its shard, so that a shard made again is the same.
+        """
+        ahead = max(2, self.batch_size, self.workers)
+        images = read_ahead(chain.from_iterable(shards), ahead, self._tiled, self.workers)
+        for position, shard in enumerate(shards):
+            waiting: dict[Any, list[_Read]] = {}
+            for index, sample in enumerate(shard):
+                with measured("wait"):
+                    _, image = next(images)
+                if isinstance(image, Failure):
+                    yield position, index, image
+                    continue
+                size = None if self._tiled else image.shape
+                waiting.setdefault(size, []).append(_Read(index, sample, image))
+                if len(waiting[size]) < self.batch_size and not self._too_many(waiting):
+                    continue
+                fullest = max(waiting, key=lambda size: len(waiting[size]))
+                yield from ((position, *one) for one in self._predict(waiting.pop(fullest)))
+            for batch in waiting.values():
+                yield from ((position, *one) for one in self._predict(batch))
+
+    def _too_many(self, waiting: dict[Any, list[_Read]]) -> bool:
+        held = [read.image for batch in waiting.values() for read in batch]
+        return len(held) >= WAITING_BATCHES * self.batch_size or sum(map(size_in_bytes, held)) > MOST_BYTES
+
+    def _predict(self, batch: list[_Read]) -> list[tuple[int, Instances | Failure]]:
+        """Results of a batch; where it fails, of its images one by one, so that only those that fail are lost."""
+        try:
+            with precision(self.device, self.kind):
+                if is_segmenter(self.predictor):
+                    return [(r.index, predict_image(self.predictor, r.image, r.sample)) for r in batch]
+                found = predict_parted(self.predictor, [r.image for r in batch])
+            return [(r.index, f.named(r.sample.image_id)) for r, f in zip(batch, found, strict=True)]
+        except Exception as error:
+            if not self._of_the_image(error):
+                raise
+            if len(batch) > 1:
+                return [result for one in batch for result in self._predict([one])]
+            # A large file is read while it is predicted, and may turn out damaged only then.
+            kind = error.kind if isinstance(error, DataError) else "prediction"
+            if out_of_memory(error):
+                kind = "too large"
+            what = one_line(error) if isinstance(error, DataError) else f"{type(error).__name__}: {one_line(error)[:200]}"
+            path = str(batch[0].sample.path)
+            return [(batch[0].index, failure(batch[0].sample, kind, what if path in what else f"{path}: {what}"))]
+
+    def _of_the_image(self, error: Exception) -> bool:
+        """Whether it may be the image's fault; a model that cannot work at all, or a broken GPU, ends the job."""
+        if isinstance(error, PlanesError):
+            return isinstance(error, DataError) and not is_segmenter(self.predictor)
+        return not os.environ.get("PLANES_TRACEBACK") and "CUDA error" not in str(error)

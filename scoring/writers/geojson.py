@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from models.geometry import rle_crop
 from models.instances import Instances
 from models.windows import WINDOWED_SUFFIXES, quiet_rasterio
 from pipelines.data.dataset import Dataset
+from scoring.writers.walk import side_by_side
 
 
-def write_geojson(found: Sequence[Instances], dataset: Dataset, folder: Path) -> int:
+def write_geojson(found: Iterable[Instances], dataset: Dataset, folder: Path) -> int:
     """Write ``folder/<image id>.geojson`` for each image that has a coordinate system; return how many.
 
     A plane is the polygon of its mask along the pixels' edges, or its box's corners. The
@@ -26,11 +27,10 @@ def write_geojson(found: Sequence[Instances], dataset: Dataset, folder: Path) ->
     """
     if find_spec("rasterio") is None:
         return 0
-    by_id = {f.image_id: f for f in found}
     written = 0
-    for sample in dataset.samples:
-        one = by_id.get(sample.image_id)
-        placed = _georeference(sample.path) if sample.path.suffix.lower() in WINDOWED_SUFFIXES else None
+    for sample, one in side_by_side(found, dataset):
+        here = isinstance(sample.path, Path) and sample.path.suffix.lower() in WINDOWED_SUFFIXES
+        placed = _georeference(sample.path) if here else None
         if placed is None:
             continue
         transform, crs = placed

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from models.errors import DataError
 from models.geometry import mask_runs, rle_area, rle_boxes, rle_crop, rle_from_runs, rle_paste
 from models.instances import RLE, Instances
 from pipelines.data.dataset import Dataset
+from scoring.writers.walk import side_by_side
 
 Convention = Literal["course", "airbus"]
 
@@ -26,19 +27,17 @@ HEADER = ("ImageId", "EncodedPixels")
 NOTHING = "[]"
 
 
-def write_submission(found: Sequence[Instances], dataset: Dataset, path: Path, convention: Convention = "course") -> None:
+def write_submission(found: Iterable[Instances], dataset: Dataset, path: Path, convention: Convention = "course") -> None:
     """Write one row per plane with a mask, best score first, images in the data set's order.
 
     ``ImageId`` is the file name without its ending; an image without planes has one
     row with an empty list. Planes without a pixel have no row.
     """
-    by_id = {f.image_id: f for f in found}
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(HEADER)
-        for sample in dataset.samples:
-            one = by_id.get(sample.image_id)
+        for sample, one in side_by_side(found, dataset):
             masks = () if one is None else one.masks or ()
             rows = [encode_mask(mask, convention) for mask in masks]
             for text in [row for row in rows if row] or [NOTHING]:
@@ -106,19 +105,21 @@ def read_submission(path: Path, dataset: Dataset, convention: Convention = "cour
         DataError: another header, an image that the data does not have, or a row that cannot be read.
     """
     samples = {s.path.stem: s for s in dataset.samples}
+    sizes: dict[str, tuple[int, int]] = {}
     masks: dict[str, list[RLE]] = {}
     for number, name, text in _rows(path):
         sample = samples.get(name)
         if sample is None:
             raise DataError(f"{path}: line {number}: image {name!r} is not in {dataset.name}/{dataset.split}")
         planes = masks.setdefault(sample.image_id, [])
+        if sample.image_id not in sizes:
+            sizes[sample.image_id] = sample.size()
         if text.strip() == NOTHING:
             continue
         try:
-            planes.append(decode_mask(text, sample.height, sample.width, convention))
+            planes.append(decode_mask(text, *sizes[sample.image_id], convention))
         except ValueError as error:
             raise DataError(f"{path}: line {number}: {error}; is --rle {convention} right?") from None
-    sizes = {s.image_id: (s.height, s.width) for s in dataset.samples}
     return [_instances(image_id, sizes, of_image) for image_id, of_image in masks.items()]
 
 

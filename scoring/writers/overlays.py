@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,23 +21,25 @@ SHOWN_SCORE = 0.5
 MOST_PIXELS = 4096
 
 
-def write_overlays(table: Sequence[Instances], dataset: Dataset, folder: Path, most: int) -> None:
+def write_overlays(table: Iterable[Instances], dataset: Dataset, folder: Path, most: int) -> None:
     """Draw up to ``most`` images, spread over the data set: truth green, predictions orange."""
     folder.mkdir(parents=True, exist_ok=True)
-    by_id = {f.image_id: f for f in table}
     step = max(1, len(dataset) // most)
     # Where one of those that are spread evenly cannot be read, the next one stands in.
     spread = [s for first in range(min(step, 10)) for s in dataset.samples[first::step][:most]]
+    wanted = {s.image_id for s in spread}
+    by_id = {f.image_id: f for f in table if f.image_id in wanted}
     drawn = 0
     for sample in spread:
         if drawn == most:
             break
         try:
-            image = shrunk(open_image(sample.path), MOST_PIXELS)
+            opened = open_image(sample.path)
+            image = shrunk(opened, MOST_PIXELS)
         except DataError:
             continue
         # Planes of a shrunken image are small: thick lines and large numbers would hide them.
-        line = 1 if image.shape[0] < sample.height else None
+        line = 1 if image.shape[0] < opened.shape[0] else None
         canvas = draw_truth(image, _shrunk_truth(sample, image), line) if sample.truth else image
         if sample.image_id in by_id:
             found = rescaled(by_id[sample.image_id].above(SHOWN_SCORE), *image.shape[:2])

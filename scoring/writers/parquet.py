@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -44,14 +44,33 @@ def read_instances(path: Path) -> list[Instances]:
     Raises:
         DataError: absent, damaged, or not an instance table.
     """
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not a readable parquet file ({one_line(error)[:160]})") from None
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
-    if missing:
-        raise DataError(f"{path}: not an instance table (no column {missing[0]!r})")
-    return from_rows(table.to_pylist())
+    with _opened(path) as file:
+        return from_rows(file.read().to_pylist())
+
+
+class InstanceTable:
+    """A job's instance table, read anew a row group at a time whenever it is iterated: memory holds one shard.
+
+    Raises (when iterated):
+        DataError: absent, damaged, or not an instance table.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[Instances]:
+        with _opened(self.path) as file:
+            for group in range(file.num_row_groups):
+                yield from from_rows(file.read_row_group(group).to_pylist())
+
+
+def join_tables(parts: Sequence[Path], path: Path, schema: pa.Schema) -> None:
+    """Write the rows of several files into one, a row group each."""
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for part in parts:
+            table = pq.read_table(part, schema=schema)
+            # The rows of an image must not be parted.
+            writer.write_table(table, row_group_size=max(1, table.num_rows))
 
 
 def write_failures(failures: Sequence[Failure], path: Path) -> None:
@@ -62,6 +81,17 @@ def write_failures(failures: Sequence[Failure], path: Path) -> None:
 def read_failures(path: Path) -> list[Failure]:
     """What could not be scored, read back."""
     return [Failure(**row) for row in pq.read_table(path).to_pylist()]
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a readable parquet file ({one_line(error)[:160]})") from None
+    missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
+    if missing:
+        raise DataError(f"{path}: not an instance table (no column {missing[0]!r})")
+    return file
 
 
 def _write(table: pa.Table, path: Path) -> None:

@@ -76,11 +76,12 @@ def test_imports_are_declared(root):
         "PIL": "pillow",
         "yaml": "pyyaml",
         "segmentation_models_pytorch": "segmentation-models-pytorch",
+        "upath": "universal-pathlib",
     }
     names |= {"faster_coco_eval": "faster-coco-eval", "lightning_fabric": "lightning-fabric"}
     required = {pin.split("==")[0] for pin in _pins((root / "requirements.txt").read_text())}
     extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    required |= {pin.split("==")[0] for pins in extras.values() for pin in pins}
+    required |= {re.split(r"==|\[", pin)[0] for pins in extras.values() for pin in pins}
     for path in _sources(root):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -96,7 +97,10 @@ def test_extras_are_imported_on_use_alone(root):
         for node in ast.parse(path.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
-            if any(n.split(".")[0] in ("detectron2", "rasterio") or n.endswith("detectron2_hooks") for n in names):
+            if any(
+                n.split(".")[0] in ("detectron2", "rasterio", "ray", "s3fs") or n.endswith("detectron2_hooks")
+                for n in names
+            ):
                 assert path.relative_to(root).as_posix() in allowed, path
 
 

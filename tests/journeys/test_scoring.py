@@ -88,7 +88,7 @@ def test_two_versions_on_the_same_images_and_again_from_their_runs(scored):
     assert [line.split(",")[0] for line in table.splitlines()] == ["model", "planes-det/1", "planes-det/2"]
     assert "planes-det/2 against planes-det/1, boxes: AP" in done.stdout
     assert (project.folder / "both" / "report.html").exists()
-    runs = re.findall(r"planes in .* run ([0-9a-f]{32})", done.stdout)
+    runs = re.findall(r"outputs in .* run ([0-9a-f]{32})", done.stdout)
     assert len(runs) == 2
     past = project.score("compare", *runs, "--out", "past")
     again = (project.folder / "past" / "comparison.csv").read_text()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,27 @@ def write_bad_files(folder: Path, most: int | None = None) -> list[str]:
     for name, content in chosen:
         (folder / name).write_bytes(content())
     return [name for name, _ in chosen]
+
+
+def write_real_and_broken(folder: Path, sources: Sequence[Path], count: int) -> None:
+    """Real images under their names and, up to ``count`` files, damaged copies of them."""
+    rng = np.random.default_rng(0)
+    for source in sources:
+        shutil.copy(source, folder / source.name)
+    for i in range(count - len(sources)):
+        source = sources[i % len(sources)]
+        content = bytearray(source.read_bytes())
+        way = ("cut", "holes", "head", "empty", "shifted")[min(int(rng.integers(0, 9)), 4)] if i % 2 else "cut"
+        if way == "cut":
+            content = content[: int(len(content) * rng.uniform(0.001, 0.95))]
+        elif way == "holes":
+            for at in rng.integers(len(content) // 10, len(content), 20):
+                content[at : at + 50] = bytes(50)
+        elif way == "head":
+            content[:8] = bytes(8)
+        else:
+            content = bytearray() if way == "empty" else b"\n" + content
+        (folder / f"{way} {i:03} {source.name}").write_bytes(content)
 
 
 def write_unreachable(folder: Path) -> list[str]:

@@ -27,7 +27,9 @@ def dataset(tmp_path):
         with rasterio.open(tmp_path / f"{name}.tif", "w", **profile, **where) as file:
             file.write(np.zeros((3, 40, 50), np.uint8))
     write_image(tmp_path / "photo.png")
-    return open_dataset(tmp_path)
+    dataset = open_dataset(tmp_path)
+    assert [s.image_id for s in dataset.samples] == ["bare", "photo", "placed"]
+    return dataset
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -41,7 +43,7 @@ def test_masks_and_boxes_in_ground_coordinates(dataset, tmp_path):
     ring[30:33, 40:44] = True
     found = Instances.make("placed", 40, 50, [[10, 5, 44, 33]], [0.75], None, [rle_encode(ring)])
     boxes = Instances.make("placed", 40, 50, [[10, 4, 20, 8], [1, 2, 3, 4]], [0.9, 0.5])
-    assert write_geojson([found, found.named("photo"), found.named("bare")], dataset, tmp_path / "g") == 1
+    assert write_geojson([found.named("bare"), found.named("photo"), found], dataset, tmp_path / "g") == 1
     assert [p.name for p in (tmp_path / "g").iterdir()] == ["placed.geojson"]
     content = json.loads((tmp_path / "g" / "placed.geojson").read_text())
     assert content["crs"]["properties"]["name"] == "urn:ogc:def:crs:EPSG::32633"

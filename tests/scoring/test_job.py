@@ -16,8 +16,8 @@ from pipelines.data.opening import open_dataset
 from scoring.export import export_job
 from scoring.job import JobSettings, run_job
 from scoring.plan import LOCK
-from tests.conftest import write_image
-from tests.scoring.bad_files import write_bad_files
+from tests.conftest import SHARED, write_image
+from tests.scoring.bad_files import write_bad_files, write_real_and_broken
 
 
 class Brightness:
@@ -133,51 +133,69 @@ import os, random, signal, sys, time
 from pathlib import Path
 from tests.scoring import test_job
 
-class Slow(test_job.Brightness):
-    def predict(self, images):
-        time.sleep(0.002)
-        return super().predict(images)
-
 images, out, kills = Path(sys.argv[1]), Path(sys.argv[2]), 0
-for name in ("warm", "timed"):
-    started = time.monotonic()
-    test_job._run(out.with_name(name), images, Slow())
-    full = time.monotonic() - started
-random.seed(0)
-for round_ in range(50):
+
+def run(out):
+    test_job._run(out, images, settings=test_job.JobSettings(shard_size=4, overlays=2, score_threshold=0.0, workers=2))
+
+def forked(out):
     child = os.fork()
     if child == 0:
-        test_job._run(out, images, Slow())
+        try:
+            run(out)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
         os._exit(0)
-    time.sleep(full * random.uniform(0.1, 1.0))
+    return child
+
+started = time.monotonic()
+assert os.waitpid(forked(out.with_name("whole")), 0)[1] == 0
+full = time.monotonic() - started
+random.seed(0)
+for round_ in range(2000):
+    child = forked(out)
+    time.sleep(full * random.uniform(0.02, 0.3))
     try:
         os.kill(child, signal.SIGKILL)
     except ProcessLookupError:
         pass
-    kills += os.waitpid(child, 0)[1] == signal.SIGKILL
-    if (out / "m-1" / "done.json").exists():
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    kills += status == signal.SIGKILL
+    if kills == 50:
+        break
+    if status == 0:
         (out / "m-1").rename(out / f"finished {round_}")
 print(kills)
 """
 
 
-def test_killed_fifty_times_nothing_is_lost_or_doubled(images, tmp_path, root):
+@pytest.fixture(scope="module")
+def many(tmp_path_factory, images) -> Path:
+    """200 real and broken images where real ones are at hand, else the small drawn ones."""
+    if not (SHARED / "dota-planes").is_dir():
+        return images
+    folder = tmp_path_factory.mktemp("many")
+    sources = sorted(p for p in SHARED.glob("*/*/*") if p.suffix in (".png", ".jpg"))
+    write_real_and_broken(folder, sources, 200)
+    return folder
+
+
+def test_killed_fifty_times_nothing_is_lost_or_doubled(many, tmp_path, root):
     """kill -9 at random moments, some of them while shards or tables are written; a finished job begins anew."""
-    _run(tmp_path / "whole", images)
-    expected = _digests(tmp_path / "whole" / "m-1")
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(images), str(tmp_path / "killed")], cwd=root, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", KILLER, str(many), str(tmp_path / "killed")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 20
-    _run(tmp_path / "killed", images)
-    ended = list((tmp_path / "killed").iterdir())
-    for folder in ended:
-        # Killed between the tables and what is made from them, a finished job was put aside without the latter.
-        left = {name: digest for name, digest in _digests(folder).items() if not name.startswith("shards/")}
-        assert {name: digest for name, digest in expected.items() if name in left} == left
-        assert left.keys() >= {"instances.parquet", "errors.parquet", "manifest.json", "inputs.parquet"}
-    assert _digests(tmp_path / "killed" / "m-1") == expected
+    assert int(done.stdout) == 50
+    settings = JobSettings(shard_size=4, overlays=2, score_threshold=0.0)
+    last = _run(tmp_path / "killed", many, settings=settings)
+    assert last.images + last.failures == len(list(many.iterdir()))
+    assert last.failures > 5
+    expected = _digests(tmp_path / "whole" / "m-1")
+    assert expected.keys() >= {"instances.parquet", "errors.parquet", "manifest.json", "inputs.parquet"}
+    for folder in (tmp_path / "killed").iterdir():
+        assert _digests(folder) == expected
 
 
 def test_a_full_disk_is_said_and_what_was_done_is_kept(images, tmp_path, monkeypatch):

@@ -1,0 +1,39 @@
+"""Batches that do not fit into the device's memory are parted, until single images remain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from models.errors import DataError
+from models.instances import Instances
+
+if TYPE_CHECKING:
+    from models.predictor import Predictor
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, the machine's or the device's, did not suffice."""
+    # torch's own class is told by its name: what merges tiles needs no torch.
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def predict_parted(predictor: Predictor, images: Sequence[np.ndarray]) -> list[Instances]:
+    """As ``predictor.predict``, in halves where the whole batch does not fit into memory.
+
+    Raises:
+        DataError: a single image does not fit.
+    """
+    try:
+        return predictor.predict(images)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+    if len(images) == 1:
+        height, width = images[0].shape[:2]
+        raise DataError(f"{width} x {height} pixels need more memory than there is; predict by tiles (--tile)", "too large")
+    half = len(images) // 2
+    found = predict_parted(predictor, images[:half]) + predict_parted(predictor, images[half:])
+    return [one.named(str(i)) for i, one in enumerate(found)]

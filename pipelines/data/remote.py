@@ -1,0 +1,97 @@
+"""Files that are elsewhere: URLs of object stores and web servers, through fsspec."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from models.errors import DataError, one_line
+from models.image import IMAGE_SUFFIXES
+
+# Either this machine's path, or universal_pathlib's UPath: the same methods over a URL.
+AnyPath = Any
+
+# Questions to a store that are open at a time.
+ASKING = 16
+# What stores call the mark of a content; the first that is there counts.
+CONTENT_MARKS = ("ETag", "etag", "md5Hash", "content_md5", "content_settings")
+
+
+def is_url(where: str | os.PathLike) -> bool:
+    """Whether a place is named as ``protocol://...``."""
+    return "://" in str(where)
+
+
+def place(where: str | os.PathLike) -> AnyPath:
+    """A path of this machine, or a ``UPath`` for a URL (``file://`` is this machine too).
+
+    Raises:
+        DataError: no such protocol, or its library is not installed.
+    """
+    text = str(where)
+    if not is_url(text):
+        return Path(text)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    from upath import UPath
+
+    try:
+        path = UPath(text)
+        # Made on first use; only then does a missing library show.
+        _ = path.fs
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{text}: cannot be opened ({one_line(error)[:160]})") from None
+    return path
+
+
+def absolute(path: AnyPath) -> str:
+    """A path or URL as a text that means the same from any working folder."""
+    return os.path.abspath(path) if isinstance(path, Path) else str(path)
+
+
+def list_remote(path: AnyPath) -> list[AnyPath]:
+    """The image files of a URL: itself, those below a folder, or those that a glob matches; sorted.
+
+    Raises:
+        DataError: the store cannot be reached, or does not let us look.
+    """
+    from upath import UPath
+
+    text, fs = str(path), path.fs
+    try:
+        if any(sign in path.path for sign in "*["):
+            found = fs.glob(path.path)
+        else:
+            found = [path.path] if fs.isfile(path.path) else fs.find(path.path)
+    except Exception as error:
+        # Each store's library has errors of its own.
+        raise DataError(f"{text}: cannot be listed ({one_line(error)[:200]})") from None
+    chosen = sorted(name for name in found if name == path.path or name.lower().endswith(IMAGE_SUFFIXES))
+    return [UPath(fs.unstrip_protocol(name), **path.storage_options) for name in chosen]
+
+
+def marks(paths: Sequence[AnyPath]) -> list[str]:
+    """What tells whether files have changed, without reading them: size and time, or the store's mark of the content.
+
+    "unreadable" where there is nothing to be had: whoever reads the file says what is wrong with it.
+    """
+    if all(isinstance(path, Path) for path in paths):
+        return [_mark(path) for path in paths]
+    with ThreadPoolExecutor(ASKING) as pool:
+        return list(pool.map(_mark, paths))
+
+
+def _mark(path: AnyPath) -> str:
+    try:
+        if isinstance(path, Path):
+            state = path.stat()
+            return f"{state.st_size} {state.st_mtime_ns}"
+        info = path.fs.info(path.path)
+    except Exception:
+        return "unreadable"
+    known = [str(info[key]) for key in CONTENT_MARKS if info.get(key)]
+    times = [str(info[key]) for key in ("LastModified", "last_modified", "updated", "mtime", "created") if info.get(key)]
+    return " ".join([str(info.get("size")), *(known or times)[:1]])

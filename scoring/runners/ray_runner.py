@@ -1,0 +1,200 @@
+"""Runs a job on Ray Data: shards go to actors, here or on a cluster, and what they find comes back to be written here.
+
+The job's own shards and manifest decide what is still to be done, not Ray Data's checkpoints:
+those know rows that its own sinks have written, keep no order, and do not notice another
+model, settings or inputs. So a job may be begun by one runner and ended by the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.errors import EngineMissing, ModelError, PlanesError, one_line
+from models.predictor import load_model
+from models.torch_tools import Precision
+from pipelines.data.dataset import Sample
+from scoring.runners.local import LocalRunner
+from scoring.runners.runner import Scored
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("models", "pipelines", "scoring")
+# Blocks of a Ray dataset; where there are more shards, a block, and what a lost worker does again, is several.
+MOST_BLOCKS = 4096
+
+
+@dataclass(frozen=True)
+class RaySettings:
+    """How actors predict and where: arguments of `LocalRunner`, changes of the tiling, and the cluster.
+
+    address: of a running cluster, None for one in this machine that ends with the job;
+    actors: how many, None for one a GPU, or on CPUs one for every two.
+    """
+
+    device: str = "cpu"
+    batch_size: int = 1
+    workers: int = 1
+    precision: Precision = "32"
+    tiling: Mapping[str, Any] = field(default_factory=dict)
+    address: str | None = None
+    actors: int | None = None
+
+
+class RayRunner:
+    """A saved model in the actors of a Ray cluster.
+
+    Raises:
+        EngineMissing: Ray is not installed.
+    """
+
+    def __init__(self, folder: Path, settings: RaySettings) -> None:
+        _import_ray()
+        self.folder, self.settings = folder, settings
+        self._stages: dict[str, float] = {}
+        self._peaks: dict[str, float] = {}
+
+    def stages(self) -> dict[str, float]:
+        """See `Runner`; of the actors."""
+        return dict(self._stages)
+
+    def peak_megabytes(self) -> dict[str, float]:
+        """See `Runner`; of the actor with the most."""
+        return dict(self._peaks)
+
+    def results(self, shards: Sequence[Sequence[Sample]]) -> Iterator[Scored]:
+        """See `Runner`. A lost actor is started anew, and its shards are predicted again.
+
+        Raises:
+            PlanesError: what a local runner raises; the cluster cannot be reached.
+        """
+        ray = _import_ray()
+        with _cluster(self.settings.address), _told():
+            packed = ray.put({p.relative_to(self.folder).as_posix(): p.read_bytes() for p in _files(self.folder)})
+            seen = set()
+            for row in self._dataset(packed, shards).iter_rows():
+                # What is sent twice after a loss counts once.
+                if row["position"] in seen:
+                    continue
+                seen.add(row["position"])
+                results, stages, peaks = pickle.loads(row["results"])
+                for stage, seconds in stages.items():
+                    self._stages[stage] = self._stages.get(stage, 0.0) + seconds
+                for kind, megabytes in peaks.items():
+                    self._peaks[kind] = max(self._peaks.get(kind, 0.0), megabytes)
+                yield from ((row["position"], index, result) for _, index, result in results)
+
+    def _dataset(self, packed: Any, shards: Sequence[Sequence[Sample]]) -> Any:
+        ray = _import_ray()
+        resources = ray.cluster_resources()
+        cpus, gpus = resources.get("CPU", 1), resources.get("GPU", 0)
+        on_gpu = self.settings.device != "cpu"
+        if on_gpu and not gpus:
+            raise ModelError(f"device {self.settings.device!r}: the Ray cluster has no GPU; use --device cpu")
+        actors = min(self.settings.actors or int(gpus if on_gpu else max(1, cpus // 2)), len(shards))
+        share = max(1, int(cpus / actors)) if cpus >= actors else cpus / actors
+        items = [{"position": i, "samples": pickle.dumps(list(shard))} for i, shard in enumerate(shards)]
+        return ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS)).map_batches(
+            _Actor,
+            fn_constructor_kwargs={"packed": packed, "settings": self.settings, "threads": max(1, int(share))},
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=share if not on_gpu else 1,
+            num_gpus=1 if on_gpu else None,
+        )
+
+
+class _Actor:
+    """Loads the model once, predicts a shard a call."""
+
+    def __init__(self, packed: Any, settings: RaySettings, threads: int) -> None:
+        import ray
+        import torch
+
+        if not os.environ.get("PLANES_THREADS_GIVEN"):
+            torch.set_num_threads(threads)
+        with tempfile.TemporaryDirectory(prefix="planes-model-") as folder:
+            for name, content in ray.get(packed).items():
+                path = Path(folder) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            predictor = load_model(folder, settings.device, settings.tiling)
+        self.runner = LocalRunner(predictor, settings.device, settings.batch_size, settings.workers, settings.precision)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        out: dict[str, list[Any]] = {"position": [], "results": []}
+        for position, samples in zip(batch["position"], batch["samples"], strict=True):
+            before = self.runner.stages()
+            results = list(self.runner.results([pickle.loads(samples)]))
+            stages = {k: v - before.get(k, 0.0) for k, v in self.runner.stages().items()}
+            out["position"].append(int(position))
+            out["results"].append(pickle.dumps((results, stages, self.runner.peak_megabytes())))
+        return out
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _import_ray() -> Any:
+    # Ray reports its use to its makers unless told otherwise, and warns that an actor whose
+    # arguments are gone cannot be started anew: ours are held as long as the job runs.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise EngineMissing("--runner ray: Ray is not installed; pip install 'ray[data]' (the extra 'ray')") from None
+    return ray
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[None]:
+    ray = _import_ray()
+    if ray.is_initialized():
+        yield
+        return
+    environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}}
+    if os.environ.get("OMP_NUM_THREADS"):
+        environment["env_vars"]["PLANES_THREADS_GIVEN"] = "1"
+    if address:
+        environment = {"py_modules": [str(ROOT / name) for name in PACKAGES]}
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    local = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address=address or "local", runtime_env=environment, **quiet, **local)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ModelError(
+            f"Ray at {address or 'this machine'}: cannot be started or reached ({one_line(error)[:200]})"
+        ) from None
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = sys.stderr.isatty()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Errors of actors as if they had been raised here."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, PlanesError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is not None:
+            raise cause from None
+        raise ModelError(f"Ray: {one_line(error)[-300:]}") from None

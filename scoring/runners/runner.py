@@ -1,0 +1,29 @@
+"""What a runner is: it predicts the images of shards, here or elsewhere; the job writes them down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from models.instances import Instances
+from pipelines.data.dataset import Sample
+from scoring.reader import Failure
+
+# (position of the shard, of the image in it, what became of it)
+Scored = tuple[int, int, Instances | Failure]
+
+
+class Runner(Protocol):
+    """Predicts shards; every image of them comes out once, as Instances or Failure."""
+
+    def results(self, shards: Sequence[Sequence[Sample]]) -> Iterator[Scored]:
+        """Results in any order; what they are depends on nothing but the image's shard."""
+        ...
+
+    def stages(self) -> dict[str, float]:
+        """Seconds by stage of the results so far, all threads and processes together."""
+        ...
+
+    def peak_megabytes(self) -> dict[str, float]:
+        """Highest memory so far in MB (10^6 bytes), by kind: ``memory`` of a process, ``gpu_memory``."""
+        ...

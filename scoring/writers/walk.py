@@ -1,0 +1,29 @@
+"""An instance table and its data set walked through side by side, so that memory holds one image's planes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from models.errors import DataError
+from models.instances import Instances
+from pipelines.data.dataset import Dataset, Sample
+
+
+def side_by_side(found: Iterable[Instances], dataset: Dataset) -> Iterator[tuple[Sample, Instances | None]]:
+    """Every sample with what was found in it, None where there is no row of it.
+
+    Raises:
+        DataError: the table is not in the data set's order, or has an image that the data set has not.
+    """
+    rest = iter(found)
+    one = next(rest, None)
+    for sample in dataset.samples:
+        if one is not None and one.image_id == sample.image_id:
+            yield sample, one
+            one = next(rest, None)
+        else:
+            yield sample, None
+    if one is not None:
+        raise DataError(
+            f"image {one.image_id!r} of the table is not in {dataset.name}/{dataset.split}, or not in its order"
+        )
