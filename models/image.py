@@ -27,11 +27,13 @@ RETRIES = (0.5, 2.0)
 
 
 class RemoteFile(Protocol):
-    """A file that is not on this machine, such as a ``UPath`` of an object store; its text is its URL."""
+    """A file that is not on this machine, such as a ``UPath`` of an object store; its text is its URL.
 
-    def read_bytes(self) -> bytes:
-        """All of it."""
-        ...
+    fs: its fsspec file system, path: what the file is called there.
+    """
+
+    fs: Any
+    path: str
 
     def open(self, mode: str) -> IO[bytes]:
         """A stream that fetches what is read of it."""
@@ -83,7 +85,8 @@ def _told(name: str) -> Iterator[None]:
 def _fetched(source: RemoteFile) -> bytes:
     for pause in (*RETRIES, None):
         try:
-            return source.read_bytes()
+            # One request; opening it would ask for its size first, and take a server that is down for a missing file.
+            return source.fs.cat_file(source.path)
         except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
             raise
         except Exception as error:

@@ -64,9 +64,7 @@ def _bytes(future: Future[AnyImage | Failure]) -> int:
 @measured("decode")
 def _read(sample: Sample, windows: bool) -> AnyImage | Failure:
     try:
-        image = open_image(sample.path) if windows else read_image(sample.path)
-        # Without ground truth nothing depends on the size that was noted beforehand.
-        return sample.part_of(image) if sample.truth else image
+        return sample.part_of(open_image(sample.path) if windows else read_image(sample.path))
     except PlanesError as error:
         kind = error.kind if isinstance(error, DataError) else "unusable"
         return failure(sample, kind, one_line(error))

@@ -85,7 +85,8 @@ class Sample:
         """
         if self.window is not None:
             return cut_tile(image, self.window)
-        if tuple(image.shape[:2]) != (self.height, self.width):
+        # Without ground truth nothing depends on the size that was noted beforehand.
+        if self.truth and tuple(image.shape[:2]) != (self.height, self.width):
             raise DataError(
                 f"{self.path}: is {image.shape[1]} x {image.shape[0]} pixels, "
                 f"its annotation says {self.width} x {self.height}",

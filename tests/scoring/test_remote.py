@@ -1,0 +1,168 @@
+"""Images that are elsewhere: an object store and a web server on loopback give what files on disk give."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import shutil
+import threading
+from importlib.util import find_spec
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from models import image as image_module
+from models.errors import DataError
+from pipelines.data.opening import open_dataset
+from scoring.export import export_job
+from scoring.job import JobSettings, run_job
+from scoring.plan import read_inputs, read_manifest
+from tests.conftest import write_image
+from tests.scoring.test_job import Brightness
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """Six images, two of them in a folder below, and one that is none."""
+    folder = tmp_path_factory.mktemp("photos") / "photos"
+    for i in range(6):
+        write_image(folder / ("deep" if i > 3 else ".") / f"i {i} ü.png", 20 + i, 30, i)
+    (folder / "broken.jpg").write_bytes(b"none")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bucket(local):
+    """The same files in a bucket of a real HTTP server that speaks S3."""
+    if find_spec("moto") is None or find_spec("s3fs") is None:
+        pytest.skip("moto[server] and s3fs are not installed")
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    known = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    known["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in known.items():
+            patch.setenv(name, value)
+        store = s3fs.S3FileSystem(skip_instance_cache=True)
+        store.mkdir("scenes")
+        for path in local.rglob("*"):
+            if path.is_file():
+                store.put(str(path), f"scenes/photos/{path.relative_to(local).as_posix()}")
+        yield store
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def web(local):
+    """The same files on a web server."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(local)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def _score(where, out, **settings):
+    how = JobSettings(shard_size=2, overlays=2, score_threshold=0.0, **settings)
+    return run_job(Brightness(), "m/1", open_dataset(where), out, how, lambda r, *_: r)
+
+
+def _rows(out):
+    table = pq.read_table(out / "m-1" / "instances.parquet").to_pandas()
+    return table.drop(columns=["mask_size", "mask_counts"]).to_dict("records")
+
+
+def test_a_bucket_gives_what_a_folder_gives(local, bucket, tmp_path):
+    job = _score("s3://scenes/photos", tmp_path / "s3")
+    assert (job.images, job.failures) == (6, 1)
+    errors = pq.read_table(tmp_path / "s3" / "m-1" / "errors.parquet").to_pylist()
+    assert [e["kind"] for e in errors] == ["not an image"]
+    assert errors[0]["path"] == "s3://scenes/photos/broken.jpg"
+    here = _score(f"{local}/**/*.[pj][np]g", tmp_path / "here")
+    assert here.images == 6
+    by_name = [sorted(_rows(tmp_path / where), key=lambda r: r["image_id"]) for where in ("s3", "here")]
+    assert by_name[0] == by_name[1]
+    assert len(list((tmp_path / "s3" / "m-1" / "overlays").iterdir())) == 2
+
+    inputs = read_inputs(tmp_path / "s3" / "m-1", read_manifest(tmp_path / "s3" / "m-1"))
+    assert str(inputs.samples[0].path).startswith("s3://scenes/photos/")
+    assert export_job(tmp_path / "s3" / "m-1", tmp_path / "later", ["coco", "overlays"], most=2) == 6
+
+    assert len(open_dataset("s3://scenes/photos/*.png")) == 4
+    assert len(open_dataset("s3://scenes/photos/i 0 ü.png")) == 1
+    with pytest.raises(DataError, match="no images there"):
+        open_dataset("s3://scenes/nothing")
+    with pytest.raises(DataError, match="cannot be listed"):
+        open_dataset("s3://absent-bucket/photos")
+
+
+def test_a_changed_object_is_noticed(bucket, tmp_path):
+    bucket.pipe("scenes/few/a.png", (_png(tmp_path, 1)))
+    _score("s3://scenes/few", tmp_path / "out")
+    assert _score("s3://scenes/few", tmp_path / "out").resumed == 1
+    bucket.pipe("scenes/few/a.png", (_png(tmp_path, 2)))
+    _forget()
+    with pytest.raises(DataError, match=r"1 images changed \(first: a\)"):
+        _score("s3://scenes/few", tmp_path / "out")
+
+
+def _png(folder, seed):
+    write_image(folder / "made.png", seed=seed)
+    return (folder / "made.png").read_bytes()
+
+
+def _forget():
+    # A process of its own would list the bucket anew.
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_list_of_urls_and_paths(local, web, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_module, "RETRIES", (0.01,))
+    shutil.copy(local / "i 0 ü.png", tmp_path / "beside.png")
+    urls = [f"{web}/i%201%20%C3%BC.png", f"{web}/absent.png", "beside.png", f"{web}/broken.jpg"]
+    urls.append("http://127.0.0.1:9/nobody.png")
+    (tmp_path / "list.csv").write_text("path\n" + "\n".join(urls) + "\n")
+    job = _score(tmp_path / "list.csv", tmp_path / "out", workers=3)
+    assert (job.images, job.failures) == (2, 3)
+    errors = pq.read_table(tmp_path / "out" / "m-1" / "errors.parquet").to_pylist()
+    assert [e["kind"] for e in errors] == ["missing", "not an image", "unreachable"]
+    assert all(e["path"] in e["message"] and "\n" not in e["message"] for e in errors)
+    single = open_dataset(f"{web}/i%201%20%C3%BC.png")
+    assert (single.samples[0].read() == open_dataset(local / "i 1 ü.png").samples[0].read()).all()
+
+
+def test_an_annotation_file_on_a_server(local, web, tmp_path):
+    (local / "test_coco.json").write_text(
+        '{"images": [{"id": 7, "file_name": "i 2 ü.png"}], "annotations": [{"id": 1, "image_id": 7, "category_id": 3,'
+        ' "bbox": [1, 2, 5, 6]}], "categories": [{"id": 3, "name": "plane"}]}'
+    )
+    dataset = open_dataset(f"{web}/test_coco.json")
+    assert (len(dataset), dataset.planes, dataset.samples[0].height) == (1, 1, 22)
+    assert np.isfinite(dataset.samples[0].read()).all()
+    os.unlink(local / "test_coco.json")
+
+
+def test_what_cannot_be_opened_is_one_line():
+    with pytest.raises(DataError, match=r"gs://bucket/x: cannot be opened \(.*gcsfs"):
+        open_dataset("gs://bucket/x")
+    with pytest.raises(DataError, match=r"nonsense://x: cannot be opened"):
+        open_dataset("nonsense://x")
+    with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9/x\.csv: "):
+        open_dataset("http://127.0.0.1:9/x.csv")
+    with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9/x\.json: "):
+        open_dataset("http://127.0.0.1:9/x.json")
