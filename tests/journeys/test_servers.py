@@ -1,0 +1,178 @@
+"""Scoring against a real MLflow server: one that goes down and comes back, two jobs at once, versions kept by digest."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from tests.journeys.conftest import error_line
+
+pytestmark = pytest.mark.xdist_group("journey")
+
+# Registers a saved folder as a training does.
+REGISTER = """
+import sys
+from pathlib import Path
+import numpy as np
+from models.predictor import folder_digest
+from pipelines import registry, tracking
+tracking.connect()
+with tracking.tracked_run("given", {}) as run:
+    folder = Path(sys.argv[1])
+    tags = {registry.DIGEST: folder_digest(folder)}
+    registry.log_and_register(folder, "planes-det", np.zeros((64, 64, 3), np.uint8), tags, run.info.run_id)
+"""
+
+
+class Server:
+    """`mlflow server` with its store and artefacts in a folder, reached over HTTP alone."""
+
+    def __init__(self, folder: Path, env: dict[str, str]) -> None:
+        self.folder, self.env = folder, env
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Start and wait until it answers."""
+        command = ["mlflow", "server", "--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
+        command += ["--artifacts-destination", str(self.folder / "artefacts"), "--port", str(self.port)]
+        with open(self.folder / "server.log", "ab") as log:
+            self.process = subprocess.Popen(command, env=self.env, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=2)
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        raise TimeoutError((self.folder / "server.log").read_text()[-2000:])
+
+    def stop(self) -> None:
+        """Kill it with all its workers, as a power cut does."""
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def server(project, tmp_path_factory):
+    """A server that holds planes-det/1, and the environment of those who use it."""
+    made = Server(tmp_path_factory.mktemp("server"), project.env())
+    made.start()
+    trained = next((project.folder / ".planes" / "training").glob("planes-det-*/model"))
+    use = {"MLFLOW_TRACKING_URI": made.uri, "PLANES_CACHE": str(made.folder / "cache")}
+    use["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
+    root = str(Path(__file__).parents[2])
+    project.run("python", "-c", REGISTER, str(trained), PYTHONPATH=root, **use)
+    yield made, use
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def photos(project, tmp_path_factory):
+    """Twenty images."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(20):
+        shutil.copy(project.data / "test" / f"A000{5 + i % 2}.png", folder / f"p{i:02}.png")
+    return folder
+
+
+def test_a_store_that_goes_down_and_comes_back(project, server, photos, tmp_path):
+    made, use = server
+    client = MlflowClient(made.uri)
+    arguments = ("--model", "planes-det/1", "--data", str(photos), "--overlays", "0", "--shard", "2", "--out")
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        ["score", *arguments, str(out)],
+        cwd=project.folder,
+        env=project.env(**use),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("*/shards/[0-9]*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    made.stop()
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "in 20 images" in stdout
+    done = subprocess.CompletedProcess([], 1, stdout, stderr)
+    assert "planes-det/1: scored, but not logged (" in error_line(done)
+    assert "the same command logs them without scoring again" in error_line(done)
+    table = (out / "planes-det-1" / "instances.parquet").read_bytes()
+    # Down, nothing can be scored anew, and that is said before anything is done.
+    assert "cannot be reached" in error_line(project.score(*arguments, str(tmp_path / "no"), code=1, **use))
+    assert not (tmp_path / "no" / "planes-det-1").exists()
+
+    made.start()
+    again = project.score(*arguments, str(out), **use)
+    assert "in 20 images, 20 of them scored before" in again.stdout
+    run = client.get_run(re.search(r"run ([0-9a-f]{32})", again.stdout)[1])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["images"] == 20
+    assert {"stage_forward_seconds", "stage_decode_seconds", "stage_write_seconds", "peak_memory_megabytes"} <= set(
+        run.data.metrics
+    )
+    local = client.download_artifacts(run.info.run_id, "scoring/instances.parquet", str(tmp_path))
+    assert Path(local).read_bytes() == table
+
+    # The version was downloaded once; kept by its digest, it is checked and, damaged, fetched anew.
+    kept = made.folder / "cache" / client.get_model_version("planes-det", "1").tags["digest"]
+    before = (kept / "model.json").stat().st_mtime_ns
+    (kept / "weights.safetensors").write_bytes(b"damaged")
+    project.score(*arguments, str(tmp_path / "third"), **use)
+    assert (kept / "model.json").stat().st_mtime_ns != before
+    assert (tmp_path / "third" / "planes-det-1" / "instances.parquet").read_bytes() == table
+
+
+def test_two_jobs_at_once_into_one_store(project, server, photos, tmp_path):
+    made, use = server
+    for store in ({}, use):
+        jobs = [
+            subprocess.Popen(
+                ["score", "--model", "planes-det/1", "--data", str(photos), "--out", str(tmp_path / f"{len(store)} {i}")],
+                cwd=project.folder,
+                env=project.env(**store),
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(2)
+        ]
+        said = [job.communicate(timeout=300)[0] for job in jobs]
+        assert [job.returncode for job in jobs] == [0, 0], said
+        client = MlflowClient(made.uri) if store else project.client
+        runs = [client.get_run(re.search(r"run ([0-9a-f]{32})", text)[1]) for text in said]
+        assert runs[0].info.run_id != runs[1].info.run_id
+        assert all(r.info.status == "FINISHED" and r.data.metrics["images"] == 20 for r in runs)
+        tables = {(tmp_path / f"{len(store)} {i}" / "planes-det-1/instances.parquet").read_bytes() for i in range(2)}
+        assert len(tables) == 1
+
+
+def test_files_that_are_not_those_of_the_digest_are_refused(project, server, photos, tmp_path):
+    made, use = server
+    weights = next((made.folder / "artefacts").rglob("weights.safetensors"))
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        use = {**use, "PLANES_CACHE": str(tmp_path / "cache")}
+        done = project.score("--model", "planes-det/1", "--data", str(photos), "--out", str(tmp_path), code=1, **use)
+        assert "its files are not those that were registered" in error_line(done)
+        assert not list((tmp_path / "cache").glob("[!.]*"))
+    finally:
+        weights.write_bytes(content)
