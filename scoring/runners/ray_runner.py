@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,7 +78,9 @@ class RayRunner:
         """
         ray = _import_ray()
         with _cluster(self.settings.address), _told():
-            packed = ray.put({p.relative_to(self.folder).as_posix(): p.read_bytes() for p in _files(self.folder)})
+            content = ray.put({p.relative_to(self.folder).as_posix(): p.read_bytes() for p in _files(self.folder)})
+            # Pickled by hand the reference holds as long as the cluster: a new actor must find the model too.
+            packed = ray.cloudpickle.dumps(content)
             seen = set()
             for row in self._dataset(packed, shards).iter_rows():
                 # What is sent twice after a loss counts once.
@@ -91,7 +94,7 @@ class RayRunner:
                     self._peaks[kind] = max(self._peaks.get(kind, 0.0), megabytes)
                 yield from ((row["position"], index, result) for _, index, result in results)
 
-    def _dataset(self, packed: Any, shards: Sequence[Sequence[Sample]]) -> Any:
+    def _dataset(self, packed: bytes, shards: Sequence[Sequence[Sample]]) -> Any:
         ray = _import_ray()
         resources = ray.cluster_resources()
         cpus, gpus = resources.get("CPU", 1), resources.get("GPU", 0)
@@ -114,14 +117,14 @@ class RayRunner:
 class _Actor:
     """Loads the model once, predicts a shard a call."""
 
-    def __init__(self, packed: Any, settings: RaySettings, threads: int) -> None:
+    def __init__(self, packed: bytes, settings: RaySettings, threads: int) -> None:
         import ray
         import torch
 
         if not os.environ.get("PLANES_THREADS_GIVEN"):
             torch.set_num_threads(threads)
         with tempfile.TemporaryDirectory(prefix="planes-model-") as folder:
-            for name, content in ray.get(packed).items():
+            for name, content in ray.get(ray.cloudpickle.loads(packed)).items():
                 path = Path(folder) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
@@ -144,8 +147,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _import_ray() -> Any:
-    # Ray reports its use to its makers unless told otherwise, and warns that an actor whose
-    # arguments are gone cannot be started anew: ours are held as long as the job runs.
+    # Ray reports its use to its makers unless told otherwise, and warns of what Ray Data
+    # itself does, that its actors' arguments lie in the object store.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
@@ -170,6 +173,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     local = {} if address else {"include_dashboard": False}
     try:
+        _knock(address)
         ray.init(address=address or "local", runtime_env=environment, **quiet, **local)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ModelError(
@@ -182,6 +186,13 @@ def _cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Raise OSError where nobody listens; Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 @contextmanager

@@ -56,6 +56,25 @@ def test_killed_and_started_again_it_ends_the_same(project, photos, tmp_path):
     assert "expected some of coco" in project.run("score", "export", str(killed), "--to", "shape", code=2).stderr
 
 
+def test_on_ray_the_command_leaves_the_same_files(project, photos, tmp_path):
+    pytest.importorskip("ray", reason="Ray (the extra 'ray') is not installed")
+    arguments = ("--model", "planes-det/1", "--data", str(photos), "--overlays", "0", "--shard", "5", "--batch", "2")
+    project.score(*arguments, "--out", str(tmp_path / "local"), "--workers", "2", OMP_NUM_THREADS="1")
+    done = project.score(
+        *arguments, "--out", str(tmp_path / "ray"), "--runner", "ray", "--actors", "1", OMP_NUM_THREADS="1"
+    )
+    assert "in 40 images, 2 unreadable" in done.stdout
+    assert "forward" in done.stdout
+    for name in ("instances.parquet", "errors.parquet", "coco_results.json", "manifest.json", "inputs.parquet"):
+        written = [(tmp_path / runner / "planes-det-1" / name).read_bytes() for runner in ("local", "ray")]
+        assert written[0] == written[1], name
+    absent = project.score(
+        *arguments, "--out", str(tmp_path / "no"), "--runner", "ray", "--ray-address", "127.0.0.1:1", code=1
+    )
+    assert "Ray at 127.0.0.1:1: cannot be started or reached" in error_line(absent)
+    assert "expected 1 or more, or auto" in project.score(*arguments, "--actors", "0", code=2).stderr
+
+
 def test_a_list_of_paths_is_scored(project, photos, tmp_path):
     write_image(tmp_path / "beside.png", 90, 120)
     listed = tmp_path / "list.csv"
