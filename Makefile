@@ -24,6 +24,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.merging
 	$(BIN)/python -m benchmarks.tiles
 	$(BIN)/python -m benchmarks.field
+	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.actors
 
 clean:
 	rm -rf $(VENV)

@@ -67,7 +67,7 @@ VERSION = "version"
 @click.option(
     "--runner", default="local", show_default=True, type=click.Choice(["local", "ray"]), help="What runs the scoring."
 )
-@click.option("--ray-address", default=None, help="A running Ray cluster; without it one in this machine.")
+@click.option("--ray-address", default="none", show_default=True, help="A running Ray cluster; none: one in this machine.")
 @click.option("--actors", default="auto", show_default=True, help="Ray actors: one a GPU, or one for two CPUs.")
 @click.option("--scene-pattern", default=None, help="Regular expression whose first group is an image's scene.")
 @click.version_option(package_name="planes")
@@ -164,7 +164,8 @@ def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str
     from scoring.commands import Execution, check_logged, compare_jobs, score_version
 
     uri = tracking.connect()
-    execution = Execution(options["runner"], options["ray_address"], _auto("actors", options))
+    address = None if options["ray_address"] == "none" else options["ray_address"]
+    execution = Execution(options["runner"], address, _auto("actors", options))
     # A cluster may have what this machine has not.
     device = device if execution.address and device != "auto" else pick_device(device)
     resolved = [registry.resolve(text) for text in dict.fromkeys(models)]

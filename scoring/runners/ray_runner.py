@@ -103,10 +103,12 @@ class RayRunner:
             raise ModelError(f"device {self.settings.device!r}: the Ray cluster has no GPU; use --device cpu")
         actors = min(self.settings.actors or int(gpus if on_gpu else max(1, cpus // 2)), len(shards))
         share = max(1, int(cpus / actors)) if cpus >= actors else cpus / actors
+        # Said here, the number holds in the actors too: with another one results differ in the last bits.
+        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, int(share)))
         items = [{"position": i, "samples": pickle.dumps(list(shard))} for i, shard in enumerate(shards)]
         return ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS)).map_batches(
             _Actor,
-            fn_constructor_kwargs={"packed": packed, "settings": self.settings, "threads": max(1, int(share))},
+            fn_constructor_kwargs={"packed": packed, "settings": self.settings, "threads": threads},
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=share if not on_gpu else 1,
@@ -121,8 +123,7 @@ class _Actor:
         import ray
         import torch
 
-        if not os.environ.get("PLANES_THREADS_GIVEN"):
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
         with tempfile.TemporaryDirectory(prefix="planes-model-") as folder:
             for name, content in ray.get(ray.cloudpickle.loads(packed)).items():
                 path = Path(folder) / name
@@ -166,8 +167,6 @@ def _cluster(address: str | None) -> Iterator[None]:
         yield
         return
     environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}}
-    if os.environ.get("OMP_NUM_THREADS"):
-        environment["env_vars"]["PLANES_THREADS_GIVEN"] = "1"
     if address:
         environment = {"py_modules": [str(ROOT / name) for name in PACKAGES]}
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
