@@ -76,8 +76,10 @@ def make_manifest(label: str, model: str, settings: Mapping[str, Any], dataset: 
 
 def _digest_in_order(dataset: Dataset) -> str:
     """Of images, annotations and order: shards count the images."""
-    text = "\0".join([dataset.digest(), *(s.image_id for s in dataset.samples)])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(dataset.digest().encode())
+    for sample in dataset.samples:
+        digest.update(b"\0" + sample.image_id.encode())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

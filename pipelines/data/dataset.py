@@ -164,7 +164,8 @@ class Dataset:
         return self._marks
 
     def _compute_digest(self) -> str:
-        parts = []
+        # As json.dumps would write it as one list, which for millions of images would fill the memory.
+        digest, separator = hashlib.sha256(b"["), b""
         for sample, content in sorted(zip(self.samples, self.file_digests(), strict=True), key=lambda p: p[0].image_id):
             if sample.lost:
                 continue
@@ -172,8 +173,11 @@ class Dataset:
                 [*(round(float(v), 2) for v in box), bool(crowd), None if mask is None else mask["counts"]]
                 for box, crowd, mask in zip(sample.boxes, sample.crowd, sample.masks, strict=True)
             ]
-            parts.append([sample.image_id, content, sample.truth, planes])
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+            part = [sample.image_id, content, sample.truth, planes]
+            digest.update(separator + json.dumps(part).encode())
+            separator = b", "
+        digest.update(b"]")
+        return digest.hexdigest()[:16]
 
     def subset(self, image_ids: Iterable[str], split: str) -> Dataset:
         """The samples with these ids, in the order they have here."""

@@ -26,7 +26,7 @@ def open_dataset(
     ``train+test`` takes the splits of a folder one after the other. A list is a CSV or
     parquet file with a column ``path``, paths or URLs; relative ones start at the list's own
     folder. A URL (``s3://bucket/folder``, ``https://...``) is a JSON file, a list, an image,
-    a folder with all below it, or a glob.
+    a folder of images, or a glob.
 
     Images without annotations are listed only: nothing is read of them here. With ``keep``
     annotated ones that cannot be read stay as `Sample.lost` instead of being left out.

@@ -53,10 +53,10 @@ def absolute(path: AnyPath) -> str:
 
 
 def list_remote(path: AnyPath) -> list[AnyPath]:
-    """The image files of a URL: itself, those below a folder, or those that a glob matches; sorted.
+    """The image files of a URL: itself, those directly in a folder, or those that a glob matches; sorted.
 
     Raises:
-        DataError: the store cannot be reached, or does not let us look.
+        DataError: nothing there, the store cannot be reached, or does not let us look.
     """
     from upath import UPath
 
@@ -65,12 +65,18 @@ def list_remote(path: AnyPath) -> list[AnyPath]:
         if any(sign in path.path for sign in "*["):
             found = fs.glob(path.path)
         else:
-            found = [path.path] if fs.isfile(path.path) else fs.find(path.path)
+            found = [path.path] if fs.isfile(path.path) else _files_in(fs, path.path)
+    except FileNotFoundError:
+        raise DataError(f"{text}: no such file or folder") from None
     except Exception as error:
         # Each store's library has errors of its own.
         raise DataError(f"{text}: cannot be listed ({one_line(error)[:200]})") from None
     chosen = sorted(name for name in found if name == path.path or name.lower().endswith(IMAGE_SUFFIXES))
     return [UPath(fs.unstrip_protocol(name), **path.storage_options) for name in chosen]
+
+
+def _files_in(fs: Any, folder: str) -> list[str]:
+    return [entry["name"] for entry in fs.ls(folder, detail=True) if entry["type"] == "file"]
 
 
 def marks(paths: Sequence[AnyPath]) -> list[str]:

@@ -28,7 +28,8 @@ from scoring.runners.runner import Scored
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("models", "pipelines", "scoring")
-# Blocks of a Ray dataset; where there are more shards, a block, and what a lost worker does again, is several.
+# Shards of a Ray dataset, each a block: what a lost actor does again. More of them are several
+# datasets, one after the other, so that millions of images need not be in memory as rows.
 MOST_BLOCKS = 4096
 
 
@@ -81,18 +82,14 @@ class RayRunner:
             content = ray.put({p.relative_to(self.folder).as_posix(): p.read_bytes() for p in _files(self.folder)})
             # Pickled by hand the reference holds as long as the cluster: a new actor must find the model too.
             packed = ray.cloudpickle.dumps(content)
-            seen = set()
-            for row in self._dataset(packed, shards).iter_rows():
-                # What is sent twice after a loss counts once.
-                if row["position"] in seen:
-                    continue
-                seen.add(row["position"])
-                results, stages, peaks = pickle.loads(row["results"])
-                for stage, seconds in stages.items():
-                    self._stages[stage] = self._stages.get(stage, 0.0) + seconds
-                for kind, megabytes in peaks.items():
-                    self._peaks[kind] = max(self._peaks.get(kind, 0.0), megabytes)
-                yield from ((row["position"], index, result) for _, index, result in results)
+            for start in range(0, len(shards), MOST_BLOCKS):
+                for row in self._dataset(packed, shards[start : start + MOST_BLOCKS]).iter_rows():
+                    results, stages, peaks = pickle.loads(row["results"])
+                    for stage, seconds in stages.items():
+                        self._stages[stage] = self._stages.get(stage, 0.0) + seconds
+                    for kind, megabytes in peaks.items():
+                        self._peaks[kind] = max(self._peaks.get(kind, 0.0), megabytes)
+                    yield from ((start + row["position"], index, result) for _, index, result in results)
 
     def _dataset(self, packed: bytes, shards: Sequence[Sequence[Sample]]) -> Any:
         ray = _import_ray()
@@ -106,7 +103,7 @@ class RayRunner:
         # Said here, the number holds in the actors too: with another one results differ in the last bits.
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, int(share)))
         items = [{"position": i, "samples": pickle.dumps(list(shard))} for i, shard in enumerate(shards)]
-        return ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS)).map_batches(
+        return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             _Actor,
             fn_constructor_kwargs={"packed": packed, "settings": self.settings, "threads": threads},
             batch_size=1,

@@ -16,8 +16,8 @@ from pipelines.data.opening import open_dataset
 from scoring.export import export_job
 from scoring.job import JobSettings, run_job
 from scoring.plan import LOCK
-from tests.conftest import SHARED, write_image
-from tests.scoring.bad_files import write_bad_files, write_real_and_broken
+from tests.conftest import write_image
+from tests.scoring.bad_files import write_bad_files
 
 
 class Brightness:
@@ -171,26 +171,15 @@ print(kills)
 """
 
 
-@pytest.fixture(scope="module")
-def many(tmp_path_factory, images) -> Path:
-    """200 real and broken images where real ones are at hand, else the small drawn ones."""
-    if not (SHARED / "dota-planes").is_dir():
-        return images
-    folder = tmp_path_factory.mktemp("many")
-    sources = sorted(p for p in SHARED.glob("*/*/*") if p.suffix in (".png", ".jpg"))
-    write_real_and_broken(folder, sources, 200)
-    return folder
-
-
-def test_killed_fifty_times_nothing_is_lost_or_doubled(many, tmp_path, root):
+def test_killed_fifty_times_nothing_is_lost_or_doubled(real_and_broken, tmp_path, root):
     """kill -9 at random moments, some of them while shards or tables are written; a finished job begins anew."""
-    command = [sys.executable, "-c", KILLER, str(many), str(tmp_path / "killed")]
+    command = [sys.executable, "-c", KILLER, str(real_and_broken), str(tmp_path / "killed")]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 50
     settings = JobSettings(shard_size=4, overlays=2, score_threshold=0.0)
-    last = _run(tmp_path / "killed", many, settings=settings)
-    assert last.images + last.failures == len(list(many.iterdir()))
+    last = _run(tmp_path / "killed", real_and_broken, settings=settings)
+    assert last.images + last.failures == len(list(real_and_broken.iterdir()))
     assert last.failures > 5
     expected = _digests(tmp_path / "whole" / "m-1")
     assert expected.keys() >= {"instances.parquet", "errors.parquet", "manifest.json", "inputs.parquet"}

@@ -34,7 +34,7 @@ def model(tmp_path_factory):
 
     torch.manual_seed(0)
     small = {"backbone": "resnet18", "norm": "batch", "levels": [2, 3], "fpn_channels": 16, "head_channels": 32}
-    more = {"anchor_sizes": [[16], [32], [64]], "min_size": None, "proposals": 50, "score_threshold": 0.0}
+    more = {"anchor_sizes": [[16], [32], [64]], "min_size": 96, "max_size": 256, "proposals": 50, "score_threshold": 0.0}
     architecture = DetectorArchitecture(**small, **more)
     network = build_detector(architecture, 1)
     return save_model(tmp_path_factory.mktemp("model") / "m", detector_spec(architecture, ["plane"]), network.state_dict())
@@ -60,15 +60,16 @@ def _actors():
     return [p for p in psutil.Process().children(recursive=True) if "MapWorker" in " ".join(p.cmdline())]
 
 
-def test_tables_are_those_of_the_local_runner_also_when_actors_are_killed(model, images, tmp_path):
-    settings = {"tiling": {"size": 64, "overlap": 0.25}, "batch_size": 2}
-    local = _score(model, images, tmp_path / "local", **settings)
-    assert (local.images, local.failures) == (40, 6)
+def test_tables_are_those_of_the_local_runner_also_when_actors_are_killed(model, real_and_broken, tmp_path):
+    settings = {"batch_size": 2}
+    local = _score(model, real_and_broken, tmp_path / "local", **settings)
+    assert local.images + local.failures == len(list(real_and_broken.iterdir()))
+    assert local.failures > 5
     killed = []
 
     def killing(results, *_):
         for number, result in enumerate(results):
-            if number in (1, 20):
+            if number in (1, 40):
                 victims = _actors()
                 assert victims
                 for victim in victims:
@@ -76,9 +77,8 @@ def test_tables_are_those_of_the_local_runner_also_when_actors_are_killed(model,
                 killed.extend(victims)
             yield result
 
-    changes = JobSettings(**settings).changes
-    runner = RayRunner(model, RaySettings(batch_size=2, tiling=changes, actors=2))
-    job = _score(model, images, tmp_path / "ray", killing, runner, **settings)
+    runner = RayRunner(model, RaySettings(batch_size=2, tiling=JobSettings(**settings).changes, actors=2))
+    job = _score(model, real_and_broken, tmp_path / "ray", killing, runner, **settings)
     assert len({p.pid for p in killed}) >= 3
     assert (job.images, job.instances, job.failures) == (local.images, local.instances, local.failures)
     assert _digests(tmp_path / "ray") == _digests(tmp_path / "local")
@@ -87,7 +87,8 @@ def test_tables_are_those_of_the_local_runner_also_when_actors_are_killed(model,
 
 
 def test_one_runner_ends_what_the_other_began(model, images, tmp_path):
-    local = _score(model, images, tmp_path / "local")
+    tiled = {"tiling": {"size": 64, "overlap": 0.25}}
+    local = _score(model, images, tmp_path / "local", **tiled)
 
     def stopping(results, *_):
         for number, result in enumerate(results):
@@ -96,10 +97,11 @@ def test_one_runner_ends_what_the_other_began(model, images, tmp_path):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _score(model, images, tmp_path / "both", stopping)
+        _score(model, images, tmp_path / "both", stopping, **tiled)
     done = len(finished(tmp_path / "both" / "m-1"))
     assert done >= 5
-    job = _score(model, images, tmp_path / "both", runner=RayRunner(model, RaySettings(actors=1)))
+    runner = RayRunner(model, RaySettings(tiling=JobSettings(**tiled).changes, actors=1))
+    job = _score(model, images, tmp_path / "both", runner=runner, **tiled)
     assert job.resumed >= 3 * done
     assert job.instances == local.instances
     assert _digests(tmp_path / "both") == _digests(tmp_path / "local")

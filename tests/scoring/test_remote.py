@@ -86,7 +86,7 @@ def _rows(out):
 
 
 def test_a_bucket_gives_what_a_folder_gives(local, bucket, tmp_path):
-    job = _score("s3://scenes/photos", tmp_path / "s3")
+    job = _score("s3://scenes/photos/**/*.[pj][np]g", tmp_path / "s3")
     assert (job.images, job.failures) == (6, 1)
     errors = pq.read_table(tmp_path / "s3" / "m-1" / "errors.parquet").to_pylist()
     assert [e["kind"] for e in errors] == ["not an image"]
@@ -102,11 +102,14 @@ def test_a_bucket_gives_what_a_folder_gives(local, bucket, tmp_path):
     assert export_job(tmp_path / "s3" / "m-1", tmp_path / "later", ["coco", "overlays"], most=2) == 6
 
     assert len(open_dataset("s3://scenes/photos/*.png")) == 4
+    assert len(open_dataset("s3://scenes/photos")) == len(open_dataset(local)) == 5
     assert len(open_dataset("s3://scenes/photos/i 0 ü.png")) == 1
-    with pytest.raises(DataError, match="no images there"):
+    with pytest.raises(DataError, match="s3://scenes/nothing: no such file or folder"):
         open_dataset("s3://scenes/nothing")
-    with pytest.raises(DataError, match="cannot be listed"):
+    with pytest.raises(DataError, match="s3://absent-bucket/photos: no such file or folder"):
         open_dataset("s3://absent-bucket/photos")
+    with pytest.raises(DataError, match="no images there"):
+        open_dataset("s3://scenes/photos/*.gif")
 
 
 def test_a_changed_object_is_noticed(bucket, tmp_path):
