@@ -10,6 +10,7 @@ import subprocess
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from models import stages
 from models.batches import predict_parted
@@ -17,6 +18,8 @@ from models.errors import DataError, ModelError, OutputError
 from models.geometry import rle_encode
 from models.instances import Instances
 from models.tiling import Tiled, Tiling
+from models.torchvision_engine import TorchvisionDetector
+from models.torchvision_network import DetectorArchitecture, build_detector
 from pipelines.data.opening import open_dataset
 from scoring.job import JobSettings, run_job
 from scoring.runners.local import LocalRunner, auto_workers
@@ -191,3 +194,24 @@ def test_a_small_disk_that_fills_up(mixed, tmp_path):
         assert _digests(small) == _digests(tmp_path / "large")
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_half_precision_computes_boxes_in_full(tmp_path):
+    torch.manual_seed(0)
+    small = {"backbone": "resnet18", "norm": "batch", "levels": [2, 3], "fpn_channels": 16, "head_channels": 32}
+    more = {"anchor_sizes": [[16], [32], [64]], "min_size": None, "proposals": 50, "score_threshold": 0.0}
+    detector = TorchvisionDetector(build_detector(DetectorArchitecture(**small, **more), 1))
+    write_image(tmp_path / "a.png", 400, 600)
+    samples = open_dataset(tmp_path / "a.png").samples
+    kinds = ("32", "bf16-mixed", "16-mixed")
+    found = {kind: next(LocalRunner(detector, kind=kind).results([samples]))[2] for kind in kinds}
+    full = found["32"]
+    for kind in ("bf16-mixed", "16-mixed"):
+        half = found[kind]
+        assert not np.array_equal(half.scores, full.scores), "nothing ran in half precision"
+        # In 16 bits every number from 256 on would be a multiple of a quarter at best.
+        large = half.boxes[half.boxes > 256]
+        assert (large % 0.25 != 0).mean() > 0.5
+    with pytest.raises(DataError, match="precision 32, not bf16-mixed"):
+        for kind in ("32", "bf16-mixed"):
+            _run(tmp_path / "out", tmp_path / "a.png", settings=JobSettings(precision=kind, score_threshold=0, overlays=0))
