@@ -116,13 +116,16 @@ class Execution:
     actors: int | None = None
 
 
+LOCAL = Execution()
+
+
 def score_version(
     version: registry.Resolved,
     dataset: Dataset,
     out: Path,
     settings: JobSettings,
     device: str,
-    execution: Execution = Execution(),
+    execution: Execution = LOCAL,
 ) -> tuple[Scored, JobResult]:
     """Run one job, log it, and say what it left; `check_logged` tells whether the store took it.
 
