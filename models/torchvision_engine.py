@@ -99,7 +99,8 @@ class TorchvisionDetector:
 
     def tensor(self, image: np.ndarray) -> torch.Tensor:
         """The network's input of an RGB uint8 image, float32 (3, H, W) in 0..1, on the device."""
-        return to_device(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), self.device).float() / 255
+        pixels = to_device(torch.from_numpy(np.ascontiguousarray(image)), self.device).permute(2, 0, 1)
+        return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
     @staticmethod
     def _instances(image_id: str, image: np.ndarray, output: Mapping[str, torch.Tensor]) -> Instances:
