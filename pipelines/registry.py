@@ -257,7 +257,7 @@ def fetch(resolved: Resolved) -> Path:
         return resolved.folder
     uri = f"models:/{resolved.name}/{resolved.version}"
     kept = cache_folder() / resolved.digest if resolved.digest else None
-    if kept is not None and (kept / SPEC_FILE).is_file() and folder_digest(kept) == resolved.digest:
+    if kept is not None and _is_whole(kept):
         return kept
     try:
         source = MlflowClient().get_model_version_download_uri(str(resolved.name), str(resolved.version))
@@ -269,13 +269,17 @@ def fetch(resolved: Resolved) -> Path:
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".download-") as into:
             got = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=into))
             saved = _checked(got, uri, resolved.digest)
-            if kept.exists():
-                # Another process was faster, or what is there is damaged.
+            # Another process may have been faster, and be reading it.
+            if not _is_whole(kept):
                 shutil.rmtree(kept, ignore_errors=True)
-            saved.rename(kept)
+                saved.rename(kept)
     except (mlflow.MlflowException, OSError) as error:
         raise RegistryError(f"{uri}: its artefacts cannot be fetched ({one_line(error)[:200]})") from None
     return kept
+
+
+def _is_whole(kept: Path) -> bool:
+    return (kept / SPEC_FILE).is_file() and folder_digest(kept) == kept.name
 
 
 def _checked(local: Path, uri: str, digest: str | None) -> Path:
