@@ -170,13 +170,13 @@ def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str
     device = device if execution.address and device != "auto" else pick_device(device)
     resolved = [registry.resolve(text) for text in dict.fromkeys(models)]
     # What cannot be had is said before anything is scored.
-    for version in resolved:
-        registry.fetch(version)
+    folders = [registry.fetch(version) for version in resolved]
     click.echo(dataset.summary())
     more = {"shard_size": options["shard"], "workers": _auto("workers", options), "fresh": options["fresh"]}
     outputs = options["score_threshold"], options["overlays"], options["rle"]
     settings = JobSettings(_auto("batch", options), *outputs, _tiling(options), **more, precision=options["precision"])
-    runs = [score_version(version, dataset, Path(out), settings, device, execution) for version in resolved]
+    each = zip(resolved, folders, strict=True)
+    runs = [score_version(*one, dataset, Path(out), settings, device, execution) for one in each]
     _show([scored for scored, _ in runs], Path(out), uri)
     check_logged([job for _, job in runs])
     if len(runs) > 1 and dataset.has_truth and dataset.planes:

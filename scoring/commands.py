@@ -70,7 +70,7 @@ def run_comparison(request: ComparisonRequest) -> None:
 
     def score(target: str) -> Candidate:
         version = registry.resolve(target)
-        _, job = score_version(version, dataset, Path(request.out), settings, device)
+        _, job = score_version(version, registry.fetch(version), dataset, Path(request.out), settings, device)
         check_logged([job])
         if job.segmenter:
             raise DataError(f"{job.label}: outlines given boxes and finds none; score it and compare its runs")
@@ -121,18 +121,20 @@ LOCAL = Execution()
 
 def score_version(
     version: registry.Resolved,
+    folder: Path,
     dataset: Dataset,
     out: Path,
     settings: JobSettings,
     device: str,
     execution: Execution = LOCAL,
 ) -> tuple[Scored, JobResult]:
-    """Run one job, log it, and say what it left; `check_logged` tells whether the store took it.
+    """Run one job with the version's saved folder, log it, and say what it left.
+
+    `check_logged` tells whether the store took it.
 
     Raises:
         PlanesError: the version, the images or the folder cannot be used.
     """
-    folder = registry.fetch(version)
     predictor = load_model(folder, "cpu" if execution.runner == "ray" else device, settings.changes)
     runner = _ray(folder, dataset, settings, device, execution) if execution.runner == "ray" else None
     progress: Progress = partial(show_progress, failed=lambda scored: isinstance(scored[2], Failure))

@@ -15,6 +15,7 @@ from models.errors import DataError, one_line
 from models.geometry import clip_boxes, rle_area, rle_boxes, rle_bytes, rle_from_polygons, rle_text, xywh_to_xyxy
 from models.instances import RLE
 from pipelines.data.dataset import Problems, Sample
+from pipelines.data.remote import AnyPath
 
 # Shared by all images without planes: a scoring may list millions.
 _NO_BOXES, _NO_CROWD = np.zeros((0, 4), np.float32), np.zeros(0, bool)
@@ -119,6 +120,14 @@ def _polygons(value: Any, height: int, width: int, where: str, problems: Problem
             continue
         good.append(points)
     return rle_from_polygons(good, height, width) if good else None
+
+
+def lost_sample(found: AnyPath | None, expected: AnyPath, where: str, problems: Problems, keep: bool) -> list[Sample]:
+    """Count an annotated image that is missing or cannot be read; with ``keep`` its `Sample.lost`, else nothing."""
+    kind = "missing images" if found is None else "unreadable images"
+    problems.add(f"{kind}, kept as errors" if keep else f"{kind} left out", where)
+    file = found or expected
+    return [make_sample(file.stem, file, (0, 0), file.stem, [])] if keep else []
 
 
 def make_sample(

@@ -8,7 +8,7 @@ from typing import Any
 
 from models.errors import DataError
 from models.image import image_size
-from pipelines.data.annotations import make_sample, read_json, read_plane
+from pipelines.data.annotations import lost_sample, make_sample, read_json, read_plane
 from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
 from pipelines.data.remote import AnyPath
 
@@ -43,10 +43,7 @@ def read_coco(
         where = f"{path.name} image {entry['file_name']}"
         size = None if file is None else _size(entry, file, where, problems)
         if file is None or size is None:
-            kept = ", kept as errors" if keep else " left out"
-            problems.add(("missing images" if file is None else "unreadable images") + kept, where)
-            lost = file or path.parent / str(entry["file_name"])
-            samples += [make_sample(lost.stem, lost, (0, 0), lost.stem, [])] if keep else []
+            samples += lost_sample(file, path.parent / str(entry["file_name"]), where, problems, keep)
             continue
         planes = [
             read_plane(a, *size, f"{path.name} annotation {a.get('id', '?')}", problems) for a in annotations.get(key, [])

@@ -8,7 +8,7 @@ from typing import Any
 
 from models.errors import DataError
 from models.image import IMAGE_SUFFIXES, image_size
-from pipelines.data.annotations import make_sample, read_json, read_plane
+from pipelines.data.annotations import lost_sample, make_sample, read_json, read_plane
 from pipelines.data.coco import find_image
 from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
 from pipelines.data.remote import AnyPath
@@ -48,10 +48,7 @@ def read_course(
         except DataError:
             size = None
         if file is None or size is None:
-            kept = ", kept as errors" if keep else " left out"
-            problems.add(("missing images" if file is None else "unreadable images") + kept, file_name)
-            lost = file or path.parent / file_name
-            samples += [make_sample(lost.stem, lost, (0, 0), lost.stem, [])] if keep else []
+            samples += lost_sample(file, path.parent / file_name, file_name, problems, keep)
             continue
         planes = [
             read_plane(e, *size, f"{path.name} annotation {e.get('id', '?')}", problems) for e in grouped.get(file_name, [])

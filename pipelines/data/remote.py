@@ -17,7 +17,7 @@ AnyPath = Any
 # Questions to a store that are open at a time.
 ASKING = 16
 # What stores call the mark of a content; the first that is there counts.
-CONTENT_MARKS = ("ETag", "etag", "md5Hash", "content_md5", "content_settings")
+CONTENT_MARKS = ("ETag", "etag", "md5Hash", "content_md5")
 
 
 def is_url(where: str | os.PathLike) -> bool:
