@@ -10,22 +10,23 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from models.detectron2_architecture import Detectron2Architecture
 from models.errors import EngineMissing, ModelError, one_line
 from models.geometry import clip_boxes, crop_window, rle_paste
 from models.instances import RLE, Instances
 from models.predictor import ModelSpec, parse_architecture
 from models.stages import measured
 from models.tiling import Tiling
-from models.torch_tools import library_versions, load_strict, pick_device
+from models.torch_tools import build_fitting, library_versions, pick_device
 
 # What decides a prediction; the rest of a config is about training, data and machines.
 SAVED = ("MODEL.", "INPUT.", "TEST.DETECTIONS_PER_IMAGE")
@@ -34,15 +35,6 @@ GET_IT = (
     "Detectron2 is not installed: get it with `conda install -c conda-forge detectron2`, or build it as "
     "https://detectron2.readthedocs.io/tutorials/install.html says"
 )
-
-
-class Detectron2Architecture(BaseModel):
-    """``config``: where the settings began, a model zoo name or a file; ``settings``: what differs from the defaults."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    config: str
-    settings: dict[str, Any]
 
 
 def require_detectron2() -> None:
@@ -208,7 +200,7 @@ def build_network(cfg: Any, device: str) -> nn.Module:
     from detectron2.modeling import build_model
 
     cfg = cfg.clone()
-    cfg.MODEL.DEVICE = pick_device(device)
+    cfg.MODEL.DEVICE = device if device == "meta" else pick_device(device)
     try:
         return build_model(cfg)
     except (AssertionError, KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -228,8 +220,8 @@ def load_detectron2(spec: ModelSpec, weights: Mapping[str, torch.Tensor], device
     architecture = parse_architecture(spec, Detectron2Architecture)
     cfg = get_cfg()
     apply_settings(cfg, architecture.settings)
-    model = build_network(cfg, device)
-    load_strict(model, weights, f"Detectron2 {architecture.config}")
+    shapes = partial(build_network, cfg, "meta")
+    model = build_fitting(partial(build_network, cfg, device), weights, f"Detectron2 {architecture.config}", shapes)
     return Detectron2Predictor(model, cfg)
 
 

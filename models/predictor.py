@@ -10,21 +10,19 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.errors import ModelError, one_line
 from models.instances import Instances
+from models.saved_files import MAX_BYTES, SPEC_FILE, WEIGHTS_FILE, check_folder
 from models.tiling import Tiling, by_tiles
 
 A = TypeVar("A", bound=BaseModel)
 
 FORMAT = 1
-SPEC_FILE = "model.json"
-WEIGHTS_FILE = "weights.safetensors"
-MAX_SPEC_BYTES = 1_000_000
 
 # (kind, engine) -> function that builds a predictor from (spec, weights, device), imported on use;
 # that of a composition takes the folder instead of weights.
@@ -60,8 +58,8 @@ class ModelSpec(BaseModel):
     kind: str = Field(max_length=64)
     engine: str = Field(max_length=64)
     architecture: dict[str, Any]
-    classes: list[str] = Field(min_length=1, max_length=10_000)
-    versions: dict[str, str] = Field(default_factory=dict)
+    classes: list[Annotated[str, Field(max_length=200)]] = Field(min_length=1, max_length=10_000)
+    versions: dict[str, str] = Field(default_factory=dict, max_length=100)
     tiling: Tiling | None = None
 
 
@@ -106,13 +104,13 @@ def write_folder(folder: str | Path, spec: ModelSpec, fill: Callable[[Path], Non
 
 
 def folder_digest(folder: Path) -> str:
-    """sha256 over names and contents of a saved model's files, 16 hex digits."""
+    """sha256 over names and contents of a saved model's files, 64 hex digits."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
         with open(path, "rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 
 def read_spec(folder: str | Path) -> ModelSpec:
@@ -123,12 +121,12 @@ def read_spec(folder: str | Path) -> ModelSpec:
     """
     path = Path(folder) / SPEC_FILE
     try:
-        if path.stat().st_size > MAX_SPEC_BYTES:
-            raise ModelError(f"{path}: larger than {MAX_SPEC_BYTES:,} bytes, not a model description")
+        if path.stat().st_size > MAX_BYTES[SPEC_FILE]:
+            raise ModelError(f"{path}: larger than {MAX_BYTES[SPEC_FILE]:,} bytes, not a model description")
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ModelError(f"{folder}: not a saved model (no {SPEC_FILE})") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON ({one_line(error)})") from None
     if isinstance(content, dict) and content.get("format") not in (None, FORMAT):
         raise ModelError(f"{path}: format {content['format']!r}, this release reads {FORMAT}; install the matching release")
@@ -161,11 +159,13 @@ def load_model(folder: str | Path, device: str = "cpu", tiling: Mapping[str, Any
             predicts whole images. A composition hands them to its detector.
 
     Raises:
-        ModelError: not a saved model, an unknown kind, settings or weights that do not fit.
+        ModelError: not a saved model, files that do not belong there, an unknown kind, settings
+            or weights that do not fit.
         EngineMissing: the detection library it needs is not installed.
     """
     from models.torch_tools import pick_device
 
+    check_folder(folder)
     spec = read_spec(folder)
     target = BUILDERS.get((spec.kind, spec.engine))
     if target is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -76,6 +76,29 @@ def load_strict(model: nn.Module, weights: Mapping[str, torch.Tensor], name: str
         model.load_state_dict(dict(weights), strict=True)
     except RuntimeError as error:
         raise ModelError(f"{name}: weights do not fit the architecture ({one_line(error)[:300]})") from None
+
+
+def build_fitting(
+    build: Callable[[], nn.Module],
+    weights: Mapping[str, torch.Tensor],
+    name: str,
+    shapes: Callable[[], nn.Module] | None = None,
+) -> nn.Module:
+    """Build a network and load exactly these weights, once its shapes alone are seen to fit them.
+
+    A description that asks for more memory than its weights fill is refused before any of it
+    is taken: the first build is on torch's ``meta`` device, which has none. ``shapes`` is
+    that build where ``build`` itself cannot run there.
+
+    Raises:
+        ModelError: a tensor is missing, too much, or of another shape.
+    """
+    with torch.device("meta"):
+        trial = (shapes or build)()
+        load_strict(trial, {k: torch.empty(v.shape, dtype=v.dtype) for k, v in weights.items()}, name)
+    model = build()
+    load_strict(model, weights, name)
+    return model
 
 
 def load_matching(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> int:

@@ -17,7 +17,7 @@ from models.instances import RLE, Instances
 from models.predictor import ModelSpec, parse_architecture
 from models.stages import measured
 from models.tiling import Tiling
-from models.torch_tools import channels_last, library_versions, load_strict, pick_device, to_device
+from models.torch_tools import build_fitting, channels_last, library_versions, pick_device, to_device
 from models.torchvision_network import DetectorArchitecture, MaskArchitecture, build_detector
 
 KINDS: dict[str, type[DetectorArchitecture]] = {
@@ -45,8 +45,8 @@ def load_detector(spec: ModelSpec, weights: Mapping[str, torch.Tensor], device: 
         ModelError: wrong architecture fields or weights that do not fit.
     """
     architecture = parse_architecture(spec, KINDS[spec.kind])
-    model = build_detector(architecture, len(spec.classes))
-    load_strict(model, weights, f"detector {architecture.backbone}")
+    classes = len(spec.classes)
+    model = build_fitting(lambda: build_detector(architecture, classes), weights, f"detector {architecture.backbone}")
     return TorchvisionDetector(without_norms(model.eval()), device)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torchvision
@@ -37,6 +37,8 @@ Backbone = Literal[
     "mobilenet_v3_small",
 ]
 
+Sizes = Annotated[list[Annotated[int, Field(ge=1, le=10_000)]], Field(max_length=20)]
+
 # (masks, backbone, heads) -> torchvision's weights of the whole network, trained on COCO.
 COCO_WEIGHTS = {
     (False, "resnet50", "v1"): "FasterRCNN_ResNet50_FPN_Weights",
@@ -69,8 +71,8 @@ class DetectorArchitecture(BaseModel):
     pooled_level: bool = True
     fpn_channels: int = Field(default=256, ge=8, le=1024)
     head_channels: int = Field(default=1024, ge=8, le=4096)
-    anchor_sizes: list[list[int]] = [[32], [64], [128], [256], [512]]
-    aspect_ratios: list[float] = [0.5, 1.0, 2.0]
+    anchor_sizes: Annotated[list[Sizes], Field(max_length=10)] = [[32], [64], [128], [256], [512]]
+    aspect_ratios: Annotated[list[Annotated[float, Field(gt=0, le=100)]], Field(max_length=20)] = [0.5, 1.0, 2.0]
     roi_batch_size: int = Field(default=512, ge=1, le=4096)
     proposals_before_nms: int = Field(default=2000, ge=1, le=20_000)
     proposals: int = Field(default=1000, ge=1, le=20_000)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -17,11 +17,11 @@ from models.instances import RLE, Instances
 from models.predictor import ModelSpec, parse_architecture
 from models.stages import measured
 from models.torch_tools import (
+    build_fitting,
     channels_last,
     download_error,
     library_versions,
     load_matching,
-    load_strict,
     pick_device,
     read_checkpoint,
     to_device,
@@ -50,9 +50,9 @@ class SegmenterArchitecture(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    network: str = "unet"
-    encoder: str = "resnet18"
-    decoder_channels: list[int] | None = None
+    network: str = Field(default="unet", max_length=100)
+    encoder: str = Field(default="resnet18", max_length=100)
+    decoder_channels: list[Annotated[int, Field(ge=1, le=4096)]] | None = Field(default=None, max_length=10)
     crop_size: int = Field(default=128, ge=32, le=1024, multiple_of=32)
     margin: float = Field(default=0.0, ge=0, le=1)
     threshold: float = Field(default=0.5, gt=0, lt=1)
@@ -128,8 +128,7 @@ def load_segmenter(spec: ModelSpec, weights: Mapping[str, torch.Tensor], device:
         ModelError: wrong architecture fields or weights that do not fit.
     """
     architecture = parse_architecture(spec, SegmenterArchitecture)
-    model = build_segmenter(architecture)
-    load_strict(model, weights, f"segmenter {architecture.network}")
+    model = build_fitting(lambda: build_segmenter(architecture), weights, f"segmenter {architecture.network}")
     return CropSegmenter(model, architecture, device)
 
 

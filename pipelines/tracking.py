@@ -28,6 +28,7 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 from models.errors import RegistryError, one_line  # noqa: E402
 from pipelines.data.dataset import Dataset  # noqa: E402
 from pipelines.evaluation import Evaluation  # noqa: E402
+from pipelines.relocation import follow_move  # noqa: E402
 
 EXPERIMENT = "planes"
 STORE = "mlflow.db"
@@ -53,6 +54,9 @@ def connect() -> str:
     try:
         with _store_lock(uri):
             MlflowClient().search_experiments(max_results=1)
+            if uri.startswith("sqlite:///"):
+                for left in follow_move(Path(uri.removeprefix("sqlite:///"))):
+                    logging.getLogger(__name__).warning("%s: was moved here from %s; its paths are put right", uri, left)
     except Exception as error:
         raise RegistryError(
             f"tracking store {uri}: cannot be reached ({one_line(error)[:200]}); "

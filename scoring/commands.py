@@ -141,7 +141,8 @@ def score_version(
     if runner and sys.stderr.isatty():
         # Ray shows its own bars there.
         progress = _as_it_is
-    digest = folder_digest(folder)
+    # As long as it always was in manifests, so that older jobs can be gone on with.
+    digest = folder_digest(folder)[:16]
     job = run_job(predictor, version.label, dataset, out, settings, progress, digest, device, runner)
     job.megabytes = folder_megabytes(folder)
     _tell(job)
