@@ -5,7 +5,7 @@ Written out because the evaluators give sums only; tests hold it to pycocotools'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -125,14 +125,22 @@ def bootstrap_difference(
     images = len(first.planes)
     if images < 2:
         return None
-    rng = np.random.default_rng(seed)
-    differences = []
-    for _ in range(resamples):
-        weights = rng.multinomial(images, np.full(images, 1 / images)).astype(np.float64)
-        differences.append(second.average_precision(weights) - first.average_precision(weights))
+    differences = resampled(
+        images, lambda weights: second.average_precision(weights) - first.average_precision(weights), resamples, seed
+    )
     tail = 100 * (1 - level) / 2
     low, high = np.percentile(differences, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def resampled(images: int, statistic: Callable[[np.ndarray], float], resamples: int = 500, seed: int = 0) -> np.ndarray:
+    """A statistic over images drawn with replacement, float64 (resamples,).
+
+    ``statistic`` gets how often each image was drawn, float64 (images,).
+    """
+    rng = np.random.default_rng(seed)
+    draws = (rng.multinomial(images, np.full(images, 1 / images)).astype(np.float64) for _ in range(resamples))
+    return np.array([statistic(weights) for weights in draws])
 
 
 @dataclass(frozen=True)

@@ -1,90 +1,210 @@
-"""May a version move to an alias? Evaluate both on the same data, decide, move, and say why."""
+"""Moving an alias: the journal decides who may, then alias, `previous`, stage and tags follow; and the way back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import mlflow
 from mlflow.tracking import MlflowClient
 
-from models.errors import RegistryError
-from pipelines.evaluation import Evaluation
-from pipelines.registry import Resolved, describe, find_alias, resolve, set_alias
+from models.errors import RegistryError, one_line
+from pipelines import journal, registry
+from pipelines.journal import Entry, Kind, Move
+
+PRODUCTION, PREVIOUS, CHALLENGER = "production", "previous", "challenger"
+
+# MLflow's old stages that aliases of that name are mirrored to, where the server still has stages.
+STAGES = {"production": "Production", "staging": "Staging"}
 
 
 @dataclass(frozen=True)
-class Gate:
-    """What a candidate must show: ``metric`` of at least ``minimum``, and ``min_gain`` over the present version.
+class Standing:
+    """Where an alias points before a decision, and the journal entry that the decision will follow.
 
-    A ``min_gain`` below 0 allows a loss of that size; otherwise a tie leaves the
-    present version where it is.
+    ``finished`` is an interrupted move that was completed on the way here.
     """
 
-    metric: str
-    minimum: float = 0.0
-    min_gain: float = 0.0
+    name: str
+    alias: str
+    present: str | None
+    after: int
+    finished: Entry | None = None
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Whether the alias may move, why, and the values it rests on."""
-
-    passed: bool
-    reason: str
-    candidate: float
-    present: float | None
-
-
-def decide(gate: Gate, candidate: float, present: float | None) -> Decision:
-    """Apply a gate to the candidate's value and the present version's (None: there is none).
-
-    >>> decide(Gate("AP", 0.5, 0.01), 0.62, 0.6).passed
-    True
-    >>> decide(Gate("AP", 0.5), 0.6, 0.6).reason
-    'AP 0.6000 equals the present version: it stays'
-    """
-    name = gate.metric
-    if not candidate >= gate.minimum:
-        return Decision(False, f"{name} {candidate:.4f} is below the minimum {gate.minimum:.4f}", candidate, present)
-    if present is None:
-        reason = f"{name} {candidate:.4f} reaches the minimum {gate.minimum:.4f}; first version there"
-        return Decision(True, reason, candidate, None)
-    gain = candidate - present
-    if gain == 0 and gate.min_gain >= 0:
-        return Decision(False, f"{name} {candidate:.4f} equals the present version: it stays", candidate, present)
-    if gain < gate.min_gain:
-        reason = f"{name} {candidate:.4f} against {present:.4f}: gain {gain:+.4f} is below {gate.min_gain:+.4f}"
-        return Decision(False, reason, candidate, present)
-    reason = f"{name} {candidate:.4f} against {present:.4f}: gain {gain:+.4f}, at least {gate.min_gain:+.4f} was asked"
-    return Decision(True, reason, candidate, present)
-
-
-def present_version(name: str, alias: str) -> Resolved | None:
-    """The version that an alias points to now, if any."""
-    number = find_alias(name, alias)
-    return None if number is None else resolve(f"{name}/{number}")
-
-
-def compare_on_same_data(
-    candidate: Resolved, present: Resolved | None, evaluate: Callable[[Resolved], Evaluation]
-) -> tuple[Evaluation, Evaluation | None]:
-    """Evaluate both versions now, with one function, so that the data cannot differ."""
-    return evaluate(candidate), None if present is None else evaluate(present)
-
-
-def move_alias(candidate: Resolved, present: Resolved | None, alias: str, reason: str) -> None:
-    """Point ``alias`` to the candidate, ``previous`` to what was there, and tag the version with the reason.
+def standing(name: str, alias: str, look_only: bool = False) -> Standing:
+    """Read where an alias stands; an interrupted move is completed first, unless ``look_only``.
 
     Raises:
-        RegistryError: the alias moved meanwhile.
+        RegistryError: the store refuses.
     """
-    if candidate.name is None or candidate.version is None:
-        raise RegistryError(f"{candidate.asked}: only a registered version can be promoted, not a folder")
-    now = find_alias(candidate.name, alias)
-    if now != (None if present is None else present.version):
-        raise RegistryError(f"{candidate.name}: {alias} moved to version {now} meanwhile; {describe(candidate.name)}")
-    client = MlflowClient()
-    client.set_model_version_tag(candidate.name, candidate.version, f"promoted_to_{alias.lower()}", reason)
-    set_alias(candidate.name, alias, candidate.version)
-    if present is not None and present.version is not None:
-        set_alias(candidate.name, "previous", present.version)
+    alias = checked_alias(alias)
+    finished = None if look_only else settle(name, alias)
+    entries = journal.read_journal(name)
+    return Standing(name, alias, registry.find_alias(name, alias), journal.last_number(entries, alias), finished)
+
+
+def checked_alias(alias: str) -> str:
+    """The alias in lower case.
+
+    Raises:
+        RegistryError: a name that MLflow or this project needs for something else.
+    """
+    written = alias.lower()
+    if written in ("latest", "none", PREVIOUS) or written.removeprefix("v").isdigit() or not written:
+        raise RegistryError(f"alias {alias!r}: has a meaning of its own; take another, such as production or challenger")
+    return written
+
+
+def move(at: Standing, to: str, kind: Kind, why: str, run: str = "") -> Entry:
+    """Move the alias, if it still stands where the decision found it.
+
+    Raises:
+        RegistryError: another process was faster (saying which and why), or the store refuses.
+    """
+    entry = journal.append(at.name, Move(at.alias, kind, to, at.present, at.after, why, run))
+    if entry.state == "overtaken":
+        entries = journal.counting(journal.read_journal(at.name), at.alias)
+        first = next(e for e in entries if e.move.after == at.after)
+        raise RegistryError(
+            f"{at.name}: {at.alias} was moved to version {first.move.to} by {first.by} at {first.at} meanwhile "
+            f"({first.move.why}); {at.name}/{to} was not promoted: decide again"
+        )
+    return finish(at.name, entry)
+
+
+def finish(name: str, entry: Entry) -> Entry:
+    """Do what an entry says; may be done again, and by several processes at once.
+
+    Raises:
+        RegistryError: the alias was moved past the journal, or the store refuses.
+    """
+    alias, to = entry.move.alias, entry.move.to
+    current = registry.find_alias(name, alias)
+    if current not in (to, entry.move.origin):
+        latest = next((e for e in journal.read_journal(name) if e.number == entry.number), entry)
+        if latest.state == "done":
+            return latest
+        journal.mark(name, entry, "abandoned")
+        raise RegistryError(
+            f"{name}: {alias} was moved to version {current or 'none'} past planes-registry meanwhile; "
+            f"version {to} was not promoted: decide again"
+        )
+    if not _exists(name, to):
+        journal.mark(name, entry, "abandoned")
+        raise RegistryError(f"{name}: version {to} was deleted before {alias} could be moved to it")
+    if current != to:
+        registry.set_alias(name, alias, to)
+    # Whoever was held up between the look and the move may have undone a later one.
+    newest = journal.counting(journal.read_journal(name), alias)[-1]
+    if newest.number != entry.number:
+        registry.set_alias(name, alias, newest.move.to)
+        return finish(name, newest)
+    _follow(name, entry)
+    journal.mark(name, entry, "done")
+    return entry
+
+
+def settle(name: str, alias: str) -> Entry | None:
+    """Complete an alias's last move if it was interrupted; return it if there was one.
+
+    Raises:
+        RegistryError: the store refuses.
+    """
+    entries = journal.counting(journal.read_journal(name), alias)
+    if not entries or entries[-1].state != "begun":
+        return None
+    try:
+        return finish(name, entries[-1])
+    except RegistryError:
+        # Abandoned: the alias stands where somebody else put it. Anything else is an error still.
+        again = journal.counting(journal.read_journal(name), alias)
+        if again[-1].state == "begun":
+            raise
+        return None
+
+
+def _exists(name: str, version: str) -> bool:
+    try:
+        return MlflowClient().get_model_version(name, version) is not None
+    except mlflow.MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise RegistryError(f"{name}/{version}: cannot be read ({one_line(error)[:200]})") from None
+
+
+def _follow(name: str, entry: Entry) -> None:
+    """What goes with an alias: `previous`, the stage, tags of who, when, why and from which; a challenger that won."""
+    client, what = MlflowClient(), entry.move
+    tags = {"": what.why, "_by": entry.by, "_at": entry.at, "_from": what.origin or "none", "_run": what.run or "none"}
+    try:
+        for ending, value in tags.items():
+            client.set_model_version_tag(name, what.to, f"promoted_to_{what.alias}{ending}", value[:4000])
+        if what.alias == PRODUCTION:
+            earlier = before(journal.read_journal(name), what.alias)
+            if earlier is not None and _exists(name, earlier):
+                registry.set_alias(name, PREVIOUS, earlier)
+            elif registry.find_alias(name, PREVIOUS) is not None:
+                client.delete_registered_model_alias(name, PREVIOUS)
+            if registry.find_alias(name, CHALLENGER) == what.to:
+                client.delete_registered_model_alias(name, CHALLENGER)
+    except mlflow.MlflowException as error:
+        raise RegistryError(
+            f"{name}: {what.alias} was moved, but not all that goes with it ({one_line(error)[:200]})"
+        ) from None
+    mirror_stage(name, what.alias, what.to)
+
+
+def mirror_stage(name: str, alias: str, version: str) -> bool:
+    """Put a version into MLflow's old stage of that name, the others there to Archived; False without stages."""
+    stage = STAGES.get(alias)
+    if stage is None:
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            MlflowClient().transition_model_version_stage(name, version, stage, archive_existing_versions=True)
+        except (mlflow.MlflowException, AttributeError):
+            # Deprecated since MLflow 2.9; servers such as Unity Catalog have none.
+            return False
+    return True
+
+
+def before(entries: Sequence[Entry], alias: str) -> str | None:
+    """The version that a rollback goes to: promotions pile up, a rollback takes the last one off.
+
+    >>> def entry(n, kind, to, origin, state="done"):
+    ...     return Entry(n, Move("production", kind, to, origin, n - 1, ""), "a", "t", state)
+    >>> moves = [entry(1, "promote", "2", None), entry(2, "promote", "5", "2"), entry(3, "promote", "7", "5")]
+    >>> before(moves, "production"), before([*moves, entry(4, "rollback", "5", "7")], "production")
+    ('5', '2')
+    """
+    pile: list[str] = []
+    for entry in journal.counting(entries, alias):
+        if entry.state == "abandoned":
+            continue
+        # Where it was moved past the journal, what stood there is known by the next entry alone.
+        if entry.move.origin is not None and (not pile or pile[-1] != entry.move.origin):
+            pile.append(entry.move.origin)
+        if entry.move.kind == "rollback" and entry.move.to in pile:
+            del pile[len(pile) - pile[::-1].index(entry.move.to) :]
+        elif not pile or pile[-1] != entry.move.to:
+            pile.append(entry.move.to)
+    return pile[-2] if len(pile) > 1 else None
+
+
+def rollback_target(at: Standing) -> str:
+    """The version to go back to.
+
+    Raises:
+        RegistryError: nothing stood there before.
+    """
+    target = before(journal.read_journal(at.name), at.alias)
+    if target is None and at.alias == PRODUCTION:
+        # Promoted by releases that kept no journal.
+        target = registry.find_alias(at.name, PREVIOUS)
+    if target is None or target == at.present:
+        known = registry.describe(at.name)
+        raise RegistryError(f"{at.name}: no version is known that was {at.alias} before; give --version ({known})")
+    return target

@@ -1,64 +1,28 @@
-"""The model registry: log and register a saved folder, resolve what a user names, fetch it."""
+"""The model registry: resolve what a user names, read and move aliases, fetch a version's files."""
 
 from __future__ import annotations
 
-import base64
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version as installed
 from pathlib import Path
 
-import cv2
 import mlflow
-import numpy as np
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
-from mlflow.types import ColSpec, DataType, Schema
-from mlflow.types.schema import Array
 
-import models
 from models.errors import RegistryError, one_line
-from models.predictor import SPEC_FILE, folder_digest
-
-PACKAGE = Path(models.__file__).parent
+from models.predictor import folder_digest
+from models.saved_files import SPEC_FILE, check_folder, check_names
 
 # Tag of a version: digest of its saved folder.
 DIGEST = "digest"
-
-# What a version needs to run by itself; the rest of the project is not in it.
-SERVING_REQUIREMENTS = (
-    "mlflow",
-    "numpy",
-    "opencv-python",
-    "pandas",
-    "pillow",
-    "pycocotools",
-    "pydantic",
-    "safetensors",
-    "segmentation-models-pytorch",
-    "timm",
-    "torch",
-    "torchvision",
-)
-
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.string, "image")]),
-    outputs=Schema(
-        [
-            ColSpec(DataType.string, "image_id"),
-            ColSpec(DataType.long, "instance"),
-            *[ColSpec(DataType.double, name) for name in ("x1", "y1", "x2", "y2", "score")],
-            *[ColSpec(DataType.long, name) for name in ("label", "height", "width")],
-            ColSpec(Array(DataType.long), "mask_size", required=False),
-            ColSpec(DataType.string, "mask_counts", required=False),
-        ]
-    ),
-)
+# Tag of what is no model but the journal of one, see pipelines.journal.
+JOURNAL_OF = "planes_journal_of"
+MAX_ENTRIES = 20
 
 
 @dataclass(frozen=True)
@@ -83,49 +47,6 @@ class Resolved:
         return f"{self.name}/{self.version}" if self.name else (self.folder.name if self.folder else self.asked)
 
 
-def log_and_register(
-    folder: Path, name: str, example: np.ndarray, tags: Mapping[str, str], run_id: str, register: bool = True
-) -> tuple[ModelVersion | None, str]:
-    """Log a saved folder to the active run as a models-from-code pyfunc and, with ``register``, register it.
-
-    Args:
-        example: RGB uint8 image, logged (base64 PNG) as the input example.
-        tags: tags of the version.
-
-    Returns:
-        The version (None where it is not registered) and MLflow's id of the logged model. Where the run has already
-        registered one (a process that was killed just after), that one.
-
-    Raises:
-        RegistryError: the store refuses.
-    """
-    client = MlflowClient()
-    try:
-        for version in client.search_model_versions(f"run_id = '{run_id}'"):
-            if version.name == name:
-                return version, str(logged_model_id(version))
-        info = mlflow.pyfunc.log_model(
-            name=name,
-            python_model=str(PACKAGE / "pyfunc.py"),
-            artifacts={"model": str(folder)},
-            code_paths=[str(PACKAGE)],
-            signature=SIGNATURE,
-            input_example=_example_table(example),
-            pip_requirements=[f"{p}=={installed(p)}" for p in SERVING_REQUIREMENTS],
-        )
-        version = mlflow.register_model(info.model_uri, name, tags=dict(tags)) if register else None
-    except mlflow.MlflowException as error:
-        raise RegistryError(f"{name}: cannot be registered ({one_line(error)[:300]})") from None
-    return version, str(info.model_id)
-
-
-def _example_table(image: np.ndarray):  # type: ignore[no-untyped-def]
-    import pandas as pd
-
-    _, encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    return pd.DataFrame({"image": [base64.b64encode(encoded.tobytes()).decode("ascii")]})
-
-
 def resolve(text: str) -> Resolved:
     """Find what ``text`` names.
 
@@ -144,10 +65,12 @@ def resolve(text: str) -> Resolved:
         raise RegistryError(
             f"model {text!r}: expected a saved folder, NAME/VERSION, NAME/ALIAS or NAME@ALIAS; {_known_models()}"
         )
-    versions = _versions(name)
+    versions = versions_of(name)
     if not versions:
         raise RegistryError(f"model {text!r}: no registered model {name!r}; {_known_models()}")
     found = _pick(name, what, sign == "@", versions)
+    if found is not None and JOURNAL_OF in found.tags:
+        raise RegistryError(f"model {text!r}: is the journal of {found.tags[JOURNAL_OF]}, not a model")
     if found is None:
         raise RegistryError(f"model {text!r}: {name} has no version, alias or stage {what!r}; {describe(name, versions)}")
     digest = found.tags.get(DIGEST)
@@ -155,9 +78,33 @@ def resolve(text: str) -> Resolved:
 
 
 def logged_model_id(version: ModelVersion) -> str | None:
-    """MLflow's id of the logged model behind a version; SQL stores tell it by the version's source only."""
-    match = re.search(r"^models:/(m-\w+)$", version.source or "")
+    """MLflow's id of the logged model behind a version; SQL stores tell it by the version's source only.
+
+    That of a copy names the version it was copied from.
+    """
+    for _ in range(10):
+        match = re.search(r"^models:/(?:(m-\w+)|([^/]+)/(\d+))$", version.source or "")
+        if version.model_id or match is None or match[1]:
+            break
+        try:
+            version = MlflowClient().get_model_version(match[2], match[3])
+        except mlflow.MlflowException:
+            return None
     return version.model_id or (match[1] if match else None)
+
+
+def version_of(resolved: Resolved) -> ModelVersion:
+    """MLflow's record of a registered version, with its tags.
+
+    Raises:
+        RegistryError: a folder, or the store refuses.
+    """
+    if resolved.name is None or resolved.version is None:
+        raise RegistryError(f"{resolved.asked}: a saved folder; name a registered version, such as planes-det/3")
+    try:
+        return MlflowClient().get_model_version(resolved.name, resolved.version)
+    except mlflow.MlflowException as error:
+        raise RegistryError(f"{resolved.label}: cannot be read from the registry ({one_line(error)[:200]})") from None
 
 
 def _pick(name: str, what: str, alias_only: bool, versions: Sequence[ModelVersion]) -> ModelVersion | None:
@@ -198,31 +145,46 @@ def aliases_of(name: str) -> dict[str, str]:
 
 
 def set_alias(name: str, alias: str, version: str) -> None:
-    """Point an alias, in lower case, to a version; other spellings of it are removed afterwards."""
+    """Point an alias, in lower case, to a version; other spellings of it follow first and are removed at last.
+
+    So that whoever reads the alias meanwhile, in any spelling, finds the old or the new version.
+
+    Raises:
+        RegistryError: the store refuses.
+    """
     client = MlflowClient()
     written = alias.lower()
-    client.set_registered_model_alias(name, written, version)
-    for other in aliases_of(name):
-        if other.lower() == written and other != written:
+    others = [a for a in aliases_of(name) if a.lower() == written and a != written]
+    try:
+        for spelling in (*others, written):
+            client.set_registered_model_alias(name, spelling, version)
+        for other in others:
             client.delete_registered_model_alias(name, other)
+    except mlflow.MlflowException as error:
+        raise RegistryError(f"{name}: {written} cannot be moved ({one_line(error)[:200]})") from None
 
 
 def find_trained(name: str, key: str) -> ModelVersion | None:
     """The newest version that was trained with this key (recipe, data, code), if any."""
-    matching = [v for v in _versions(name) if v.tags.get("training_key") == key and v.status == "READY"]
+    matching = [v for v in versions_of(name) if v.tags.get("training_key") == key and v.status == "READY"]
     return max(matching, key=lambda v: int(v.version), default=None)
 
 
 def describe(name: str, versions: Sequence[ModelVersion] | None = None) -> str:
     """What exists under a name: ``versions 1-3; aliases production -> 2``."""
-    versions = _versions(name) if versions is None else versions
+    versions = versions_of(name) if versions is None else versions
     numbers = sorted(int(v.version) for v in versions)
     listed = ", ".join(map(str, numbers)) if len(numbers) < 8 else f"{numbers[0]} to {numbers[-1]}"
     aliases = ", ".join(f"{k} -> {v}" for k, v in sorted(aliases_of(name).items())) or "none"
     return f"versions: {listed}; aliases: {aliases}"
 
 
-def _versions(name: str) -> list[ModelVersion]:
+def versions_of(name: str) -> list[ModelVersion]:
+    """All versions of a registered model.
+
+    Raises:
+        RegistryError: the store refuses.
+    """
     quoted = name.replace("'", "")
     try:
         return list(MlflowClient().search_model_versions(f"name = '{quoted}'", max_results=1000))
@@ -230,9 +192,21 @@ def _versions(name: str) -> list[ModelVersion]:
         raise RegistryError(f"{name}: cannot be read from the registry ({one_line(error)[:200]})") from None
 
 
+def registered_names() -> list[str]:
+    """Names of the registered models, without the journals of promotions."""
+    found: list[str] = []
+    token = None
+    while True:
+        page = MlflowClient().search_registered_models(max_results=100, page_token=token)
+        found += [m.name for m in page if JOURNAL_OF not in m.tags]
+        token = page.token
+        if not token:
+            return sorted(found)
+
+
 def _known_models() -> str:
     try:
-        names = sorted(m.name for m in MlflowClient().search_registered_models(max_results=100))
+        names = registered_names()
     except mlflow.MlflowException:
         names = []
     return f"registered: {', '.join(names)}" if names else "nothing is registered here yet; train a model first"
@@ -256,19 +230,22 @@ def fetch(resolved: Resolved) -> Path:
     if resolved.folder is not None:
         return resolved.folder
     uri = f"models:/{resolved.name}/{resolved.version}"
+    if resolved.digest is not None and not re.fullmatch(r"[0-9a-f]{16,64}", resolved.digest):
+        raise RegistryError(f"{uri}: its tag {DIGEST} is no digest ({resolved.digest!r:.80}); do not use it")
     kept = cache_folder() / resolved.digest if resolved.digest else None
     if kept is not None and _is_whole(kept):
         return kept
     try:
         source = MlflowClient().get_model_version_download_uri(str(resolved.name), str(resolved.version))
-        if Path(source.removeprefix("file://")).is_dir():
-            return _checked(Path(mlflow.artifacts.download_artifacts(artifact_uri=uri)), uri, resolved.digest)
+        local = Path(source.removeprefix("file://"))
+        if local.is_dir():
+            return _checked(local, uri, resolved.digest)
+        inside = _saved_folder(uri)
         if kept is None:
-            return _checked(Path(mlflow.artifacts.download_artifacts(artifact_uri=uri)), uri, None)
+            return _checked(_download(f"{uri}/{inside}", None), uri, None)
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".download-") as into:
-            got = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=into))
-            saved = _checked(got, uri, resolved.digest)
+            saved = _checked(_download(f"{uri}/{inside}", into), uri, resolved.digest)
             # Another process may have been faster, and be reading it.
             if not _is_whole(kept):
                 shutil.rmtree(kept, ignore_errors=True)
@@ -279,13 +256,40 @@ def fetch(resolved: Resolved) -> Path:
 
 
 def _is_whole(kept: Path) -> bool:
-    return (kept / SPEC_FILE).is_file() and folder_digest(kept) == kept.name
+    return (kept / SPEC_FILE).is_file() and folder_digest(kept).startswith(kept.name)
+
+
+def _download(uri: str, into: str | None) -> Path:
+    return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=into))
+
+
+def _saved_folder(uri: str) -> str:
+    """Path of the saved folder in a version that is elsewhere; what would be downloaded is checked first."""
+    folders = [f.path for f in mlflow.artifacts.list_artifacts(artifact_uri=f"{uri}/artifacts") if f.is_dir]
+    if len(folders) != 1 or not re.fullmatch(r"artifacts/[\w.-]*\w[\w.-]*", folders[0]):
+        raise RegistryError(f"{uri}: not a version made by this project (no artifacts/*/{SPEC_FILE})")
+    found, left = [], [folders[0]]
+    while left:
+        for entry in mlflow.artifacts.list_artifacts(artifact_uri=f"{uri}/{left.pop()}"):
+            found.append((entry.path.removeprefix(f"{folders[0]}/"), int(entry.file_size or 0)))
+            if entry.is_dir:
+                found.pop()
+                left.append(entry.path)
+        if len(found) + len(left) > MAX_ENTRIES:
+            raise RegistryError(f"{uri}: holds more than {MAX_ENTRIES} files; no saved model does")
+    check_names(found, uri)
+    return folders[0]
 
 
 def _checked(local: Path, uri: str, digest: str | None) -> Path:
-    specs = list(local.glob(f"artifacts/*/{SPEC_FILE}"))
+    """The saved folder in a version's local files (or those files, where they are it), nothing but what was registered."""
+    specs = [local / SPEC_FILE] if (local / SPEC_FILE).exists() else list(local.glob(f"artifacts/*/{SPEC_FILE}"))
     if len(specs) != 1:
         raise RegistryError(f"{uri}: not a version made by this project (no artifacts/*/{SPEC_FILE})")
-    if digest is not None and folder_digest(specs[0].parent) != digest:
+    saved = specs[0].parent
+    check_folder(saved)
+    if saved.is_symlink():
+        raise RegistryError(f"{uri}: {saved.name} is a link; a saved model holds its files itself; do not use it")
+    if digest is not None and not folder_digest(saved).startswith(digest):
         raise RegistryError(f"{uri}: its files are not those that were registered (digest {digest}); do not use it")
-    return specs[0].parent
+    return saved

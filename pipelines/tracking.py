@@ -34,10 +34,10 @@ EXPERIMENT = "planes"
 STORE = "mlflow.db"
 
 
-def connect() -> str:
+def connect(given: str | None = None) -> str:
     """Choose and open the tracking store; return its URI.
 
-    ``MLFLOW_TRACKING_URI`` decides; without it the store is ``mlflow.db`` in the
+    ``given``, else ``MLFLOW_TRACKING_URI`` decides; without it the store is ``mlflow.db`` in the
     working folder, artefacts in ``mlruns`` beside it, which is also what a plain
     ``mlflow ui`` there shows.
 
@@ -45,7 +45,7 @@ def connect() -> str:
         RegistryError: the store cannot be reached.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="mlflow")
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / STORE}"
+    uri = given or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / STORE}"
     # A server that is down should say so in seconds, not after minutes of retries.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")

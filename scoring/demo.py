@@ -43,7 +43,7 @@ def main(data: str, out: str, device: str) -> None:
         composed = compose(ComposeRequest(detector, unet, "planes-inst", data, "exclusive", 0.0, device, reuse=True))
     with stage("5/6 promotion"):
         for version in (unet, detector, composed):
-            promote(PromotionRequest(version, "production", data, "test", "auto", 0.3, 0.0, device))
+            promote(PromotionRequest(version, "production", (data,), "test", device))
     with stage("6/6 scoring"):
         from scoring.cli import main as score
 

@@ -1,38 +1,67 @@
-"""Entry point ``promote``: move an alias to a version that passes its gate."""
+"""Entry point ``promote``, and what ``planes-registry promote`` shares with it: gates, verdict, move."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import click
 import mlflow
+from tabulate import tabulate
 
-from models.errors import RegistryError
+from models.errors import DataError, RegistryError, one_line
 from models.predictor import load_model, read_spec
+from models.saved_files import WEIGHTS_FILE
 from models.torch_tools import pick_device
-from pipelines import registry, tracking
+from pipelines import journal, registry, tracking
 from pipelines.data.dataset import Dataset
 from pipelines.data.opening import open_dataset
-from pipelines.evaluation import Evaluation
-from pipelines.prediction import MAIN_METRIC, evaluate_predictions, is_segmenter, predict_image
-from pipelines.promotion import Decision, Gate, compare_on_same_data, decide, move_alias, present_version
+from pipelines.gate import Check, GateFile, Gates, RequiredData, find_gates, judge, judge_data, judge_size, parse_gates
+from pipelines.measuring import Measurement, measure
+from pipelines.prediction import MAIN_METRIC
+from pipelines.promotion import Standing, checked_alias, move, standing
+from pipelines.registry import Resolved
 from pipelines.steps.edge import friendly, show_progress
+from pipelines.steps.options import WORK_DIR
 
 NOT_PROMOTED = 2
 
 
 @dataclass(frozen=True)
 class PromotionRequest:
-    """What the command was asked for; ``metric`` "auto" is the model kind's main one."""
+    """What the command was asked for; without ``gates`` those of the model are looked for.
+
+    ``data`` replaces where the gates' data sets are, ``force`` moves the alias whatever
+    the gates say, for ``reason``; ``dry_run`` decides and moves nothing.
+    """
 
     model: str
     alias: str
-    data: str
-    split: str
-    metric: str
-    minimum: float
-    min_gain: float
-    device: str
+    data: tuple[str, ...] = ()
+    split: str | None = None
+    device: str = "auto"
+    gates: str | None = None
+    dry_run: bool = False
+    force: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The gates' results, and whether the alias was moved."""
+
+    checks: list[Check] = field(default_factory=list)
+    moved: bool = False
+    already: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate was passed."""
+        return all(check.passed for check in self.checks)
 
 
 @click.command()
@@ -45,66 +74,167 @@ class PromotionRequest:
 @click.option("--min-gain", default=0.0, show_default=True, type=float, help="Least gain; below 0 allows a loss.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @friendly
-def main(**options) -> None:  # type: ignore[no-untyped-def]
-    """Evaluate a version and the one that holds the alias on the same data; move the alias if the gate passes.
+def main(model: str, alias: str, data: str, split: str, metric: str, minimum: float, min_gain: float, device: str) -> None:
+    """Promote by one metric; `planes-registry promote` has gates of all kinds, from a file.
 
     Exit code 0: promoted or already there; 2: the gate said no.
     """
-    decision = promote(PromotionRequest(**options))
-    if decision is not None and not decision.passed:
+    tracking.connect()
+    candidate = _registered(model)
+    metric = _main_metric(candidate) if metric == "auto" else metric
+    gates = {"production": {"metrics": {metric: {"minimum": minimum, "min_gain": min_gain}}}}
+    verdict = promote(PromotionRequest(model, alias, (data,), split, device), parse_gates({"gates": gates}, "options"))
+    if not verdict.passed:
         raise SystemExit(NOT_PROMOTED)
 
 
-def promote(request: PromotionRequest) -> Decision | None:
-    """Run the gate and move the alias; None where the candidate holds the alias already.
+def promote(request: PromotionRequest, given: GateFile | None = None) -> Verdict:
+    """Evaluate candidate and present version afresh, judge, log a run, and move the alias.
 
     Raises:
-        PlanesError: model, data or metric that cannot be used.
+        PlanesError: model, data, gates or store that cannot be used; another promotion was faster.
     """
-    alias = request.alias.lower()
     tracking.connect()
-    candidate = registry.resolve(request.model)
-    if candidate.name is None:
-        raise RegistryError(f"{request.model}: a saved folder; only a registered version can be promoted")
-    present = present_version(candidate.name, alias)
-    if present is not None and present.version == candidate.version:
+    candidate = _registered(request.model)
+    name, alias = str(candidate.name), checked_alias(request.alias)
+    at = standing(name, alias, look_only=request.dry_run)
+    if at.finished is not None:
+        click.echo(f"finished a move that was interrupted: {_told(at.finished)}")
+    if at.present == candidate.version:
         click.echo(f"{candidate.label} is {alias} already")
-        return None
-    dataset = open_dataset(request.data, request.split)
-    click.echo(dataset.summary())
+        return Verdict(already=True)
+    file, source = (given, "options") if given else find_gates(name, request.gates)
+    gates = file.of(alias)
+    present = _held_against(at, gates, candidate)
+    title = f"promote {candidate.label} to {alias}"
+    with tracking.tracked_run(title, {"task": "promote", "version": candidate.label, "alias": alias}) as run:
+        params = {k: v for k, v in request.__dict__.items() if k not in ("data", "model")}
+        against = present.label if present else "none"
+        tracking.log_params({**params, "data": " ".join(request.data), "candidate": candidate.label, "present": against})
+        mlflow.log_dict(file.model_dump(), "gates.yaml")
+        if not request.dry_run:
+            # Said before hours of evaluation, not after them, to those who may only read.
+            _note_run(candidate, run.info.run_id)
+        checks = _forgiving(request, lambda: _check(request, candidate, present, gates, file))
+        table = show_checks(checks)
+        click.echo(f"gates of {source}, {candidate.label} against {against}:\n{table}")
+        mlflow.log_text(table + "\n", "checks.txt")
+        mlflow.log_dict({"checks": [c.__dict__ for c in checks]}, "checks.json")
+        verdict = _decide(request, at, candidate, checks, run.info.run_id)
+    return verdict
+
+
+def _registered(model: str) -> Resolved:
+    candidate = registry.resolve(model)
+    if candidate.name is None or candidate.version is None:
+        raise RegistryError(f"{model}: a saved folder; only a registered version can be promoted")
+    return candidate
+
+
+def _main_metric(version: Resolved) -> str:
+    return MAIN_METRIC.get(read_spec(registry.fetch(version)).kind, "AP")
+
+
+def _held_against(at: Standing, gates: Gates, candidate: Resolved) -> Resolved | None:
+    """The version that the gates compare with, if there is one."""
+    number = at.present if gates.against is None else registry.find_alias(at.name, gates.against)
+    return None if number in (None, candidate.version) else registry.resolve(f"{at.name}/{number}")
+
+
+def _datasets(request: PromotionRequest, file: GateFile) -> list[Dataset]:
+    wanted = [RequiredData(path=p, split=request.split or "test") for p in request.data] or file.data
+    if not wanted:
+        raise RegistryError(f"{request.model}: its gates name no data; give --data, a data set with ground truth")
+    datasets = [open_dataset(d.path, request.split or d.split) for d in wanted]
+    for dataset in datasets:
+        click.echo(dataset.summary())
+    return datasets
+
+
+def _note_run(candidate: Resolved, run_id: str) -> None:
+    mlflow.tracking.MlflowClient().set_model_version_tag(candidate.name, candidate.version, "last_gates_run", run_id)
+
+
+def _forgiving(request: PromotionRequest, check: Callable[[], list[Check]]) -> list[Check]:
+    """The checks; data that cannot be had is a failed one for those who force the move."""
+    try:
+        return check()
+    except DataError as error:
+        if not request.force:
+            raise
+        return [Check("evaluation", "-", "possible", one_line(error), "-", False)]
+
+
+def _check(
+    request: PromotionRequest, candidate: Resolved, present: Resolved | None, gates: Gates, file: GateFile
+) -> list[Check]:
+    """All gates on all data sets."""
     device = pick_device(request.device)
-    kind = read_spec(registry.fetch(candidate)).kind
-    metric = MAIN_METRIC.get(kind, "AP") if request.metric == "auto" else request.metric
-    gate = Gate(metric, request.minimum, request.min_gain)
-    with tracking.tracked_run(f"promote {candidate.label} to {alias}", {"task": "promote", "version": candidate.label}):
+    datasets = _datasets(request, file) if gates.need_data or any(d.digest for d in file.data) else []
+    versions = [candidate] if present is None else [candidate, present]
+    folders = {v.label: registry.fetch(v) for v in versions}
+    sizes = [sum(p.stat().st_size for p in folders[v.label].rglob(WEIGHTS_FILE)) / 1e6 for v in versions]
+    trained_on = registry.version_of(candidate).tags.get("data_digest", "unknown")
+    required = file.data if datasets else []
+    checks = judge_data(required, [d.digest() for d in datasets], trained_on)
+    checks += judge_size(gates, sizes[0], None if present is None else sizes[1])
+    main = MAIN_METRIC.get(read_spec(folders[candidate.label]).kind, "AP")
+    predictors = {label: load_model(folder, device) for label, folder in folders.items()} if datasets else {}
+    for dataset in datasets:
         tracking.log_dataset(dataset, "promotion")
-        tracking.log_params({**request.__dict__, "candidate": candidate.label, "metric": metric})
-        ours, theirs = compare_on_same_data(candidate, present, lambda v: _evaluate(v, dataset, device))
-        tracking.log_evaluation("candidate/", ours, dataset, candidate.model_id)
-        if theirs is not None and present is not None:
-            tracking.log_evaluation("present/", theirs, dataset, present.model_id)
-        decision = decide(gate, _value(ours, metric), None if theirs is None else _value(theirs, metric))
-        mlflow.set_tags({"decision": "promoted" if decision.passed else "refused", "reason": decision.reason})
-        if decision.passed:
-            move_alias(candidate, present, alias, decision.reason)
-    verb = f"is {alias} now" if decision.passed else f"not promoted to {alias}"
-    click.echo(f"{candidate.label} {verb}: {decision.reason}")
-    return decision
+        with _kept(versions, dataset, device) as kept:
+            found = measure(predictors, dataset, show_progress, kept)
+        for role, version in zip(("candidate", "present"), versions, strict=False):
+            prefix = f"{role}/" if len(datasets) == 1 else f"{role}/{dataset.name}/"
+            tracking.log_evaluation(prefix, found[version.label].evaluation, dataset, version.model_id)
+        theirs: Measurement | None = None if present is None else found[present.label]
+        checks += judge(gates, main, found[candidate.label], theirs)
+    return checks
 
 
-def _evaluate(version: registry.Resolved, dataset: Dataset, device: str) -> Evaluation:
-    predictor = load_model(registry.fetch(version), device)
-    samples = show_progress(dataset.samples, len(dataset), f"evaluating {version.label}")
-    predictions = [predict_image(predictor, s.read(), s) for s in samples]
-    evaluations = evaluate_predictions(predictions, dataset, is_segmenter(predictor))
-    metrics = {prefix + k: v for prefix, e in evaluations for k, v in e.metrics.items()}
-    return Evaluation(metrics, evaluations[0][1].settings)
+@contextmanager
+def _kept(versions: Sequence[Resolved], dataset: Dataset, device: str) -> Iterator[Path]:
+    """Where an interrupted evaluation of these versions on this data is gone on with; gone once it is complete."""
+    content = [[v.label, v.digest] for v in versions], dataset.digest(), device
+    path = Path(WORK_DIR) / "promotions" / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.jsonl"
+    yield path
+    path.unlink(missing_ok=True)
 
 
-def _value(evaluation: Evaluation, metric: str) -> float:
-    if metric not in evaluation.metrics:
-        raise RegistryError(f"--metric {metric}: not known here; known: {', '.join(evaluation.metrics)}")
-    return evaluation.metrics[metric]
+def show_checks(checks: Sequence[Check]) -> str:
+    """The gates as a table for people."""
+    rows = [["pass" if c.passed else "FAIL", c.gate, c.data, c.asked, c.candidate, c.present] for c in checks] or [
+        ["pass", "no gate", "-", "-", "-", "-"]
+    ]
+    return tabulate(rows, headers=["", "gate", "data", "asked", "candidate", "present"], tablefmt="simple")
+
+
+def _decide(request: PromotionRequest, at: Standing, candidate: Resolved, checks: list[Check], run: str) -> Verdict:
+    """Move the alias if the gates, or the user, say so; tag the run with the decision."""
+    failed = [c for c in checks if not c.passed]
+    shown = failed or [c for c in checks if c.metric]
+    told = "; ".join(map(str, shown))
+    told = told if failed else f"{len(checks)} gates passed{': ' if told else ''}{told}"
+    reason = f"{request.reason} (failed: {told})" if failed and request.force else request.reason or told
+    moves = (not failed or request.force) and not request.dry_run
+    decision = "promoted" if moves else "dry run" if request.dry_run else "refused"
+    mlflow.set_tags({"decision": decision, "reason": reason[:4000], "forced": str(bool(failed and request.force)).lower()})
+    if not moves:
+        would = "would be" if not failed or request.force else "would not be"
+        verb = f"{would} promoted to {at.alias}" if request.dry_run else f"not promoted to {at.alias}"
+        click.echo(f"{candidate.label} {verb}: {reason}")
+        return Verdict(checks)
+    try:
+        move(at, str(candidate.version), "force" if failed else "promote", reason, run)
+    except RegistryError as error:
+        mlflow.set_tags({"decision": "overtaken", "reason": str(error)[:4000]})
+        raise
+    click.echo(f"{candidate.label} is {at.alias} now: {reason}")
+    return Verdict(checks, moved=True)
+
+
+def _told(entry: journal.Entry) -> str:
+    return f"{entry.move.alias} to version {entry.move.to}, begun by {entry.by} at {entry.at} ({entry.move.why})"
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ import mlflow
 import numpy as np
 
 from models.geometry import crop_window
-from models.predictor import WEIGHTS_FILE, folder_digest, read_spec
-from pipelines import registry, tracking
+from models.predictor import read_spec
+from models.saved_files import WEIGHTS_FILE
+from pipelines import tracking
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation import Evaluation, coco_tables
+from pipelines.registration import log_and_register
 from pipelines.sheets import evaluate_with_sheet
 
 
@@ -55,7 +57,7 @@ def publish(what: Publication, run_id: str, device: str) -> tuple[str | None, di
     tested = [(p.removeprefix("test/"), e) for p, e, d in results if d is what.test]
     metrics = {prefix + k: v for prefix, e in tested for k, v in e.finite().items()}
     tags = {**_tags(what, metrics), **what.tags}
-    version, model_id = registry.log_and_register(what.saved, what.name, what.example, tags, run_id, what.register)
+    version, model_id = log_and_register(what.saved, what.name, what.example, tags, run_id, what.register)
     for prefix, evaluation, dataset in results:
         tracking.log_evaluation(prefix, evaluation, dataset, model_id)
     for _, evaluation in tested:
@@ -73,7 +75,6 @@ def _tags(what: Publication, metrics: dict[str, float]) -> dict[str, str]:
         "data_digest": what.train.digest() if what.train else "unknown",
         "test_digest": what.test.digest() if what.test else "none",
         "metrics": json.dumps({k: round(v, 4) for k, v in metrics.items()}),
-        registry.DIGEST: folder_digest(what.saved),
         "weights_sha256": weights_digest(what.saved),
         "engine": read_spec(what.saved).engine,
     }

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.slow]
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     project = Project(tmp_path_factory.mktemp("demo"), None)
-    return project, project.run("python", "-m", "scoring.demo", timeout=2400)
+    return project, project.run("python", "-m", "scoring.demo", timeout=2400, real=True)
 
 
 def _metrics(text, name):

@@ -13,6 +13,7 @@ from models.errors import RegistryError
 from models.predictor import read_spec, save_model
 from models.unet import SegmenterArchitecture, build_segmenter, segmenter_spec
 from pipelines import registry, tracking
+from pipelines.registration import log_and_register
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,8 @@ def client(tmp_path_factory):
     for number in range(3):
         with tracking.tracked_run(f"run {number}", {}) as run:
             tags = {"training_key": f"key{number}"}
-            version, _ = registry.log_and_register(saved, "planes-x", image, tags, run.info.run_id)
-            again, _ = registry.log_and_register(saved, "planes-x", image, tags, run.info.run_id)
+            version, _ = log_and_register(saved, "planes-x", image, tags, run.info.run_id)
+            again, _ = log_and_register(saved, "planes-x", image, tags, run.info.run_id)
             assert str(version.version) == str(again.version) == str(number + 1)
     yield MlflowClient()
     mlflow.set_tracking_uri(None)

@@ -1,0 +1,73 @@
+"""A version copied into another registered model (`dev.planes-det` to `prod.planes-det`), here or on another server."""
+
+from __future__ import annotations
+
+import mlflow
+from mlflow.tracking import MlflowClient
+
+from models.errors import RegistryError, one_line
+from pipelines import registry, tracking
+from pipelines.registration import log_and_register
+from pipelines.registry import Resolved
+from pipelines.verification import read_example
+
+# What a copy does not inherit: it was neither promoted nor judged where it comes to.
+LEFT = ("promoted_to_", "last_gates_run", "training_key")
+
+
+def copy_version(version: Resolved, name: str, server: str | None = None) -> Resolved:
+    """Copy a version to a registered model ``name``; an equal copy that is there already is taken.
+
+    In one registry MLflow's ``copy_model_version`` points to the same files; on another
+    server (``server``: its tracking URI) they are checked, uploaded and registered anew.
+
+    Raises:
+        RegistryError: the copy is of itself, or a store refuses.
+    """
+    record = registry.version_of(version)
+    if server is None and name == version.name:
+        raise RegistryError(f"{version.label}: is a version of {name} already; give another name")
+    tags = {k: v for k, v in record.tags.items() if not k.startswith(LEFT)} | {"copied_from": version.label}
+    if server is not None:
+        return _to_server(version, name, server, tags)
+    known = _copy_of(name, tags)
+    if known is not None:
+        return known
+    client = MlflowClient()
+    try:
+        made = client.copy_model_version(f"models:/{version.label}", name)
+        client.set_model_version_tag(name, made.version, "copied_from", version.label)
+        for key in record.tags:
+            if key.startswith(LEFT):
+                client.delete_model_version_tag(name, made.version, key)
+    except mlflow.MlflowException as error:
+        raise RegistryError(f"{version.label}: cannot be copied to {name} ({one_line(error)[:200]})") from None
+    return registry.resolve(f"{name}/{made.version}")
+
+
+def _copy_of(name: str, tags: dict[str, str]) -> Resolved | None:
+    if name not in registry.registered_names():
+        return None
+    for record in registry.versions_of(name):
+        same = all(record.tags.get(key) == tags.get(key) for key in (registry.DIGEST, "copied_from"))
+        if same and registry.DIGEST in tags:
+            return registry.resolve(f"{name}/{record.version}")
+    return None
+
+
+def _to_server(version: Resolved, name: str, server: str, tags: dict[str, str]) -> Resolved:
+    folder, example = registry.fetch(version), read_example(version)
+    if example is None:
+        raise RegistryError(f"{version.label}: has no example (registered before 0.6); copy it within its registry instead")
+    here = mlflow.get_tracking_uri()
+    try:
+        tracking.connect(server)
+        known = _copy_of(name, tags)
+        if known is not None:
+            return known
+        with tracking.tracked_run(f"copy {version.label}", {"task": "copy", "copied_from": version.label}) as run:
+            made, _ = log_and_register(folder, name, example.decoded(), tags, run.info.run_id)
+        assert made is not None
+        return registry.resolve(f"{name}/{made.version}")
+    finally:
+        mlflow.set_tracking_uri(here)

@@ -1,0 +1,152 @@
+"""The ``planes-registry`` command. Imports of ours stay inside the commands: ``--help`` must answer at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+JSON = click.option("--json", "as_json", is_flag=True, help="For programs.")
+ALIAS = click.option("--alias", default="production", show_default=True, help="Alias to move back.")
+
+
+@click.group(context_settings={"max_content_width": 110})
+@click.version_option(package_name="planes")
+def main() -> None:
+    """Look after registered models: what there is, where it comes from, what is in production, and the way back.
+
+    \b
+    planes-registry promote planes-det 7 --to production
+    planes-registry rollback planes-det
+    planes-registry show planes-det/production
+    """
+
+
+def _run(function: str, *arguments: Any, **options: Any) -> Any:
+    """Call a function of our steps (``module:name``) with our errors as one line."""
+    import importlib
+
+    from pipelines.steps.edge import friendly
+
+    module, name = function.split(":")
+
+    def call() -> Any:
+        target: Callable[..., Any] = getattr(importlib.import_module(f"pipelines.steps.{module}"), name)
+        return target(*arguments, **options)
+
+    return friendly(call)()
+
+
+def _named(model: str, version: str | None) -> str:
+    """``planes-det 7`` and ``planes-det/7`` mean the same; without a version the newest."""
+    if version is not None:
+        return f"{model}/{version}"
+    return model if "/" in model or "@" in model else f"{model}/latest"
+
+
+@main.command()
+@click.argument("model")
+@click.argument("version", required=False)
+@click.option("--to", "target", required=True, help="ALIAS, or NAME@ALIAS to copy the version to another model first.")
+@click.option("--gates", default=None, help="YAML file; without it gates/MODEL.yaml, else the project's own.")
+@click.option("--data", multiple=True, help="Data sets to evaluate on instead of those of the gates; repeatable.")
+@click.option("--split", default=None, help="Split of data folders, instead of that of the gates.")
+@click.option("--dry-run", is_flag=True, help="Evaluate and judge, move nothing.")
+@click.option("--force", is_flag=True, help="Move the alias even if a gate fails; needs --reason.")
+@click.option("--reason", default="", help="Why, for the history.")
+@DEVICE
+def promote(model: str, version: str | None, target: str, force: bool, reason: str, **options: Any) -> None:
+    """Evaluate MODEL VERSION and the one in its place afresh, judge by the gates, and move the alias.
+
+    Exit code 0: moved, or there already; 2: a gate failed, nothing was moved.
+    """
+    if force and not reason.strip():
+        raise click.UsageError("--force needs --reason TEXT: the history must tell why")
+    if not _run("moves:promote_version", _named(model, version), target, force=force, reason=reason, **options):
+        raise SystemExit(2)
+
+
+@main.command()
+@click.argument("model")
+@ALIAS
+@click.option("--version", default=None, help="Version to go to, instead of the one that was there before.")
+@click.option("--reason", default="rolled back", show_default=True, help="Why, for the history.")
+@click.option("--unchecked", is_flag=True, help="Do not load the version first to see that it works.")
+def rollback(model: str, **options: Any) -> None:
+    """Move an alias of MODEL back to the version that it pointed to before; no gates, no data, seconds."""
+    _run("moves:roll_back", model, **options)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--alias", default=None, help="Moves of this alias alone.")
+@JSON
+def history(model: str, alias: str | None, as_json: bool) -> None:
+    """Tell every move of MODEL's aliases: when, from which version to which, by whom, why."""
+    _run("moves:tell_history", model, alias, as_json)
+
+
+@main.command(name="list")
+@click.argument("models", nargs=-1)
+@JSON
+def list_versions(models: tuple[str, ...], as_json: bool) -> None:
+    """List registered MODELS (all without a name) with their versions, aliases and metrics."""
+    _run("views:list_versions", models, as_json)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("version", required=False)
+@JSON
+def show(model: str, version: str | None, as_json: bool) -> None:
+    """Show where MODEL VERSION comes from (data, code, run, parts), its gates and moves, and what uses it."""
+    _run("views:show_version", _named(model, version), as_json)
+
+
+@main.command()
+@click.argument("first")
+@click.argument("second")
+@JSON
+def diff(first: str, second: str, as_json: bool) -> None:
+    """Show how two versions differ: params, metrics, data, code."""
+    _run("views:show_difference", first, second, as_json)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("version", required=False)
+def verify(model: str, version: str | None) -> None:
+    """Hash MODEL VERSION's files again, load it, predict its example, hold that against what was logged.
+
+    Exit code 0: all is as it was; 1: it is not.
+    """
+    if not _run("views:verify_version", _named(model, version)):
+        raise SystemExit(1)
+
+
+@main.command()
+@click.argument("version")
+@click.argument("name")
+@click.option("--to-server", default=None, help="Tracking URI of another server; without it the copy stays in this one.")
+def copy(version: str, name: str, to_server: str | None) -> None:
+    """Copy VERSION (dev.planes-det/7) to the registered model NAME (prod.planes-det)."""
+    _run("views:copy", version, name, to_server)
+
+
+@main.command()
+@click.argument("models", nargs=-1)
+@click.option("--keep", default=3, show_default=True, type=click.IntRange(1), help="Newest versions that always stay.")
+@click.option("--dry-run", is_flag=True, help="Only tell.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def gc(models: tuple[str, ...], keep: int, dry_run: bool, yes: bool) -> None:
+    """Delete versions that nothing names: no alias or stage, composition, scoring run or move of an alias.
+
+    Artefacts stay until MLflow's own `mlflow gc`.
+    """
+    _run("views:sweep", models, keep, dry_run, yes)
+
+
+if __name__ == "__main__":
+    main()

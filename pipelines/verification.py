@@ -1,0 +1,135 @@
+"""Is a version still what was registered, and does it still predict what it did?"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.tracking import MlflowClient
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from models.errors import DataError, PlanesError, RegistryError, one_line
+from models.geometry import rle_iou
+from models.image import read_image
+from models.instances import Instances, from_rows
+from models.predictor import folder_digest, load_model
+from pipelines import registry
+from pipelines.registration import EXAMPLE_FILE
+from pipelines.registry import Resolved
+
+MOST_BYTES = 200_000_000
+# Other CPUs and numbers of threads change the last bits of a float; nothing changes this much.
+PIXELS, SCORE, MASK_IOU = 0.5, 0.01, 0.98
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; ``passed`` is None where it could not be."""
+
+    what: str
+    passed: bool | None
+    found: str
+
+
+class Example(BaseModel):
+    """Content of a version's example: the image (base64 of a file) and the rows that it predicted when registered."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: str
+    rows: list[dict[str, Any]]
+
+    def decoded(self) -> np.ndarray:
+        """The image, RGB uint8 (H, W, 3).
+
+        Raises:
+            DataError: not an image.
+        """
+        try:
+            return read_image(base64.b64decode(self.image, validate=True))
+        except (binascii.Error, ValueError):
+            raise DataError(f"{EXAMPLE_FILE}: image is not valid base64") from None
+
+
+def read_example(version: Resolved) -> Example | None:
+    """A version's example; None where it has none (registered by a release before 0.6).
+
+    Raises:
+        RegistryError: the artefacts cannot be read, or are no example.
+    """
+    uri = f"models:/{version.name}/{version.version}"
+    try:
+        source = MlflowClient().get_model_version_download_uri(str(version.name), str(version.version))
+        local = Path(source.removeprefix("file://"))
+        if local.is_dir():
+            path = local / "artifacts" / EXAMPLE_FILE
+            if not path.is_file() or path.is_symlink():
+                return None
+            content = path.read_bytes() if path.stat().st_size <= MOST_BYTES else b""
+        else:
+            entries = mlflow.artifacts.list_artifacts(artifact_uri=f"{uri}/artifacts")
+            found = [e for e in entries if e.path == f"artifacts/{EXAMPLE_FILE}" and (e.file_size or 0) <= MOST_BYTES]
+            if not found:
+                return None
+            content = Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{uri}/{found[0].path}")).read_bytes()
+        return Example.model_validate_json(content)
+    except ValidationError:
+        raise RegistryError(f"{uri}: its {EXAMPLE_FILE} is damaged") from None
+    except (mlflow.MlflowException, OSError) as error:
+        raise RegistryError(f"{uri}: its artefacts cannot be fetched ({one_line(error)[:200]})") from None
+
+
+def verify(version: Resolved) -> list[Finding]:
+    """Hash the files again, load the model, predict the example on the CPU and hold it against what was logged."""
+    findings = []
+    try:
+        folder = registry.fetch(version)
+        if version.digest is None:
+            findings.append(Finding("files", None, "no digest was noted when it was registered"))
+        else:
+            findings.append(Finding("files", True, f"are those of digest {folder_digest(folder)[:16]}"))
+        predictor = load_model(folder, "cpu")
+        findings.append(Finding("model", True, "loads"))
+        example = read_example(version)
+        if example is None:
+            findings.append(Finding("example", None, "no output was logged when it was registered"))
+        else:
+            found = predictor.predict([example.decoded()])[0].named("0")
+            logged = from_rows(example.rows)
+            findings.append(_compare(found, logged[0] if logged else None))
+    except PlanesError as error:
+        step = ("files", "model", "example")[min(len(findings), 2)]
+        findings.append(Finding(step, False, one_line(error)))
+    return findings
+
+
+def _compare(found: Instances, logged: Instances | None) -> Finding:
+    """The example's prediction now and then, plane by plane in order of score."""
+    if logged is None or not len(found):
+        same = logged is None and not len(found)
+        text = (
+            "no plane in the example, now and when logged" if same else f"{len(found)} planes, {len(logged or ())} logged"
+        )
+        return Finding("example", same, text)
+    if len(found) != len(logged):
+        return Finding("example", False, f"{len(found)} planes, {len(logged)} when logged")
+    pixels = float(np.abs(found.boxes - logged.boxes).max())
+    scores = float(np.abs(found.scores - logged.scores).max())
+    least = _least_iou(found.masks, logged.masks)
+    passed = pixels <= PIXELS and scores <= SCORE and least >= MASK_IOU
+    text = f"{len(found)} planes as logged: boxes within {pixels:.3g} pixels, scores within {scores:.2g}"
+    return Finding("example", passed, text + ("" if found.masks is None else f", masks' IoU at least {least:.4f}"))
+
+
+def _least_iou(found: Sequence[dict[str, Any]] | None, logged: Sequence[dict[str, Any]] | None) -> float:
+    if found is None and logged is None:
+        return 1.0
+    if found is None or logged is None:
+        return 0.0
+    return min(float(rle_iou([a], [b])[0, 0]) for a, b in zip(found, logged, strict=True))

@@ -1,0 +1,209 @@
+"""Gates: pass, fail, first version ever, tie, slices, confidence, size, data; and mistakes in the file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.errors import RecipeError
+from models.geometry import rle_encode
+from models.instances import Instances
+from pipelines.data.dataset import Dataset, Sample
+from pipelines.gate import GATES, Gates, RequiredData, find_gates, judge, judge_data, judge_size, parse_gates
+from pipelines.measuring import Measurement, all_metrics, gain_confidence, measure, slowdown
+
+SIDE = 200
+
+
+def _mask(box):
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[box[1] : box[3], box[0] : box[2]] = True
+    return rle_encode(mask)
+
+
+@pytest.fixture
+def dataset(monkeypatch):
+    """Six images, each with a plane of 20 and one of 60 pixels."""
+    monkeypatch.setattr(Dataset, "digest", lambda self: "d1")
+    boxes = np.array([[10, 10, 30, 30], [100, 100, 160, 160]], np.float32)
+    masks = tuple(_mask(b.astype(int)) for b in boxes)
+    samples = [
+        Sample(f"{'AB'[i % 2]}{i}", Path("x"), SIDE, SIDE, str(i), boxes, masks, np.zeros(2, bool)) for i in range(6)
+    ]
+    return Dataset("field", Path("x"), "test", "plane", tuple(samples))
+
+
+def _finds(dataset, small=(), large=(), seconds=1.0, segmenter=False):
+    """A detector that finds the small and the large planes of the images with these numbers."""
+    found = []
+    for number, sample in enumerate(dataset.samples):
+        chosen = [i for i, numbers in enumerate((small, large)) if number in numbers]
+        if segmenter:
+            # A missed plane gets a mask of a quarter of its pixels.
+            masks = [
+                m if i in chosen else _mask([10, 10, 20, 20] if i == 0 else [100, 100, 130, 130])
+                for i, m in enumerate(sample.masks)
+            ]
+            found.append(Instances.make(sample.image_id, SIDE, SIDE, sample.boxes, [1, 1], None, masks))
+        else:
+            masks = [sample.masks[i] for i in chosen]
+            found.append(
+                Instances.make(sample.image_id, SIDE, SIDE, sample.boxes[chosen], [0.9] * len(chosen), None, masks)
+            )
+    return Measurement(dataset, segmenter, found, [9.0] + [seconds] * 5, all_metrics(found, dataset, segmenter))
+
+
+ALL = range(6)
+
+
+@pytest.mark.parametrize(
+    ("gate", "candidate", "present", "failed"),
+    [
+        ({"minimum": 0.9}, ALL, None, []),
+        ({"minimum": 0.9}, [0, 1], None, ["AP"]),
+        ({"minimum": 0.9}, [0, 1], [0], ["AP"]),
+        ({"min_gain": 0}, ALL, [0, 1, 2], []),
+        ({"min_gain": 0}, ALL, ALL, ["AP gain"]),
+        ({"min_gain": 0}, ALL, None, []),
+        ({"min_gain": 0.4}, ALL, [0, 1, 2], ["AP gain"]),
+        ({"min_gain": -0.3}, [0, 1, 2, 3, 4], ALL, []),
+        ({"min_gain": -0.01}, ALL, ALL, []),
+        ({"min_gain": 0, "confidence": 0.95}, ALL, [], []),
+        ({"min_gain": 0, "confidence": 0.95}, ALL, [1, 2, 3, 4, 5], ["AP gain, confidence"]),
+        ({"min_gain": 0, "confidence": 0.95}, ALL, None, []),
+    ],
+)
+def test_gates_on_a_metric(dataset, gate, candidate, present, failed):
+    ours = _finds(dataset, candidate, ALL)
+    theirs = None if present is None else _finds(dataset, present, ALL)
+    checks = judge(Gates(metrics={"AP": gate}), "AP", ours, theirs)
+    assert [c.gate for c in checks if not c.passed] == failed
+    assert all("AP" in str(c) for c in checks)
+
+
+def test_the_confidence_is_the_share_of_resamples_that_gain(dataset):
+    """One image of six differs: it is drawn at least once with probability 1 - (5/6)^6."""
+    ours, theirs = _finds(dataset, ALL, ALL), _finds(dataset, [1, 2, 3, 4, 5], ALL)
+    assert abs(gain_confidence("AP", 0, ours, theirs) - (1 - (5 / 6) ** 6)) < 0.06
+    crops = [_finds(dataset, chosen, ALL, segmenter=True) for chosen in (ALL, [1, 2, 3, 4, 5])]
+    assert gain_confidence("IoU", 0, *crops) == gain_confidence("AP", 0, ours, theirs)
+    assert gain_confidence("mask_AP50", 0, ours, theirs) == gain_confidence("AP50", 0, ours, theirs)
+    assert gain_confidence("AP", 0, ours, ours) == 0
+    with pytest.raises(RecipeError, match="no confidence can be computed"):
+        gain_confidence("APs", 0, ours, theirs)
+
+
+def test_a_slice_must_not_get_worse(dataset):
+    better_but_not_for_small = _finds(dataset, [0, 1], ALL), _finds(dataset, [0, 1, 2], [0, 1])
+    gates = Gates(slices={"small planes": {"size": "small"}, "large ones": {"size": "medium"}, "A": {"images": "A*"}})
+    checks = {c.gate: c for c in judge(gates, "AP", *better_but_not_for_small)}
+    assert {k for k, c in checks.items() if not c.passed} == {"small planes: AP"}
+    assert judge(Gates(slices={"s": {"size": "small", "max_loss": 0.2}}), "AP", *better_but_not_for_small)[0].passed
+    # Crops: IoU 1 where found, a quarter where missed.
+    crops = _finds(dataset, [0, 1], ALL, segmenter=True), _finds(dataset, [0, 1, 2], [0, 1], segmenter=True)
+    checks = judge(gates, "IoU", *crops)
+    assert [c.passed for c in checks] == [False, True, True]
+    assert checks[0].candidate.startswith(f"{(2 + 4 / 4) / 6:.4f}")
+    # What the data does not show cannot be judged, and does not pass.
+    (unseen,) = judge(Gates(slices={"huge": {"size": "large"}}), "AP", *better_but_not_for_small)
+    assert (unseen.passed, unseen.candidate) == (False, "cannot be measured")
+    assert math.isnan(crops[0].of_images("Z*", "IoU"))
+
+
+def test_time_is_a_median_without_the_first_image(dataset):
+    slow, quick = _finds(dataset, ALL, ALL, seconds=3.0), _finds(dataset, ALL, ALL, seconds=2.0)
+    assert slowdown(slow, quick) == 1.5
+    assert [judge(Gates(max_slowdown=m), "AP", slow, quick)[0].passed for m in (1.4, 1.6)] == [False, True]
+    assert judge(Gates(max_slowdown=0.1), "AP", slow, None)[0].passed is False
+
+
+def test_sizes_planes_and_data(dataset):
+    assert [c.passed for c in judge_size(Gates(max_size=1.5, max_megabytes=20), 30, 15)] == [False, False]
+    assert [c.passed for c in judge_size(Gates(max_size=2, max_megabytes=30), 30, 15)] == [True, True]
+    assert [c.passed for c in judge_size(Gates(max_size=1.5), 30, None)] == [True]
+    assert [judge(Gates(min_planes=n), "AP", _finds(dataset), None)[0].passed for n in (12, 13)] == [True, False]
+    required = [RequiredData(path="a", digest="d1"), RequiredData(path="b")]
+    assert [c.passed for c in judge_data(required, ["d1"], "d9")] == [True]
+    assert [c.passed for c in judge_data(required, ["d2"], "d9")] == [False]
+    assert [c.asked for c in judge_data([], ["d2"], "d2") if not c.passed] == ["not the training data"]
+
+
+def test_an_interrupted_measurement_goes_on(dataset, tmp_path, monkeypatch):
+    seen = []
+
+    class Detector:
+        def predict(self, images):
+            seen.append(len(seen))
+            if len(seen) == 6:
+                raise KeyboardInterrupt
+            return [Instances.make("0", SIDE, SIDE, [[10, 10, 30, 30]], [0.5])]
+
+    monkeypatch.setattr(Sample, "read", lambda self: np.zeros((SIDE, SIDE, 3), np.uint8))
+    kept = tmp_path / "work" / "kept.jsonl"
+
+    def run():
+        return measure({"a": Detector(), "b": Detector()}, dataset, lambda items, total, title: items, kept)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    with open(kept, "a") as handle:
+        handle.write('["a", 1.0, ["cut')
+    found = run()
+    # Five of twelve were kept.
+    assert len(seen) == 6 + 7
+    assert all(len(m.found) == 6 and m.metrics["AP"] == found["a"].metrics["AP"] > 0 for m in found.values())
+
+
+def test_the_projects_own_files_are_valid_and_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in GATES.glob("*.yaml"):
+        file, source = find_gates(path.stem)
+        assert source == str(path)
+        assert file.of("challenger").against == "production"
+        assert file.of("anything") == file.of("production")
+        assert file.data[0].path == "data/airfield"
+    assert find_gates("prod.planes-det")[1] == str(GATES / "planes-det.yaml")
+    (tmp_path / "gates").mkdir()
+    (tmp_path / "gates" / "planes-det.yaml").write_text("gates: {production: {min_planes: 3}}")
+    assert find_gates("planes-det")[0].of("production").min_planes == 3
+    with pytest.raises(RecipeError, match=r"gates/planes-x\.yaml: no such file; give --gates FILE"):
+        find_gates("planes-x")
+    with pytest.raises(RecipeError, match="gates absent: no such file"):
+        find_gates("planes-det", "absent")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"gates": {"production": {"metrics": {"AP": {"minimun": 1}}}}},
+            "unknown key 'gates.production.metrics.AP.minimun'; did you mean 'minimum'",
+        ),
+        ({"gates": {"production": {"max_slow": 1}}}, "did you mean 'max_slowdown'"),
+        (
+            {"gates": {"production": {"max_slowdown": 0}}},
+            r"gates\.production\.max_slowdown: Input should be greater than 0",
+        ),
+        ({"gates": {"production": {"metrics": {"AP": {"confidence": 0.9}}}}}, "confidence needs min_gain"),
+        ({"gates": {"production": {"slices": {"s": {"size": "tiny"}}}}}, "expected size"),
+        ({"gates": {"production": {"slices": {"s": {}}}}}, "expected size"),
+        ({}, "gates: Field required"),
+        ([], "whole file: "),
+    ],
+)
+def test_mistakes_in_the_file(content, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_gates(content, "gates x.yaml")
+
+
+def test_an_unknown_metric_names_those_there_are(dataset):
+    with pytest.raises(RecipeError, match="metric APP: not known here; known: AP, AP50"):
+        judge(Gates(metrics={"APP": {"minimum": 1}}), "AP", _finds(dataset, ALL, ALL), None)
+
+
+def test_no_gates_for_an_alias():
+    with pytest.raises(RecipeError, match="none for staging, and none for production; known: challenger"):
+        parse_gates({"gates": {"challenger": {}}}, "x").of("staging")

@@ -1,0 +1,162 @@
+"""The journal: who was first, what an interruption leaves behind at each single step, and the way back."""
+
+from __future__ import annotations
+
+import os
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow.tracking import MlflowClient
+
+from models.errors import RegistryError
+from models.predictor import save_model
+from models.unet import SegmenterArchitecture, build_segmenter, segmenter_spec
+from pipelines import journal, promotion, registry, tracking
+from pipelines.registration import log_and_register
+
+NAME = "planes-x"
+WRITES = (
+    "create_registered_model", "create_model_version", "set_model_version_tag", "set_registered_model_alias",
+    "delete_registered_model_alias", "transition_model_version_stage",
+)  # fmt: skip
+
+
+@pytest.fixture
+def client(tmp_path, monkeypatch):
+    """A real SQLite store with versions 1, 2, 3 of one saved folder."""
+    monkeypatch.chdir(tmp_path)
+    # MLflow leaves it behind when it chooses an experiment, here that of the test before.
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
+    tracking.connect()
+    architecture = SegmenterArchitecture(network="skipnet", crop_size=64)
+    saved = save_model("m", segmenter_spec(architecture, ["plane"]), build_segmenter(architecture).state_dict())
+    with tracking.tracked_run("run", {}) as run:
+        first, _ = log_and_register(saved, NAME, np.zeros((64, 64, 3), np.uint8), {}, run.info.run_id)
+    client = MlflowClient()
+    for _ in range(2):
+        client.create_model_version(NAME, first.source, run_id=run.info.run_id, tags=first.tags)
+    yield client
+    mlflow.set_tracking_uri(None)
+
+
+def _move(to, kind="promote", at=None, why="better"):
+    at = at or promotion.standing(NAME, "production")
+    return promotion.move(at, to, kind, why)
+
+
+def _aliases():
+    return registry.aliases_of(NAME)
+
+
+def test_promotions_pile_up_and_rollbacks_take_them_off(client):
+    for version in "123":
+        _move(version)
+    assert _aliases() == {"production": "3", "previous": "2"}
+    tags = client.get_model_version(NAME, "3").tags
+    assert (tags["promoted_to_production"], tags["promoted_to_production_from"]) == ("better", "2")
+    assert tags["promoted_to_production_by"] == journal.whoami()
+    for back, below in (("2", "1"), ("1", None)):
+        at = promotion.standing(NAME, "production")
+        assert promotion.rollback_target(at) == back
+        _move(back, "rollback", at)
+        assert _aliases().get("previous") == below
+    with pytest.raises(RegistryError, match="no version is known that was production before; give --version"):
+        promotion.rollback_target(promotion.standing(NAME, "production"))
+    assert [e.state for e in journal.read_journal(NAME)] == ["done"] * 5
+
+
+def test_the_second_of_two_that_decided_at_once_is_told_who_won(client):
+    _move("1")
+    first, second = promotion.standing(NAME, "production"), promotion.standing(NAME, "production")
+    _move("2", at=first)
+    with pytest.raises(RegistryError, match=r"was moved to version 2 by .* meanwhile \(better\).*decide again"):
+        _move("3", at=second)
+    assert _aliases() == {"production": "2", "previous": "1"}
+    assert [e.state for e in journal.read_journal(NAME)] == ["done", "done", "overtaken"]
+    # Aliases do not disturb each other.
+    promotion.move(promotion.standing(NAME, "challenger"), "3", "promote", "new")
+    assert _aliases()["challenger"] == "3"
+
+
+def test_a_challenger_that_wins_is_no_challenger_any_more(client):
+    _move("1")
+    promotion.move(promotion.standing(NAME, "challenger"), "3", "promote", "new")
+    _move("3")
+    assert _aliases() == {"production": "3", "previous": "1"}
+
+
+def test_moves_past_the_journal_are_seen_and_not_undone(client):
+    _move("1")
+    at = promotion.standing(NAME, "production")
+    client.set_registered_model_alias(NAME, "production", "3")
+    with pytest.raises(RegistryError, match="moved to version 3 past planes-registry meanwhile"):
+        _move("2", at=at)
+    assert _aliases()["production"] == "3"
+    _move("2")
+    assert _aliases() == {"production": "2", "previous": "3"}
+    assert [e.state for e in journal.read_journal(NAME)] == ["done", "abandoned", "done"]
+
+
+def test_other_spellings_of_an_alias_are_never_at_odds(client):
+    client.set_registered_model_alias(NAME, "Production", "1")
+    seen = []
+    real = MlflowClient.set_registered_model_alias
+
+    def spying(self, *arguments):
+        real(self, *arguments)
+        seen.append(registry.find_alias(NAME, "production"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", spying)
+        _move("2")
+    assert seen[0] == "2"
+    assert _aliases() == {"production": "2", "previous": "1"}
+
+
+def _killed_at(step, to):
+    """Move in a process that ends, without any clean-up, in place of its write number ``step``; True if it got that far."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    try:
+        done = 0
+
+        def ending(real):
+            def write(*arguments, **options):
+                nonlocal done
+                done += 1
+                if done == step:
+                    os._exit(9)
+                return real(*arguments, **options)
+
+            return write
+
+        for name in WRITES:
+            setattr(MlflowClient, name, ending(getattr(MlflowClient, name)))
+        _move(to)
+    finally:
+        os._exit(0)
+
+
+def test_a_kill_in_place_of_each_write_leaves_the_old_or_the_new_version(client):
+    """Every write of a promotion is left out once, with all that follows it; the next one puts things right."""
+    _move("1")
+    states, steps = set(), 0
+    for step in range(1, 60):
+        old, new = ("1", "2") if step % 2 else ("2", "1")
+        if not _killed_at(step, new):
+            break
+        steps += 1
+        assert _aliases()["production"] in (old, new)
+        last = journal.counting(journal.read_journal(NAME), "production")[-1]
+        states.add((last.state, _aliases()["production"] == last.move.to))
+        # Whoever comes next finishes what counts, and goes on to where the round was meant to end.
+        at = promotion.standing(NAME, "production")
+        if at.present != new:
+            _move(new, at=at)
+        assert _aliases() == {"production": new, "previous": old}
+        assert all(e.state in ("done", "overtaken") for e in journal.read_journal(NAME))
+    assert steps >= 8
+    # Before the entry, between entry and alias, and after the alias.
+    assert states == {("done", True), ("begun", False), ("begun", True)}
