@@ -20,6 +20,25 @@ UNET = ("training.batch_size=4", "architecture.crop_size=64", "training.evaluate
 DETECTOR = ("training.batch_size=2", "window=128", "training.evaluate_every=4", "training.checkpoint_every=2")
 
 
+# Registers a saved folder as a training does: folder, name, tags as JSON.
+REGISTER = """
+import json, sys
+from pathlib import Path
+import cv2
+import numpy as np
+from pipelines import tracking
+from pipelines.registration import log_and_register
+tracking.connect()
+with tracking.tracked_run("given", {"mlflow.user": "trainer"}) as run:
+    image = np.full((96, 96, 3), 90, np.uint8)
+    cv2.line(image, (48, 10), (48, 86), (250, 250, 250), 8)
+    cv2.line(image, (14, 44), (82, 44), (250, 250, 250), 10)
+    tags = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
+    version, _ = log_and_register(Path(sys.argv[1]), sys.argv[2], image, tags, run.info.run_id)
+    print("registered", version.version)
+"""
+
+
 @dataclass(frozen=True)
 class Project:
     """A working folder with its own store; commands run there as a user would run them."""
@@ -101,6 +120,16 @@ def project(tmp_path_factory: pytest.TempPathFactory, airfield: Path) -> Project
     made.train_unet("--steps", "8")
     made.train_detector("--steps", "40")
     return made
+
+
+@pytest.fixture(scope="session")
+def gated(project: Project) -> Project:
+    """gated/1 and gated/2 equal to the bit, gated/3 trained for longer."""
+    for steps in ("4", "4", "24"):
+        project.train_unet("--name", "gated", "--steps", steps)
+    hashes = [project.client.get_model_version("gated", str(n)).tags["weights_sha256"] for n in (1, 2, 3)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    return project
 
 
 @pytest.fixture(scope="module")

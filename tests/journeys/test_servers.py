@@ -2,82 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.journeys.conftest import error_line
+from tests.journeys.conftest import REGISTER, error_line
+from tests.journeys.stack import MlflowServer
 
 pytestmark = pytest.mark.xdist_group("journey")
-
-# Registers a saved folder as a training does.
-REGISTER = """
-import sys
-from pathlib import Path
-import numpy as np
-from models.predictor import folder_digest
-from pipelines import registry, tracking
-tracking.connect()
-with tracking.tracked_run("given", {}) as run:
-    folder = Path(sys.argv[1])
-    registry.log_and_register(folder, "planes-det", np.zeros((64, 64, 3), np.uint8), tags, run.info.run_id)
-"""
-
-
-class Server:
-    """`mlflow server` with its store and artefacts in a folder, reached over HTTP alone."""
-
-    def __init__(self, folder: Path, env: dict[str, str]) -> None:
-        self.folder, self.env = folder, env
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        """Start and wait until it answers."""
-        command = ["mlflow", "server", "--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
-        command += ["--artifacts-destination", str(self.folder / "artefacts"), "--port", str(self.port)]
-        with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(command, env=self.env, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=2)
-                return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.2)
-        raise TimeoutError((self.folder / "server.log").read_text()[-2000:])
-
-    def stop(self) -> None:
-        """Kill it with all its workers, as a power cut does."""
-        if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
 
 
 @pytest.fixture(scope="module")
 def server(project, tmp_path_factory):
     """A server that holds planes-det/1, and the environment of those who use it."""
-    made = Server(tmp_path_factory.mktemp("server"), project.env())
+    made = MlflowServer(tmp_path_factory.mktemp("server"), project.env())
     made.start()
     trained = next((project.folder / ".planes" / "training").glob("planes-det-*/model"))
     use = {"MLFLOW_TRACKING_URI": made.uri, "PLANES_CACHE": str(made.folder / "cache")}
     use["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
-    root = str(Path(__file__).parents[2])
-    project.run("python", "-c", REGISTER, str(trained), PYTHONPATH=root, **use)
+    project.run("python", "-c", REGISTER, str(trained), "planes-det", **use)
     yield made, use
     made.stop()
 

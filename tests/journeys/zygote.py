@@ -32,7 +32,7 @@ SCRIPTS = ("score", "planes-registry")
 
 def can_run(arguments: tuple[str, ...]) -> bool:
     """Whether a command is one of ours."""
-    return arguments[0] in SCRIPTS or arguments[:2] == ("python", "-m")
+    return arguments[0] in SCRIPTS or arguments[:2] in (("python", "-m"), ("python", "-c"))
 
 
 @dataclass
@@ -153,9 +153,12 @@ def _command(request: dict) -> None:
     try:
         arguments = request["arguments"]
         if arguments[0] == "python":
-            sys.argv = arguments[2:]
+            sys.argv = ["-c", *arguments[3:]] if arguments[1] == "-c" else arguments[2:]
             sys.path[0] = request["cwd"]
-            runpy.run_module(arguments[2], run_name="__main__", alter_sys=True)
+            if arguments[1] == "-c":
+                exec(compile(arguments[2], "<string>", "exec"), {"__name__": "__main__"})
+            else:
+                runpy.run_module(arguments[2], run_name="__main__", alter_sys=True)
         else:
             sys.argv = arguments
             (script,) = (e for e in entry_points(group="console_scripts") if e.name == arguments[0])
