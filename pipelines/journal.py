@@ -25,11 +25,12 @@ from typing import Literal
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, RESOURCE_ALREADY_EXISTS, ErrorCode
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking import MlflowClient
 
 from models.errors import RegistryError, one_line
 from pipelines.registry import JOURNAL_OF
+from pipelines.tracking import denied
 
 SUFFIX = "-journal"
 LONGEST = 1000
@@ -171,11 +172,11 @@ def append(name: str, move: Move) -> Entry:
                 if found:
                     number = int(found[0].version)
                     break
-                if attempt == TRIES - 1 or _denied(error):
+                if attempt == TRIES - 1 or denied(error):
                     raise
                 time.sleep(0.05 * (attempt + 1))
     except MlflowException as error:
-        hint = f"; you need the right to edit {name} and {journal}" if _denied(error) else ""
+        hint = f"; you need the right to edit {name} and {journal}" if denied(error) else ""
         raise RegistryError(f"{journal}: cannot be written ({one_line(error)[:200]}){hint}") from None
     return next(e for e in read_journal(name) if e.number == number)
 
@@ -190,10 +191,6 @@ def _open_journal(client: MlflowClient, name: str, journal: str) -> None:
         except MlflowException as error:
             if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
                 raise
-
-
-def _denied(error: MlflowException) -> bool:
-    return error.error_code == ErrorCode.Name(PERMISSION_DENIED) or "ermission denied" in str(error)
 
 
 def mark(name: str, entry: Entry, state: Literal["done", "abandoned"]) -> None:

@@ -164,7 +164,12 @@ def mirror_stage(name: str, alias: str, version: str) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            MlflowClient().transition_model_version_stage(name, version, stage, archive_existing_versions=True)
+            client = MlflowClient()
+            client.transition_model_version_stage(name, version, stage)
+            # MLflow's own archive_existing_versions fails on PostgreSQL (3.17: it compares numbers with texts).
+            for other in registry.versions_of(name):
+                if other.current_stage == stage and str(other.version) != version:
+                    client.transition_model_version_stage(name, str(other.version), "Archived")
         except (mlflow.MlflowException, AttributeError):
             # Deprecated since MLflow 2.9; servers such as Unity Catalog have none.
             return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version as installed
@@ -87,7 +88,8 @@ def log_and_register(
             shown = Path(work) / EXAMPLE_FILE
             shown.write_text(json.dumps(_answered(example, folder)))
             info = mlflow.pyfunc.log_model(
-                name=name,
+                # Names of logged models know fewer characters than those of registered ones, such as dev.planes-det.
+                name=re.sub(r"[/:.%\"']", "-", name),
                 python_model=str(PACKAGE / "pyfunc.py"),
                 artifacts={"model": str(folder), "example": str(shown)},
                 code_paths=[str(PACKAGE)],

@@ -22,7 +22,7 @@ for _name in ("alembic", "mlflow"):
 import mlflow  # noqa: E402
 from mlflow.data.meta_dataset import MetaDataset  # noqa: E402
 from mlflow.data.sources import LocalArtifactDatasetSource  # noqa: E402
-from mlflow.entities import Metric  # noqa: E402
+from mlflow.entities import LoggedModelInput, Metric  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
 from models.errors import RegistryError, one_line  # noqa: E402
@@ -153,6 +153,24 @@ def log_evaluation(prefix: str, evaluation: Evaluation, dataset: Dataset, model_
     mlflow.log_metrics(evaluation.finite(prefix), model_id=model_id, dataset=mlflow_dataset(dataset))
     content = {"metrics": evaluation.finite(), "settings": evaluation.settings}
     mlflow.log_dict(content, f"evaluation/{prefix.strip('/').replace('/', '-') or 'metrics'}.json")
+
+
+def link_model(model_id: str | None) -> str | None:
+    """Record a logged model as an input of the active run; its id, None where this user may only read it."""
+    if model_id is None:
+        return None
+    try:
+        mlflow.log_input(model=LoggedModelInput(model_id))
+    except mlflow.MlflowException as error:
+        if not denied(error):
+            raise
+        return None
+    return model_id
+
+
+def denied(error: BaseException) -> bool:
+    """Whether a server with logins refused because of who asked."""
+    return getattr(error, "error_code", "") == "PERMISSION_DENIED" or "permission denied" in str(error).lower()
 
 
 def log_params(params: Mapping[str, Any]) -> None:

@@ -172,8 +172,10 @@ def check_logged(jobs: Sequence[JobResult]) -> None:
     lost = [job for job in jobs if job.unlogged]
     if lost:
         what = ", ".join(job.label for job in lost)
+        denied = "permission denied" in str(lost[0].unlogged).lower()
+        hint = " with MLFLOW_EXPERIMENT_NAME set to an experiment of your own" if denied else ""
         raise RegistryError(
-            f"{what}: scored, but not logged ({lost[0].unlogged}); the outputs are kept, and the same command "
+            f"{what}: scored, but not logged ({lost[0].unlogged}); the outputs are kept, and the same command{hint} "
             "logs them without scoring again"
         )
 

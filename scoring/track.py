@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import mlflow
-from mlflow.entities import LoggedModelInput
 from mlflow.tracking import MlflowClient
 
 from models.errors import RegistryError, one_line
@@ -37,8 +36,7 @@ def log_job(
         begun.write_text(run.info.run_id)
         tracking.log_params({**params, "model": job.label, "data_digest": dataset.digest()})
         tracking.log_dataset(dataset, "scoring")
-        if resolved.model_id:
-            mlflow.log_input(model=LoggedModelInput(resolved.model_id))
+        model_id = tracking.link_model(resolved.model_id)
         counts = {"images": job.images, "instances": job.instances, "errors": job.failures}
         if not math.isnan(megabytes):
             mlflow.log_metric("model_megabytes", megabytes)
@@ -46,7 +44,7 @@ def log_job(
         mlflow.log_metrics({f"stage_{name}_seconds": seconds for name, seconds in job.stages.items()})
         mlflow.log_metrics({f"peak_{name}_megabytes": megabytes for name, megabytes in job.peaks.items()})
         for kind, evaluation in job.evaluations:
-            tracking.log_evaluation(prefix + kind, evaluation, dataset, resolved.model_id)
+            tracking.log_evaluation(prefix + kind, evaluation, dataset, model_id)
         for path in sorted(job.folder.iterdir()):
             if path.is_dir():
                 mlflow.log_artifacts(str(path), f"scoring/{path.name}")

@@ -59,8 +59,6 @@ def compose(request: ComposeRequest) -> str:
     Raises:
         PlanesError: parts, data or store that cannot be used.
     """
-    import mlflow
-
     from models.composed import ComposedArchitecture, save_composed
     from models.predictor import read_spec
     from models.torch_tools import pick_device
@@ -88,8 +86,7 @@ def compose(request: ComposeRequest) -> str:
         with tracking.tracked_run(title, {"task": "compose", **named}) as run:
             tracking.log_params({**request.__dict__, **named, "device": device})
             for part in parts.values():
-                if part.model_id:
-                    mlflow.log_input(model=mlflow.entities.LoggedModelInput(part.model_id))
+                tracking.link_model(part.model_id)
             if test is not None:
                 tracking.log_dataset(test, "test")
             example_from = test or open_dataset(request.data, "train")

@@ -91,7 +91,12 @@ class MlflowServer(Process):
         if self.auth:
             command += ["--app-name", "basic-auth"]
             config = self.folder / "auth.ini"
-            content = ["[mlflow]", "default_permission = READ", f"database_uri = sqlite:///{self.folder}/auth.db"]
+            content = [
+                "[mlflow]",
+                "default_permission = READ",
+                f"database_uri = sqlite:///{self.folder}/auth.db",
+                "auth_cache_ttl_seconds = 60",
+            ]
             config.write_text("\n".join([*content, "admin_username = admin", ""]))
             password = self.admin["MLFLOW_TRACKING_PASSWORD"]
             env = {**env, "MLFLOW_AUTH_CONFIG_PATH": str(config), "MLFLOW_AUTH_ADMIN_PASSWORD": password}
