@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 import mlflow
@@ -72,18 +73,21 @@ class Verdict:
 @click.option("--metric", default="auto", show_default=True, help="AP, AP50, IoU, Dice, ...; auto: the kind's main one.")
 @click.option("--minimum", default=0.0, show_default=True, type=float, help="Least value of the metric.")
 @click.option("--min-gain", default=0.0, show_default=True, type=float, help="Least gain; below 0 allows a loss.")
+@click.option("--gates", default="none", show_default=True, help="YAML file instead of --metric; auto: that of the model.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @friendly
-def main(model: str, alias: str, data: str, split: str, metric: str, minimum: float, min_gain: float, device: str) -> None:
-    """Promote by one metric; `planes-registry promote` has gates of all kinds, from a file.
+def main(model: str, alias: str, data: str, split: str, gates: str, device: str, **one: Any) -> None:
+    """Promote by one metric, or by gates from a file, as `planes-registry promote` does.
 
     Exit code 0: promoted or already there; 2: the gate said no.
     """
     tracking.connect()
-    candidate = _registered(model)
-    metric = _main_metric(candidate) if metric == "auto" else metric
-    gates = {"production": {"metrics": {metric: {"minimum": minimum, "min_gain": min_gain}}}}
-    verdict = promote(PromotionRequest(model, alias, (data,), split, device), parse_gates({"gates": gates}, "options"))
+    given, file = None, None if gates == "auto" else gates
+    if gates == "none":
+        metric = _main_metric(_registered(model)) if one["metric"] == "auto" else one["metric"]
+        bounds = {"minimum": one["minimum"], "min_gain": one["min_gain"]}
+        given = parse_gates({"gates": {"production": {"metrics": {metric: bounds}}}}, "options")
+    verdict = promote(PromotionRequest(model, alias, (data,), split, device, file), given)
     if not verdict.passed:
         raise SystemExit(NOT_PROMOTED)
 
@@ -186,7 +190,7 @@ def _check(
             found = measure(predictors, dataset, show_progress, kept)
         for role, version in zip(("candidate", "present"), versions, strict=False):
             prefix = f"{role}/" if len(datasets) == 1 else f"{role}/{dataset.name}/"
-            tracking.log_evaluation(prefix, found[version.label].evaluation, dataset, version.model_id)
+            tracking.log_evaluation(prefix, found[version.label].evaluation, dataset, tracking.link_model(version.model_id))
         theirs: Measurement | None = None if present is None else found[present.label]
         checks += judge(gates, main, found[candidate.label], theirs)
     return checks

@@ -132,6 +132,15 @@ def gated(project: Project) -> Project:
     return project
 
 
+@pytest.fixture(scope="session")
+def composed(project):
+    """planes-inst/1 from planes-det/1 and a U-Net that has learnt a little, and what the command said."""
+    project.train_unet("--name", "outliner", "--steps", "40")
+    parts = ("--detector", "planes-det/1", "--segmenter", "outliner/1")
+    done = project.step("compose", *parts, "--data", str(project.data))
+    return project, done.stdout
+
+
 @pytest.fixture(scope="module")
 def project_copy(tmp_path_factory: pytest.TempPathFactory, root: Path, airfield: Path) -> Project:
     """A copy of what `mlflow run .` needs, with a store of its own."""

@@ -17,6 +17,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 BUCKET = "planes"
 
 
@@ -103,18 +105,24 @@ class MlflowServer(Process):
             env["MLFLOW_FLASK_SERVER_SECRET_KEY"] = secrets.token_hex(16)
         self.launch(command, env, lambda: http_status(f"{self.uri}/health") == 200)
 
-    def add_user(self, name: str) -> dict[str, str]:
-        """Make a user who may read everything and change nothing; return the environment that logs in as him."""
+    def add_user(self, name: str, **may: str) -> dict[str, str]:
+        """Make a user who may read everything, and do with all of a kind what ``may`` says (registered_model="EDIT").
+
+        Returns:
+            The environment that logs in as this user.
+        """
         from mlflow.server import get_app_client
 
-        before = {k: os.environ.get(k) for k in self.admin}
-        os.environ.update(self.admin)
-        try:
-            password = secrets.token_hex(12)
-            get_app_client("basic-auth", self.uri).create_user(name, password)
-        finally:
-            for key, value in before.items():
-                os.environ.pop(key) if value is None else os.environ.__setitem__(key, value)
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in self.admin.items():
+                patch.setenv(key, value)
+            client, password = get_app_client("basic-auth", self.uri), secrets.token_hex(12)
+            client.create_user(name, password)
+            role = client.create_role("default", f"role of {name}").id if may else None
+            for kind, permission in may.items():
+                client.add_role_permission(role, kind, "*", permission)
+            if role is not None:
+                client.assign_role(name, role)
         return {"MLFLOW_TRACKING_USERNAME": name, "MLFLOW_TRACKING_PASSWORD": password}
 
 

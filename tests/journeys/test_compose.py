@@ -14,15 +14,6 @@ from tests.journeys.conftest import error_line
 pytestmark = pytest.mark.xdist_group("journey")
 
 
-@pytest.fixture(scope="module")
-def composed(project):
-    """planes-inst/1 from planes-det/1 and a U-Net that has learnt a little, and what the command said."""
-    project.train_unet("--name", "outliner", "--steps", "40")
-    parts = ("--detector", "planes-det/1", "--segmenter", "outliner/1")
-    done = project.step("compose", *parts, "--data", str(project.data))
-    return project, done.stdout
-
-
 def test_the_version_names_its_parts_and_its_metrics(composed):
     project, said = composed
     assert "planes-inst version 1 from planes-det/1 and outliner/1: test mask_AP" in said

@@ -538,6 +538,18 @@ def test_a_viewer_may_score_and_look_but_not_promote(team, tmp_path):
     assert "cannot be reached" in error_line(team.registry("list", code=1, **wrong))
 
 
+def test_whose_role_is_to_release_may_promote(team):
+    if team.server is None:
+        pytest.skip("a SQLite store has no logins")
+    releaser = team.server.add_user("releaser", registered_model="EDIT", experiment="EDIT")
+    done = team.registry(
+        "promote", "gated/2", "--to", "staging", "--gates", team.gates("nothing", NOTHING_ASKED), **releaser
+    )
+    assert "gated/2 is staging now" in done.stdout
+    assert _entries(team, "gated")[-1]["by"] == "releaser"
+    assert team.client.get_model_version("gated", "2").current_stage == "Staging"
+
+
 def test_the_rows_of_an_example_are_what_the_version_predicts(team):
     """The logged output, compared with the saved model's own prediction."""
     from models.predictor import load_model

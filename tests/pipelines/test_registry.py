@@ -22,6 +22,8 @@ def client(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
     patch = pytest.MonkeyPatch()
     patch.chdir(folder)
+    # MLflow leaves it behind when it chooses an experiment.
+    patch.setenv("MLFLOW_EXPERIMENT_ID", "")
     tracking.connect()
     architecture = SegmenterArchitecture(network="skipnet", crop_size=64)
     saved = save_model(folder / "m", segmenter_spec(architecture, ["plane"]), build_segmenter(architecture).state_dict())
@@ -123,3 +125,33 @@ def test_trainings_are_found_by_their_key(client):
     assert str(registry.find_trained("planes-x", "key1").version) == "2"
     assert registry.find_trained("planes-x", "key9") is None
     assert registry.find_trained("planes-nobody", "key1") is None
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ([("artifacts/m/../../owned", 5)], "leads out of it"),
+        ([("artifacts/m/weights.pkl", 5)], "which no saved model has"),
+        ([("artifacts/m/weights.safetensors", 9 * 1024**3)], "more than"),
+        ([(f"artifacts/m/detector/{n}", 5) for n in range(30)], "more than 20 files"),
+    ],
+)
+def test_what_a_hostile_server_lists_is_refused_before_anything_is_fetched(client, monkeypatch, listed, message):
+    from mlflow.entities import FileInfo
+
+    from models.errors import PlanesError
+
+    def lists(artifact_uri):
+        if artifact_uri.endswith("/artifacts"):
+            return [FileInfo("artifacts/m", True, None), FileInfo("artifacts/example.json", False, 10)]
+        return [FileInfo(path, False, size) for path, size in listed]
+
+    def fetches(**_):
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr(MlflowClient, "get_model_version_download_uri", lambda *_: "s3://somewhere/else")
+    monkeypatch.setattr(mlflow.artifacts, "list_artifacts", lists)
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", fetches)
+    monkeypatch.setenv("PLANES_CACHE", "cache")
+    with pytest.raises(PlanesError, match=message):
+        registry.fetch(registry.resolve("planes-x/1"))
