@@ -140,11 +140,6 @@ def counting(entries: Sequence[Entry], alias: str) -> list[Entry]:
     return [e for e in entries if e.move.alias == alias and e.state != "overtaken"]
 
 
-def last_number(entries: Sequence[Entry], alias: str) -> int:
-    """The number that the next move of an alias must follow."""
-    return max((e.number for e in counting(entries, alias)), default=0)
-
-
 def append(name: str, move: Move) -> Entry:
     """Add a move; the entry tells whether it counts.
 

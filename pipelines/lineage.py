@@ -132,12 +132,14 @@ def told(entry: journal.Entry) -> str:
 
 
 def users(version: Resolved) -> list[str]:
-    """What a version is used by: compositions that hold it, and scoring runs."""
+    """What a version is used by: compositions that hold it, copies of it, and scoring runs."""
     client, found = MlflowClient(), []
     for role in PARTS:
         # Only versions of planes-inst have such tags, of any name.
         for other in client.search_model_versions(f"tags.{role} = '{version.label}'"):
             found.append(f"{role} of {other.name}/{other.version}")
+    for other in client.search_model_versions(f"tags.copied_from = '{version.label}'"):
+        found.append(f"copied to {other.name}/{other.version}")
     experiments = [e.experiment_id for e in client.search_experiments(max_results=1000)]
     quoted = version.label.replace("'", "")
     runs = client.search_runs(experiments, f"tags.task = 'score' and tags.version = '{quoted}'", max_results=1000)

@@ -15,6 +15,8 @@ from pipelines.journal import Entry, Kind, Move
 
 PRODUCTION, PREVIOUS, CHALLENGER = "production", "previous", "challenger"
 
+TRIES = 20
+
 # MLflow's old stages that aliases of that name are mirrored to, where the server still has stages.
 STAGES = {"production": "Production", "staging": "Staging"}
 
@@ -40,9 +42,20 @@ def standing(name: str, alias: str, look_only: bool = False) -> Standing:
         RegistryError: the store refuses.
     """
     alias = checked_alias(alias)
-    finished = None if look_only else settle(name, alias)
-    entries = journal.read_journal(name)
-    return Standing(name, alias, registry.find_alias(name, alias), journal.last_number(entries, alias), finished)
+    finished = None
+    for _ in range(TRIES):
+        finished = finished if look_only else settle(name, alias) or finished
+        last = _last(name, alias)
+        present = registry.find_alias(name, alias)
+        # Alias and journal are read one after the other; nobody may have written in between.
+        if _last(name, alias) == last and (look_only or last is None or last.state != "begun"):
+            return Standing(name, alias, present, last.number if last else 0, finished)
+    raise RegistryError(f"{name}: {alias} is being moved all the time; try again")
+
+
+def _last(name: str, alias: str) -> Entry | None:
+    """The last entry of an alias that counts."""
+    return next(reversed(journal.counting(journal.read_journal(name), alias)), None)
 
 
 def checked_alias(alias: str) -> str:
@@ -112,15 +125,15 @@ def settle(name: str, alias: str) -> Entry | None:
     Raises:
         RegistryError: the store refuses.
     """
-    entries = journal.counting(journal.read_journal(name), alias)
-    if not entries or entries[-1].state != "begun":
+    last = _last(name, alias)
+    if last is None or last.state != "begun":
         return None
     try:
-        return finish(name, entries[-1])
+        return finish(name, last)
     except RegistryError:
         # Abandoned: the alias stands where somebody else put it. Anything else is an error still.
-        again = journal.counting(journal.read_journal(name), alias)
-        if again[-1].state == "begun":
+        again = _last(name, alias)
+        if again is not None and again.state == "begun":
             raise
         return None
 

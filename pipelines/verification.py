@@ -12,7 +12,7 @@ from typing import Any
 import mlflow
 import numpy as np
 from mlflow.tracking import MlflowClient
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import DataError, PlanesError, RegistryError, one_line
 from models.geometry import rle_iou
@@ -37,13 +37,39 @@ class Finding:
     found: str
 
 
+class Row(BaseModel):
+    """A row of the instance table."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image_id: str
+    instance: int
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    score: float
+    label: int
+    height: int = Field(ge=1, le=100_000)
+    width: int = Field(ge=1, le=100_000)
+    mask_size: tuple[int, int] | None
+    mask_counts: str | None
+
+    @model_validator(mode="after")
+    def mask_of_this_image(self) -> Row:
+        """Masks are compared as images of that size, so none may claim another."""
+        if self.mask_size is not None and self.mask_size != (self.height, self.width):
+            raise ValueError("mask_size is not the image's size")
+        return self
+
+
 class Example(BaseModel):
     """Content of a version's example: the image (base64 of a file) and the rows that it predicted when registered."""
 
     model_config = ConfigDict(extra="forbid")
 
     image: str
-    rows: list[dict[str, Any]]
+    rows: list[Row] = Field(max_length=100_000)
 
     def decoded(self) -> np.ndarray:
         """The image, RGB uint8 (H, W, 3).
@@ -101,7 +127,7 @@ def verify(version: Resolved) -> list[Finding]:
             findings.append(Finding("example", None, "no output was logged when it was registered"))
         else:
             found = predictor.predict([example.decoded()])[0].named("0")
-            logged = from_rows(example.rows)
+            logged = from_rows(row.model_dump() for row in example.rows)
             findings.append(_compare(found, logged[0] if logged else None))
     except PlanesError as error:
         step = ("files", "model", "example")[min(len(findings), 2)]

@@ -58,7 +58,8 @@ class Project:
 
         Our own commands run in a fork of a process that has the libraries loaded, unless ``real``.
         """
-        if can_run(arguments) and not real:
+        # What is read when Python starts cannot be set afterwards.
+        if can_run(arguments) and not real and "PYTHONPATH" not in env:
             done = self.start(*arguments, **env).wait(timeout)
         else:
             done = subprocess.run(

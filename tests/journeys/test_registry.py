@@ -6,20 +6,25 @@ import json
 import random
 import re
 import shutil
+import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 
+from pipelines import journal
 from tests.journeys.conftest import REGISTER, Project, error_line
 from tests.journeys.stack import BUCKET, MlflowServer, ObjectStore, Postgres
 
 pytestmark = pytest.mark.xdist_group("registry")
 
+_ROW = {"image_id": "0", "instance": 0, "x1": 1.0, "y1": 1.0, "x2": 9.0, "y2": 9.0, "label": 0, "height": 96, "width": 96}
+_ROW |= {"mask_size": None, "mask_counts": None}
 NOTHING_ASKED = {"gates": {"production": {}}}
 
 
@@ -336,7 +341,12 @@ def test_of_two_promotions_at_once_exactly_one_wins(racers):
 
 
 def _entries(team, name):
-    return json.loads(team.registry("history", name, "--json").stdout)["moves"]
+    """The journal as the history tells it, read without a command."""
+    mlflow.set_tracking_uri(team.env["MLFLOW_TRACKING_URI"])
+    try:
+        return [asdict(e) for e in journal.read_journal(name)]
+    finally:
+        mlflow.set_tracking_uri(None)
 
 
 def test_a_promotion_killed_at_any_moment_leaves_the_old_or_the_new_version(racers):
@@ -564,4 +574,36 @@ def test_the_rows_of_an_example_are_what_the_version_predicts(team):
     example = Example.model_validate_json(content)
     folder = next((Path(str(team.weak)).parents[1]).glob("planes-det-*/model"))
     (found,) = load_model(folder, "cpu").predict([example.decoded()])
-    np.testing.assert_allclose([r["score"] for r in example.rows], found.scores, atol=1e-4)
+    np.testing.assert_allclose([r.score for r in example.rows], found.scores, atol=1e-4)
+
+
+def test_verify_tells_a_version_that_predicts_something_else(team):
+    if team.store is not None:
+        pytest.skip("files are changed where they lie, in a folder")
+    team.register(team.good, "drifted")
+    path = Path(team.client.get_model_version_download_uri("drifted", "1")) / "artifacts" / "example.json"
+    logged = json.loads(path.read_text())
+    for rows, message in (
+        ([*logged["rows"], {**_ROW, "score": 0.5}], rf"FAIL +example +{len(logged['rows'])} planes, \d+ "),
+        ([{"x1": 1}], "FAIL +example +.*is damaged"),
+        ([{**_ROW, "score": 0.5, "mask_size": [9, 10**9], "mask_counts": "11"}], "FAIL +example +.*is damaged"),
+    ):
+        path.write_text(json.dumps({**logged, "rows": rows}))
+        done = team.registry("verify", "drifted", code=1)
+        assert re.search(message, done.stdout), done.stdout
+        assert "Traceback" not in done.stderr
+    path.write_text("{")
+    assert "is damaged" in team.registry("verify", "drifted", code=1).stdout
+    path.unlink()
+    assert re.search(r"\? +example +no output was logged", team.registry("verify", "drifted").stdout)
+
+
+def test_two_versions_differ_in_data_and_code(team, root):
+    commits = subprocess.run(["git", "log", "--format=%H", "-2"], cwd=root, capture_output=True, text=True).stdout.split()
+    for commit, digest in zip((commits * 2)[:2] or ["0" * 40, "1" * 40], ("a" * 16, "b" * 16), strict=True):
+        team.register(team.weak, "twins", git_commit=commit, data_digest=digest)
+    told = json.loads(team.registry("diff", "twins/1", "twins/2", "--json").stdout)
+    rows = {(r["section"], r["key"]): (r["twins/1"], r["twins/2"]) for r in told["rows"]}
+    assert rows["data", "data_digest"] == ("a" * 16, "b" * 16)
+    if len(commits) == 2:
+        assert rows["code", "git_commit"] == tuple(commits)
