@@ -79,7 +79,8 @@ def move(at: Standing, to: str, kind: Kind, why: str, run: str = "") -> Entry:
     entry = journal.append(at.name, Move(at.alias, kind, to, at.present, at.after, why, run))
     if entry.state == "overtaken":
         entries = journal.counting(journal.read_journal(at.name), at.alias)
-        first = next(e for e in entries if e.move.after == at.after)
+        # Of several moves since, the one that took this one's place.
+        first = next((e for e in entries if e.move.after == at.after), entries[-1] if entries else entry)
         raise RegistryError(
             f"{at.name}: {at.alias} was moved to version {first.move.to} by {first.by} at {first.at} meanwhile "
             f"({first.move.why}); {at.name}/{to} was not promoted: decide again"

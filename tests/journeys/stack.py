@@ -22,13 +22,17 @@ import pytest
 BUCKET = "planes"
 
 
+_GIVEN: set[int] = set()
+
+
 def free_port(most: int = 55_000) -> int:
-    """A port that nobody listens on; SeaweedFS also takes the one 10,000 above."""
+    """A port that nobody listens on, another each time; SeaweedFS also takes the one 10,000 above."""
     while True:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        if port <= most:
+        if port <= most and port not in _GIVEN:
+            _GIVEN.add(port)
             return port
 
 
