@@ -15,9 +15,10 @@ from models.errors import ModelError
 from models.geometry import rle_paste
 from models.instances import Instances
 from models.predictor import ModelSpec, Predictor, load_model, parse_architecture, read_spec, write_folder
+from models.saved_files import PARTS
 from models.unet import CropMask, CropSegmenter
 
-DETECTOR, SEGMENTER = "detector", "segmenter"
+DETECTOR, SEGMENTER = PARTS
 
 
 class ComposedArchitecture(BaseModel):

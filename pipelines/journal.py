@@ -43,7 +43,7 @@ Kind = Literal["promote", "force", "rollback"]
 
 @dataclass(frozen=True)
 class Move:
-    """An alias from one version (None: from nowhere) to another (None: away), and why.
+    """An alias from one version (None: from nowhere) to another, and why.
 
     ``after`` is the number of the alias's last entry when this was decided, 0 for none;
     ``run`` the MLflow run that holds the gates' results.

@@ -16,10 +16,9 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
 
 from models.errors import RegistryError, one_line
+from models.saved_files import PARTS
 from pipelines import journal, registry
 from pipelines.registry import Resolved
-
-PARTS = ("detector", "segmenter")
 
 
 def overview(names: Iterable[str] | None = None) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from mlflow.tracking import MlflowClient
 from models.errors import RegistryError, one_line
 from pipelines import journal, registry
 from pipelines.journal import Entry, Kind, Move
+from pipelines.tracking import denied
 
 PRODUCTION, PREVIOUS, CHALLENGER = "production", "previous", "challenger"
 
@@ -160,14 +161,26 @@ def _follow(name: str, entry: Entry) -> None:
             if earlier is not None and _exists(name, earlier):
                 registry.set_alias(name, PREVIOUS, earlier)
             elif registry.find_alias(name, PREVIOUS) is not None:
-                client.delete_registered_model_alias(name, PREVIOUS)
+                _drop_alias(name, PREVIOUS)
             if registry.find_alias(name, CHALLENGER) == what.to:
-                client.delete_registered_model_alias(name, CHALLENGER)
+                _drop_alias(name, CHALLENGER)
     except mlflow.MlflowException as error:
         raise RegistryError(
             f"{name}: {what.alias} was moved, but not all that goes with it ({one_line(error)[:200]})"
         ) from None
     mirror_stage(name, what.alias, what.to)
+
+
+def _drop_alias(name: str, alias: str) -> None:
+    """Remove an alias that tells nothing any more; it stays where this user may move aliases but not delete them.
+
+    MLflow's logins ask for MANAGE to delete. A move, above all a rollback, must not fail for that.
+    """
+    try:
+        MlflowClient().delete_registered_model_alias(name, alias)
+    except mlflow.MlflowException as error:
+        if not denied(error):
+            raise
 
 
 def mirror_stage(name: str, alias: str, version: str) -> bool:

@@ -18,7 +18,7 @@ from models.errors import DataError, RegistryError, one_line
 from models.predictor import load_model, read_spec
 from models.saved_files import WEIGHTS_FILE
 from models.torch_tools import pick_device
-from pipelines import journal, registry, tracking
+from pipelines import lineage, registry, tracking
 from pipelines.data.dataset import Dataset
 from pipelines.data.opening import open_dataset
 from pipelines.gate import Check, GateFile, Gates, RequiredData, find_gates, judge, judge_data, judge_size, parse_gates
@@ -53,11 +53,9 @@ class PromotionRequest:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The gates' results, and whether the alias was moved."""
+    """The gates' results; none where the alias was there already."""
 
     checks: list[Check] = field(default_factory=list)
-    moved: bool = False
-    already: bool = False
 
     @property
     def passed(self) -> bool:
@@ -103,10 +101,10 @@ def promote(request: PromotionRequest, given: GateFile | None = None) -> Verdict
     name, alias = str(candidate.name), checked_alias(request.alias)
     at = standing(name, alias, look_only=request.dry_run)
     if at.finished is not None:
-        click.echo(f"finished a move that was interrupted: {_told(at.finished)}")
+        click.echo(f"finished a move that was interrupted: {lineage.told(at.finished)}")
     if at.present == candidate.version:
         click.echo(f"{candidate.label} is {alias} already")
-        return Verdict(already=True)
+        return Verdict()
     file, source = (given, "options") if given else find_gates(name, request.gates)
     gates = file.of(alias)
     present = _held_against(at, gates, candidate)
@@ -234,11 +232,7 @@ def _decide(request: PromotionRequest, at: Standing, candidate: Resolved, checks
         mlflow.set_tags({"decision": "overtaken", "reason": str(error)[:4000]})
         raise
     click.echo(f"{candidate.label} is {at.alias} now: {reason}")
-    return Verdict(checks, moved=True)
-
-
-def _told(entry: journal.Entry) -> str:
-    return f"{entry.move.alias} to version {entry.move.to}, begun by {entry.by} at {entry.at} ({entry.move.why})"
+    return Verdict(checks)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlflow
@@ -38,7 +38,6 @@ class Team:
     good: Path
     server: MlflowServer | None = None
     store: ObjectStore | None = None
-    more: dict = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -558,6 +557,26 @@ def test_whose_role_is_to_release_may_promote(team):
     assert "gated/2 is staging now" in done.stdout
     assert _entries(team, "gated")[-1]["by"] == "releaser"
     assert team.client.get_model_version("gated", "2").current_stage == "Staging"
+
+
+@pytest.mark.parametrize("right", ["EDIT", "MANAGE"])
+def test_who_may_move_but_not_delete_aliases_is_not_stopped_by_that(team, right):
+    if team.server is None:
+        pytest.skip("a SQLite store has no logins")
+    releaser = team.server.add_user(f"releaser-{right}", registered_model=right, experiment="EDIT")
+    name, nothing = f"released-{right}", ("--gates", team.gates("nothing", NOTHING_ASKED))
+    for _ in range(2):
+        team.register(team.weak, name)
+    team.registry("promote", f"{name}/1", "--to", "production", *nothing)
+    for alias in ("challenger", "production"):
+        assert (
+            f"{name}/2 is {alias} now" in team.registry("promote", f"{name}/2", "--to", alias, *nothing, **releaser).stdout
+        )
+    left = {"challenger": "2"} if right == "EDIT" else {}
+    assert team.aliases(name) == {"production": "2", "previous": "1", **left}
+    team.registry("rollback", name, **releaser)
+    assert team.aliases(name)["production"] == "1"
+    assert {e["state"] for e in _entries(team, name)} == {"done"}
 
 
 def test_the_rows_of_an_example_are_what_the_version_predicts(team):
