@@ -29,7 +29,7 @@ def test_layers_hold(root):
 def test_files_functions_and_parameters_stay_small(root):
     for path in _sources(root):
         text = path.read_text()
-        assert len(text.splitlines()) <= 300, path
+        assert len(text.splitlines()) <= 400, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 docstring = len((ast.get_docstring(node, clean=False) or "").splitlines())
@@ -62,7 +62,11 @@ def test_dependencies_agree(root):
     conda = yaml.safe_load((root / "conda.yaml").read_text())["dependencies"]
     pip = next(d["pip"] for d in conda if isinstance(d, dict))
     assert sorted(pip) == required
-    assert "detectron2" in conda
+    # conda-forge's Detectron2 is compiled against one pytorch: pip must find that very version in place.
+    pins = dict(pin.split("==") for pin in pip)
+    assert {"detectron2", f"pytorch={pins['torch']}", f"torchvision={pins['torchvision']}", "setuptools<82"} <= set(
+        d for d in conda if isinstance(d, str)
+    )
     assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", pin) for pin in required)
     project = tomllib.loads((root / "pyproject.toml").read_text())
     assert project["project"]["dynamic"] == ["dependencies"]
