@@ -98,6 +98,11 @@ def save_composed(
     for role, spec in specs.items():
         if spec.kind != role:
             raise ModelError(f"{parts.get(role, role)}: is a {spec.kind}, a {role} is needed")
+    if specs[DETECTOR].rendering != specs[SEGMENTER].rendering:
+        shown = ", ".join(f"{parts.get(role, role)} {spec.rendering.model_dump()}" for role, spec in specs.items())
+        raise ModelError(
+            f"the parts read image files differently ({shown}); train them with the same data.range and data.bands"
+        )
     classes = specs[DETECTOR].classes
     versions = {f"{role}.{k}": v for role, spec in specs.items() for k, v in spec.versions.items()}
     made = ModelSpec(
@@ -105,6 +110,7 @@ def save_composed(
         engine="composed",
         architecture=architecture.model_dump(),
         classes=classes,
+        rendering=specs[DETECTOR].rendering,
         versions={**versions, **{f"{role}.version": name for role, name in parts.items()}},
     )
 

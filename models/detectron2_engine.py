@@ -24,6 +24,7 @@ from models.errors import EngineMissing, ModelError, one_line
 from models.geometry import clip_boxes, crop_window, rle_paste
 from models.instances import RLE, Instances
 from models.predictor import ModelSpec, parse_architecture
+from models.rendering import DEFAULT, Rendering
 from models.stages import measured
 from models.tiling import Tiling
 from models.torch_tools import build_fitting, library_versions, pick_device
@@ -163,7 +164,9 @@ def has_masks(cfg: Any) -> bool:
     return bool(cfg.MODEL.MASK_ON) and cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
 
 
-def detectron2_spec(config: str, cfg: Any, classes: Sequence[str], tiling: Tiling | None = None) -> ModelSpec:
+def detectron2_spec(
+    config: str, cfg: Any, classes: Sequence[str], tiling: Tiling | None = None, rendering: Rendering = DEFAULT
+) -> ModelSpec:
     """The model.json of a Detectron2 model: its settings where they differ from Detectron2's defaults."""
     from detectron2.config import get_cfg
 
@@ -180,6 +183,7 @@ def detectron2_spec(config: str, cfg: Any, classes: Sequence[str], tiling: Tilin
         classes=list(classes),
         versions={**library_versions(), "detectron2": detectron2_version()},
         tiling=tiling,
+        rendering=rendering,
     )
 
 

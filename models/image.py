@@ -7,12 +7,16 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any, Protocol
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.errors import DataError, one_line
+from models.raster import WindowedImage, is_raster, is_tiff, tiff_layout
+from models.rendering import DEFAULT, Rendering, chosen_bands, find_bounds, oriented, oriented_size, to_uint8
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
@@ -43,11 +47,11 @@ class RemoteFile(Protocol):
 Source = str | os.PathLike | RemoteFile
 
 
-def read_image(source: Source | bytes) -> np.ndarray:
+def read_image(source: Source | bytes, rendering: Rendering = DEFAULT) -> np.ndarray:
     """Decode an image file, here or elsewhere, or its bytes to RGB uint8 (H, W, 3).
 
-    Grayscale, palette, RGBA (alpha dropped), CMYK and 16-bit images are converted,
-    EXIF orientation is applied, of an animation the first frame is taken.
+    Grayscale, palette, RGBA (alpha dropped), CMYK, 16-bit, signed and floating images are converted
+    as ``rendering`` says, EXIF orientation is applied, of an animation the first frame is taken.
 
     Raises:
         DataError: not readable, not an image, truncated, out of reach, or more than MAX_PIXELS.
@@ -55,15 +59,65 @@ def read_image(source: Source | bytes) -> np.ndarray:
     name = "image bytes" if isinstance(source, bytes) else str(source)
     with _told(name):
         content: Any = source if isinstance(source, (bytes, str, os.PathLike)) else _fetched(source)
+        start = content[:32] if isinstance(content, bytes) else _start(content)
+        if is_raster(start):
+            return _whole_raster(content, rendering, name)
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise DataError(
-                    f"{name}: {width} x {height} pixels exceed the {MAX_PIXELS:,} that are decoded whole; "
-                    "save it as a tiled TIFF and score it with a model that predicts by tiles (--tile)",
-                    "too large",
-                )
-            return _to_rgb(ImageOps.exif_transpose(image))
+            _check_size(*image.size, name)
+            if image.format == "PNG" and start[24:25] == b"\x10":
+                return _sixteen_bit_png(content, image, rendering, name)
+            return _to_rgb(ImageOps.exif_transpose(image), rendering, name)
+
+
+def _start(path: str | os.PathLike) -> bytes:
+    with open(path, "rb") as handle:
+        return handle.read(32)
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{name}: {width} x {height} pixels exceed the {MAX_PIXELS:,} that are decoded whole; "
+            "save it as a tiled TIFF and score it with a model that predicts by tiles (--tile)",
+            "too large",
+        )
+
+
+def _whole_raster(content: Any, rendering: Rendering, name: str) -> np.ndarray:
+    image = WindowedImage(content, rendering, name)
+    _check_size(image.shape[1], image.shape[0], name)
+    return image[:, :]
+
+
+def _sixteen_bit_png(content: Any, opened: Image.Image, rendering: Rendering, name: str) -> np.ndarray:
+    # Pillow keeps the upper byte of 16-bit colours alone; OpenCV keeps both.
+    data = content if isinstance(content, bytes) else Path(content).read_bytes()
+    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None:
+        raise DataError(f"{name}: cannot be decoded (damaged PNG)", "damaged")
+    values = values[:, :, None] if values.ndim == 2 else values
+    values = values[:, :, [2, 1, 0, *range(3, values.shape[2])]] if values.shape[2] >= 3 else values
+    return np.ascontiguousarray(oriented(_rendered(values, rendering, name), opened.getexif().get(0x0112, 1)))
+
+
+def _rendered(values: np.ndarray, rendering: Rendering, name: str) -> np.ndarray:
+    """Values (H, W, bands), a fourth band being alpha, to RGB uint8."""
+    count = values.shape[2]
+    alpha = values[:, :, 3] if count == 4 else None
+    bands = chosen_bands(rendering, count, [1, 2, 3] if count >= 3 else [1], name)
+    shown = np.moveaxis(values[:, :, [band - 1 for band in bands]], -1, 0)
+    missing = np.zeros(shown.shape[1:], bool) if alpha is None else alpha == 0
+    blocks = (
+        (
+            np.ma.array(part := shown[:, top : top + 1024], mask=np.broadcast_to(missing[top : top + 1024], part.shape)),
+            top,
+            0,
+        )
+        for top in range(0, shown.shape[1], 1024)
+    )
+    bounds = find_bounds(rendering, values.dtype, None, blocks, values.shape[:2])
+    image = np.moveaxis(to_uint8(shown, bounds), 0, -1)
+    return np.ascontiguousarray(image if len(bands) == 3 else np.repeat(image, 3, axis=2))
 
 
 @contextmanager
@@ -103,22 +157,24 @@ def image_size(path: Source) -> tuple[int, int]:
     Raises:
         DataError: not readable or not an image.
     """
-    with _told(str(path)):
-        stream: Any = path if isinstance(path, (str, os.PathLike)) else path.open("rb")
+    with _told(str(path)), open(path, "rb") if isinstance(path, (str, os.PathLike)) else path.open("rb") as stream:
+        start = stream.read(16)
+        stream.seek(0)
+        if is_tiff(start):
+            return oriented_size(*tiff_layout(stream))
         with Image.open(stream) as image:
             width, height = image.size
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    return (width, height) if turned else (height, width)
+            return oriented_size(height, width, image.getexif().get(0x0112, 1))
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image, rendering: Rendering, name: str) -> np.ndarray:
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        # 16-bit files use the full range by convention, whatever part of it is filled.
-        scale = 255 / 65535 if values.size and values.max() > 255 else 1.0
-        gray = (values * scale).round().clip(0, 255).astype(np.uint8)
-        return np.repeat(gray[:, :, None], 3, axis=2)
+        return _rendered(np.asarray(image)[:, :, None], rendering, name)
     if image.mode in ("LA", "RGBA", "PA"):
         image = image.convert("RGBA")
-        return np.asarray(image)[:, :, :3].copy()
-    return np.array(image.convert("RGB"))
+    elif image.mode != "L":
+        image = image.convert("RGB")
+    values = np.asarray(image)
+    if rendering != DEFAULT:
+        return _rendered(values if values.ndim == 3 else values[:, :, None], rendering, name)
+    return np.repeat(values[:, :, None], 3, axis=2) if values.ndim == 2 else values[:, :, :3].copy()

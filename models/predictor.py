@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.errors import ModelError, one_line
 from models.instances import Instances
+from models.rendering import Rendering
 from models.saved_files import MAX_BYTES, SPEC_FILE, WEIGHTS_FILE, check_folder
 from models.tiling import Tiling, by_tiles
 
@@ -49,7 +50,8 @@ class Predictor(Protocol):
 class ModelSpec(BaseModel):
     """Content of model.json. Unknown keys are errors; ``architecture`` is checked by its engine.
 
-    ``tiling``: images are predicted by such tiles; null for whole images.
+    ``tiling``: images are predicted by such tiles; null for whole images. ``rendering``: how image
+    files become the RGB uint8 arrays that the model was trained on.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -61,6 +63,7 @@ class ModelSpec(BaseModel):
     classes: list[Annotated[str, Field(max_length=200)]] = Field(min_length=1, max_length=10_000)
     versions: dict[str, str] = Field(default_factory=dict, max_length=100)
     tiling: Tiling | None = None
+    rendering: Rendering = Rendering()
 
 
 def save_model(folder: str | Path, spec: ModelSpec, weights: Mapping[str, Any]) -> Path:

@@ -63,8 +63,9 @@ class PlanesModel(PythonModel):
         """Check the imported code, then load the saved folder onto a GPU if there is one."""
         folder = Path(context.artifacts["model"])
         refuse_foreign_package(folder.parent.parent / "code" / "models")
-        from models.predictor import load_model
+        from models.predictor import load_model, read_spec
 
+        self.rendering = read_spec(folder).rendering
         self.predictor = load_model(folder, os.environ.get("PLANES_DEVICE", "auto"))
 
     def predict(self, context, model_input: pd.DataFrame, params=None):  # type: ignore[no-untyped-def]
@@ -74,7 +75,7 @@ class PlanesModel(PythonModel):
 
         rows = []
         for number, value in enumerate(model_input["image"]):
-            found = self.predictor.predict([read_image(image_bytes(value))])[0]
+            found = self.predictor.predict([read_image(image_bytes(value), self.rendering)])[0]
             rows += to_rows([found.named(str(number))])
         return pd.DataFrame(rows, columns=list(TABLE_COLUMNS))
 

@@ -15,6 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from models.geometry import clip_boxes, rle_paste
 from models.instances import RLE, Instances
 from models.predictor import ModelSpec, parse_architecture
+from models.rendering import DEFAULT, Rendering
 from models.stages import measured
 from models.tiling import Tiling
 from models.torch_tools import build_fitting, channels_last, library_versions, pick_device, to_device
@@ -26,7 +27,12 @@ KINDS: dict[str, type[DetectorArchitecture]] = {
 }
 
 
-def detector_spec(architecture: DetectorArchitecture, classes: Sequence[str], tiling: Tiling | None = None) -> ModelSpec:
+def detector_spec(
+    architecture: DetectorArchitecture,
+    classes: Sequence[str],
+    tiling: Tiling | None = None,
+    rendering: Rendering = DEFAULT,
+) -> ModelSpec:
     """The model.json of a torchvision detector; with a mask head it is an instance segmenter."""
     return ModelSpec(
         kind="instance_segmenter" if isinstance(architecture, MaskArchitecture) else "detector",
@@ -35,6 +41,7 @@ def detector_spec(architecture: DetectorArchitecture, classes: Sequence[str], ti
         classes=list(classes),
         versions=library_versions(),
         tiling=tiling,
+        rendering=rendering,
     )
 
 

@@ -15,6 +15,7 @@ from models.errors import ModelError, one_line
 from models.geometry import crop_window, rle_boxes, rle_encode, rle_paste
 from models.instances import RLE, Instances
 from models.predictor import ModelSpec, parse_architecture
+from models.rendering import DEFAULT, Rendering
 from models.stages import measured
 from models.torch_tools import (
     build_fitting,
@@ -110,7 +111,9 @@ def _smp_network(architecture: SegmenterArchitecture, weights: str) -> nn.Module
     return model
 
 
-def segmenter_spec(architecture: SegmenterArchitecture, classes: Sequence[str]) -> ModelSpec:
+def segmenter_spec(
+    architecture: SegmenterArchitecture, classes: Sequence[str], rendering: Rendering = DEFAULT
+) -> ModelSpec:
     """The model.json of a crop segmenter."""
     return ModelSpec(
         kind="segmenter",
@@ -118,6 +121,7 @@ def segmenter_spec(architecture: SegmenterArchitecture, classes: Sequence[str]) 
         architecture=architecture.model_dump(),
         classes=list(classes),
         versions=library_versions(),
+        rendering=rendering,
     )
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from models.errors import RecipeError
 from models.geometry import rle_area
 from models.instances import Instances, from_rows, to_rows
 from models.predictor import Predictor
+from models.rendering import Rendering
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.evaluation import Evaluation, instance_ious
 from pipelines.matching import IOUS, Ranked, rank, resampled
@@ -83,13 +84,18 @@ def all_metrics(found: list[Instances], dataset: Dataset, segmenter: bool) -> di
 
 
 def measure(
-    predictors: Mapping[str, Predictor], dataset: Dataset, progress: Progress, kept: Path | None = None
+    predictors: Mapping[str, Predictor],
+    dataset: Dataset,
+    progress: Progress,
+    kept: Path | None = None,
+    renderings: Mapping[str, Rendering] | None = None,
 ) -> dict[str, Measurement]:
     """Predict every image with every version, one after the other, so that a busy machine slows all of them.
 
     Args:
         kept: file in which results are kept image by image; a measurement that was
             interrupted goes on from it.
+        renderings: how each version reads image files, by label; the data set's own without it.
 
     Raises:
         DataError: an image that cannot be read.
@@ -98,14 +104,16 @@ def measure(
     labels = list(predictors)
     title = f"evaluating {' and '.join(labels)}"
     for number, sample in enumerate(progress(dataset.samples, len(dataset), title)):
-        image = None
+        images: dict[Rendering, np.ndarray] = {}
         # Who comes first finds colder caches: they take turns.
         for label in labels if number % 2 else labels[::-1]:
             if (label, sample.image_id) in known:
                 continue
-            image = sample.read() if image is None else image
+            rendering = (renderings or {}).get(label, sample.rendering)
+            if rendering not in images:
+                images[rendering] = replace(sample, rendering=rendering).read()
             started = time.perf_counter()
-            found = predict_image(predictors[label], image, sample)
+            found = predict_image(predictors[label], images[rendering], sample)
             known[label, sample.image_id] = found, time.perf_counter() - started
             if kept:
                 _keep(kept, label, *known[label, sample.image_id])

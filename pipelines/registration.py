@@ -41,6 +41,7 @@ SERVING_REQUIREMENTS = (
     "pillow",
     "pycocotools",
     "pydantic",
+    "rasterio",
     "safetensors",
     "segmentation-models-pytorch",
     "timm",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from models.rendering import Rendering
 from models.tiling import Tiling
 from models.torchvision_network import DetectorArchitecture, MaskArchitecture
 from models.unet import SegmenterArchitecture
@@ -21,11 +22,26 @@ class _Settings(BaseModel):
 
 
 class DataSettings(_Settings):
-    """Which planes to learn from and what is held back for validation."""
+    """Which planes to learn from, what is held back for validation, and how image files become RGB.
+
+    ``range`` and ``bands``: see `models.rendering.Rendering`; they become part of the version.
+    """
 
     category: str = "plane"
     val_fraction: float = Field(default=0.15, ge=0, lt=1)
     scene_pattern: str | None = None
+    range: Literal["auto", "percentile", "depth"] | tuple[float, float] = "auto"
+    bands: tuple[int, ...] | None = None
+
+    @model_validator(mode="after")
+    def _can_be_rendered(self) -> DataSettings:
+        _ = self.rendering
+        return self
+
+    @property
+    def rendering(self) -> Rendering:
+        """How image files become RGB."""
+        return Rendering(range=self.range, bands=self.bands)
 
 
 class OptimizerSettings(_Settings):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from models.instances import Instances
-from models.predictor import load_model
+from models.predictor import load_model, read_spec
 from pipelines import figures
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.evaluation import Evaluation, instance_ious
@@ -25,7 +25,7 @@ def evaluate_with_sheet(
 
     Detections are evaluated a second time at the course's score threshold, prefixed ``at_0.6_``.
     """
-    predictor = load_model(saved, device)
+    predictor, dataset = load_model(saved, device), dataset.rendered(read_spec(saved).rendering)
     shown: list[tuple[np.ndarray, Sample, Instances]] = []
     predictions = []
     for sample in dataset.samples:

@@ -27,6 +27,12 @@ VERSION = "version"
     type=click.Choice(["32", "bf16-mixed", "16-mixed"]),
     help="Of the networks.",
 )
+@click.option(
+    "--range", "value_range", default=VERSION, show_default=True, help="Values shown: auto, percentile, depth, or LOW,HIGH."
+)
+@click.option(
+    "--bands", default=VERSION, show_default=True, help="Bands shown as red, green, blue, such as 4,3,2; or auto."
+)
 @click.option("--tile", default=VERSION, show_default=True, help="Side of the tiles in pixels; none: whole images.")
 @click.option("--tile-overlap", default=VERSION, show_default=True, help="Share of a tile that neighbours share.")
 @click.option(
@@ -159,6 +165,7 @@ def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str
     dataset = open_dataset(data, split, scene_pattern=options["scene_pattern"], keep=True)
     claim_folder(Path(out))
 
+    from models.rendering import parse_rendering
     from models.torch_tools import pick_device
     from pipelines import registry, tracking
     from scoring.commands import Execution, check_logged, compare_jobs, score_version
@@ -169,10 +176,12 @@ def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str
     # A cluster may have what this machine has not.
     device = device if execution.address and device != "auto" else pick_device(device)
     resolved = [registry.resolve(text) for text in dict.fromkeys(models)]
+    parse_rendering(*(None if options[key] == VERSION else options[key] for key in ("value_range", "bands")))
     # What cannot be had is said before anything is scored.
     folders = [registry.fetch(version) for version in resolved]
     click.echo(dataset.summary())
     more = {"shard_size": options["shard"], "workers": _auto("workers", options), "fresh": options["fresh"]}
+    more |= {key: None if options[key] == VERSION else options[key] for key in ("value_range", "bands")}
     outputs = options["score_threshold"], options["overlays"], options["rle"]
     settings = JobSettings(_auto("batch", options), *outputs, _tiling(options), **more, precision=options["precision"])
     each = zip(resolved, folders, strict=True)

@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 from models.errors import DataError, RegistryError, one_line
-from models.predictor import folder_digest, load_model
+from models.predictor import folder_digest, load_model, read_spec
+from models.rendering import parse_rendering
 from models.tiling import tiling_of
 from models.torch_tools import pick_device
 from pipelines import registry, tracking
@@ -135,6 +136,7 @@ def score_version(
     Raises:
         PlanesError: the version, the images or the folder cannot be used.
     """
+    dataset = dataset.rendered(parse_rendering(settings.value_range, settings.bands, read_spec(folder).rendering))
     predictor = load_model(folder, "cpu" if execution.runner == "ray" else device, settings.changes)
     runner = _ray(folder, dataset, settings, device, execution) if execution.runner == "ray" else None
     progress: Progress = partial(show_progress, failed=lambda scored: isinstance(scored[2], Failure))
@@ -149,6 +151,7 @@ def score_version(
     tiling = tiling_of(predictor)
     params = {**settings.__dict__, "batch_size": settings.batch_size or auto_batch(device), **execution.__dict__}
     params |= {"tiling": tiling.model_dump_json() if tiling else "whole images"}
+    params |= {"range": dataset.rendering.range, "bands": dataset.rendering.bands or "auto"}
     params |= {"device": device, "data": str(dataset.source)}
     try:
         run_id = track.log_job(job, version, dataset, params, job.megabytes)

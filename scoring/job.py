@@ -42,7 +42,8 @@ class JobSettings:
     tiling: settings of `models.tiling.Tiling` instead of the version's, ``{"size": 0}`` for whole
     images; shard_size: images that are written, and after a stop lost, together; workers: threads
     that decode, None to leave it to us; fresh: throw away what is in the folder; precision: of
-    the networks, as `models.torch_tools.precision` takes it.
+    the networks, as `models.torch_tools.precision` takes it; value_range and bands: how image files
+    are read, as `models.rendering.parse_rendering` takes them, None to leave it to the version.
     """
 
     batch_size: int | None = None
@@ -54,6 +55,8 @@ class JobSettings:
     workers: int | None = None
     fresh: bool = False
     precision: Precision = "32"
+    value_range: str | None = None
+    bands: str | None = None
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -150,6 +153,7 @@ def run_job(
         "tiling": tiling.model_dump() if tiling else None,
         "device": device.partition(":")[0],
         "precision": settings.precision,
+        "rendering": dataset.rendering.model_dump(mode="json"),
     }
     workers = settings.workers or auto_workers(device, dataset)
     runner = runner or LocalRunner(predictor, device, batch_size, workers, settings.precision)

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models.errors import DataError, OutputError
+from models.rendering import DEFAULT, Rendering
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.data.remote import absolute, place
 
@@ -117,7 +118,9 @@ def read_manifest(folder: Path) -> Manifest:
         DataError: absent, damaged, or of another release.
     """
     try:
-        return Manifest.model_validate_json((folder / MANIFEST).read_text())
+        held = Manifest.model_validate_json((folder / MANIFEST).read_text())
+        # Releases before 0.6.1 had no other way to read image files.
+        return held.model_copy(update={"settings": {"rendering": DEFAULT.model_dump(mode="json"), **held.settings}})
     except FileNotFoundError:
         raise DataError(f"{folder}: not the folder of a scoring (no {MANIFEST})") from None
     except (OSError, ValidationError, ValueError):
@@ -135,8 +138,20 @@ def read_inputs(folder: Path, manifest: Manifest) -> Dataset:
     except (OSError, pa.ArrowException):
         raise DataError(f"{folder / INPUTS}: absent or damaged; score with --fresh") from None
     none = np.zeros((0, 4), np.float32), (), np.zeros(0, bool)
+    rendering = Rendering.model_validate(manifest.settings["rendering"])
     samples = [
-        Sample(r["image_id"], place(r["path"]), r["height"], r["width"], r["image_id"], *none, False, r["number"])
+        Sample(
+            r["image_id"],
+            place(r["path"]),
+            r["height"],
+            r["width"],
+            r["image_id"],
+            *none,
+            False,
+            r["number"],
+            None,
+            rendering,
+        )
         for r in rows
     ]
     return Dataset(manifest.data, folder, manifest.split, "plane", tuple(samples), category_id=manifest.category_id)

@@ -64,7 +64,9 @@ def _bytes(future: Future[AnyImage | Failure]) -> int:
 @measured("decode")
 def _read(sample: Sample, windows: bool) -> AnyImage | Failure:
     try:
-        return sample.part_of(open_image(sample.path) if windows else read_image(sample.path))
+        return sample.part_of(
+            open_image(sample.path, sample.rendering) if windows else read_image(sample.path, sample.rendering)
+        )
     except PlanesError as error:
         kind = error.kind if isinstance(error, DataError) else "unusable"
         return failure(sample, kind, one_line(error))

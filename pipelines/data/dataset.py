@@ -18,6 +18,7 @@ from models.errors import DataError
 from models.geometry import rle_area, xyxy_to_xywh
 from models.image import image_size
 from models.instances import RLE
+from models.rendering import DEFAULT, Rendering
 from models.tiling import Window, cut_tile
 from models.windows import AnyImage, open_image
 from pipelines.data.remote import AnyPath, marks
@@ -34,7 +35,8 @@ class Sample:
     boxes: (N, 4) float32 xyxy pixels; masks: one RLE of the image's size or None
     per plane; crowd: (N,) bool; truth: False where nothing is known about its planes;
     number: the image's id in the COCO file it comes from, if it comes from one;
-    window: (x1, y1, x2, y2) of the file that the image is, None for all of it.
+    window: (x1, y1, x2, y2) of the file that the image is, None for all of it; rendering: how the
+    file's values become RGB.
     ``path`` may be a ``UPath`` (`pipelines.data.remote`); ``height`` and ``width`` are 0
     where they are not known before the file is read.
     """
@@ -50,6 +52,7 @@ class Sample:
     truth: bool = True
     number: int | None = None
     window: Window | None = None
+    rendering: Rendering = DEFAULT
 
     @property
     def has_masks(self) -> bool:
@@ -75,7 +78,7 @@ class Sample:
         Raises:
             DataError: not readable, or of another size than its annotation says.
         """
-        return np.asarray(self.part_of(open_image(self.path))[:, :])
+        return np.asarray(self.part_of(open_image(self.path, self.rendering))[:, :])
 
     def part_of(self, image: AnyImage) -> AnyImage:
         """Its window of the file's image, or the image; large files stay unread where there is no window.
@@ -183,6 +186,21 @@ class Dataset:
         """The samples with these ids, in the order they have here."""
         wanted = set(image_ids)
         return replace(self, split=split, samples=tuple(s for s in self.samples if s.image_id in wanted))
+
+    @property
+    def rendering(self) -> Rendering:
+        """How its files are read."""
+        return self.samples[0].rendering if self.samples else DEFAULT
+
+    def rendered(self, rendering: Rendering) -> Dataset:
+        """The same data set, its files read with this rendering."""
+        if all(s.rendering == rendering for s in self.samples):
+            return self
+        changed = replace(self, samples=tuple(replace(s, rendering=rendering) for s in self.samples))
+        # What tells files apart does not depend on how they are read.
+        changed._marks.extend(self._marks)
+        changed._digest.extend(self._digest)
+        return changed
 
     def summary(self) -> str:
         """One line for people: counts, then what was wrong."""

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from models.errors import DataError, one_line
 from models.geometry import box_area, clip_boxes, rle_area, rle_boxes, rle_crop, rle_paste
 from models.instances import RLE
+from models.rendering import DEFAULT
 from models.tiling import Tiling, Window, tile_grid
 from pipelines.data.dataset import Dataset, Problems, Sample
 
@@ -136,7 +137,10 @@ def cached_tiles(tiles: Dataset, folder: Path, progress: Progress) -> Dataset:
     Raises:
         DataError: an image that cannot be read, or a folder that cannot be written.
     """
-    samples = tuple(replace(s, path=folder / f"{s.image_id.replace('/', '_')}.png", window=None) for s in tiles.samples)
+    samples = tuple(
+        replace(s, path=folder / f"{s.image_id.replace('/', '_')}.png", window=None, rendering=DEFAULT)
+        for s in tiles.samples
+    )
     done, names = folder / DONE, [s.path.name for s in samples]
     if not (done.is_file() and json.loads(done.read_text()) == names):
         try:

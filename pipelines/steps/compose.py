@@ -89,7 +89,7 @@ def compose(request: ComposeRequest) -> str:
                 tracking.link_model(part.model_id)
             if test is not None:
                 tracking.log_dataset(test, "test")
-            example_from = test or open_dataset(request.data, "train")
+            example_from = (test or open_dataset(request.data, "train")).rendered(read_spec(saved).rendering)
             tags = {**named, "training_key": key}
             what = Publication(saved, request.name, example_image("detector", example_from), test=test, tags=tags)
             version, metrics = publish(what, run.info.run_id, device)

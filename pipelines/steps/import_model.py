@@ -90,17 +90,19 @@ def load_into_network(recipe: Any, weights: str, folder: Path) -> Path:
         cfg = training_config(recipe, Path(), "cpu")
         network = build_network(cfg, "cpu")
         load_whole(network, weights)
-        return save_model(folder, detectron2_spec(recipe.config, cfg, classes, recipe.prediction), network.state_dict())
+        made = detectron2_spec(recipe.config, cfg, classes, recipe.prediction, recipe.data.rendering)
+        return save_model(folder, made, network.state_dict())
     if isinstance(recipe, UNetRecipe):
         from models.unet import build_segmenter, segmenter_spec
 
-        network, spec = build_segmenter(recipe.architecture), segmenter_spec(recipe.architecture, classes)
+        network = build_segmenter(recipe.architecture)
+        spec = segmenter_spec(recipe.architecture, classes, recipe.data.rendering)
     else:
         from models.torchvision_engine import detector_spec
         from models.torchvision_network import build_detector
 
         network = build_detector(recipe.architecture, 1)
-        spec = detector_spec(recipe.architecture, classes, recipe.prediction)
+        spec = detector_spec(recipe.architecture, classes, recipe.prediction, recipe.data.rendering)
     load_strict(network, read_checkpoint(weights), weights)
     return save_model(folder, spec, network.state_dict())
 

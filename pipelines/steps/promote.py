@@ -182,10 +182,11 @@ def _check(
     checks += judge_size(gates, sizes[0], None if present is None else sizes[1])
     main = MAIN_METRIC.get(read_spec(folders[candidate.label]).kind, "AP")
     predictors = {label: load_model(folder, device) for label, folder in folders.items()} if datasets else {}
+    renderings = {label: read_spec(folder).rendering for label, folder in folders.items()}
     for dataset in datasets:
         tracking.log_dataset(dataset, "promotion")
         with _kept(versions, dataset, device) as kept:
-            found = measure(predictors, dataset, show_progress, kept)
+            found = measure(predictors, dataset, show_progress, kept, renderings)
         for role, version in zip(("candidate", "present"), versions, strict=False):
             prefix = f"{role}/" if len(datasets) == 1 else f"{role}/{dataset.name}/"
             tracking.log_evaluation(prefix, found[version.label].evaluation, dataset, tracking.link_model(version.model_id))

@@ -116,12 +116,13 @@ def plan_training(request: TrainingRequest) -> Plan:
 
 def _data(request: TrainingRequest, recipe: Recipe) -> TrainingData:
     where, settings = request.data, recipe.data
-    full = open_dataset(where, "train", settings.category, settings.scene_pattern)
+    full = open_dataset(where, "train", settings.category, settings.scene_pattern).rendered(settings.rendering)
     click.echo(full.summary())
     if not full.has_truth or not full.planes:
         raise DataError(f"{where}: no annotated planes to train on (expected train_coco.json or train.json)")
     train, val = split_by_scene(full, settings.val_fraction, recipe.seed)
-    return TrainingData(train, val if len(val) else None, open_test(where, settings.category, settings.scene_pattern))
+    test = open_test(where, settings.category, settings.scene_pattern)
+    return TrainingData(train, val if len(val) else None, test and test.rendered(settings.rendering))
 
 
 def open_test(where: str, category: str, scene_pattern: str | None) -> Dataset | None:
@@ -226,7 +227,7 @@ def _training_tiles(plan: Plan) -> Dataset:
     mlflow.log_metrics({"training_tiles": len(tiles), "training_tiles_empty": empty})
     if not settings.cached:
         return tiles
-    cut = f"{settings.model_dump_json()}{plan.recipe.min_visible}{seed}{train.digest()}"
+    cut = f"{settings.model_dump_json()}{plan.recipe.min_visible}{seed}{train.digest()}{train.rendering.model_dump_json()}"
     folder = Path(plan.request.work_dir) / f"tiles-{hashlib.sha256(cut.encode()).hexdigest()[:12]}"
     return cached_tiles(tiles, folder, show_progress)
 

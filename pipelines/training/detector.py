@@ -69,7 +69,7 @@ def train_detector(
         listeners,
     )
     outcome = run(job)
-    spec = detector_spec(recipe.architecture, [recipe.data.category], recipe.prediction)
+    spec = detector_spec(recipe.architecture, [recipe.data.category], recipe.prediction, recipe.data.rendering)
     return save_model(folder / "model", spec, outcome.weights), outcome
 
 

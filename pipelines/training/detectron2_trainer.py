@@ -156,7 +156,8 @@ def _finish(trainer: Any, recipe: Detectron2Recipe, cfg: Any, folder: Path) -> N
     recorder = trainer.recorder
     best = folder / BEST
     weights = torch.load(best, weights_only=True)["model"] if best.exists() else _bare(trainer.model).state_dict()
-    save_model(folder / "model", detectron2_spec(recipe.config, cfg, [recipe.data.category], recipe.prediction), weights)
+    spec = detectron2_spec(recipe.config, cfg, [recipe.data.category], recipe.prediction, recipe.data.rendering)
+    save_model(folder / "model", spec, weights)
     content = {"step": recorder.best_step or len(recorder.history), "best": recorder.best, "history": recorder.history}
     (folder / OUTCOME).write_text(json.dumps(content))
 

@@ -63,7 +63,8 @@ def train_unet(
         listeners,
     )
     outcome = run(job)
-    saved = save_model(folder / "model", segmenter_spec(recipe.architecture, [recipe.data.category]), outcome.weights)
+    spec = segmenter_spec(recipe.architecture, [recipe.data.category], recipe.data.rendering)
+    saved = save_model(folder / "model", spec, outcome.weights)
     return saved, outcome
 
 

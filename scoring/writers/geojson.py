@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ import numpy as np
 
 from models.geometry import rle_crop
 from models.instances import Instances
-from models.windows import WINDOWED_SUFFIXES, quiet_rasterio
+from models.raster import quiet_rasterio, tiff_layout
+from models.rendering import map_to_file, oriented_size
+from models.windows import WINDOWED_SUFFIXES
 from pipelines.data.dataset import Dataset
 from scoring.writers.walk import side_by_side
 
@@ -23,10 +24,8 @@ def write_geojson(found: Iterable[Instances], dataset: Dataset, folder: Path) ->
 
     A plane is the polygon of its mask along the pixels' edges, or its box's corners. The
     coordinate system stands in the member ``crs``, as GeoJSON had it before RFC 7946 and
-    as GIS programs read it. Without rasterio (the extra ``geo``) nothing is written.
+    as GIS programs read it.
     """
-    if find_spec("rasterio") is None:
-        return 0
     written = 0
     for sample, one in side_by_side(found, dataset):
         here = isinstance(sample.path, Path) and sample.path.suffix.lower() in WINDOWED_SUFFIXES
@@ -47,15 +46,19 @@ def write_geojson(found: Iterable[Instances], dataset: Dataset, folder: Path) ->
 
 def _georeference(path: Path) -> tuple[Any, dict[str, Any]] | None:
     """(affine map from pixels to the ground, GeoJSON's ``crs`` member), None without a coordinate system."""
-    rasterio = quiet_rasterio(path)
+    rasterio = quiet_rasterio()
     try:
         with rasterio.open(path) as file:
             if file.crs is None or file.transform.is_identity:
                 return None
             authority = file.crs.to_authority()
             name = f"urn:ogc:def:crs:{authority[0]}::{authority[1]}" if authority else file.crs.to_wkt()
-            return file.transform, {"type": "name", "properties": {"name": name}}
-    except (rasterio.errors.RasterioError, OSError):
+            with open(path, "rb") as stream:
+                height, width, orientation = tiff_layout(stream)
+            # Boxes are in pixels of the image as it is looked at, the file's transform in those of the file.
+            turn = type(file.transform)(*map_to_file(*oriented_size(height, width, orientation), orientation))
+            return file.transform @ turn, {"type": "name", "properties": {"name": name}}
+    except (rasterio.errors.RasterioError, OSError, ValueError):
         # An image that cannot be read stands in errors.parquet already.
         return None
 

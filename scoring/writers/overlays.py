@@ -34,7 +34,7 @@ def write_overlays(table: Iterable[Instances], dataset: Dataset, folder: Path, m
         if drawn == most:
             break
         try:
-            opened = open_image(sample.path)
+            opened = open_image(sample.path, sample.rendering)
             image = shrunk(opened, MOST_PIXELS)
         except DataError:
             continue

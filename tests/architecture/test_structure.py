@@ -64,9 +64,9 @@ def test_dependencies_agree(root):
     assert sorted(pip) == required
     # conda-forge's Detectron2 is compiled against one pytorch: pip must find that very version in place.
     pins = dict(pin.split("==") for pin in pip)
-    assert {"detectron2", f"pytorch={pins['torch']}", f"torchvision={pins['torchvision']}", "setuptools<82"} <= set(
+    assert {"detectron2", f"pytorch={pins['torch']}", f"torchvision={pins['torchvision']}", "setuptools<82"} <= {
         d for d in conda if isinstance(d, str)
-    )
+    }
     assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", pin) for pin in required)
     project = tomllib.loads((root / "pyproject.toml").read_text())
     assert project["project"]["dynamic"] == ["dependencies"]

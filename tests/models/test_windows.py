@@ -5,6 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+import rasterio
 from PIL import Image
 
 from models import windows
@@ -16,7 +17,6 @@ from models.tiling import Tiling
 from models.windows import WindowedImage, open_image, shrunk
 from tests.models.test_contract import _detector, _segmenter
 
-rasterio = pytest.importorskip("rasterio", reason="rasterio (the extra 'geo') is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 RNG = np.random.default_rng(0)
@@ -76,8 +76,6 @@ def test_only_large_tiffs_are_opened_by_windows(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_read_says_so(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="float32 values have no RGB reading here"):
-        WindowedImage(_tiff(tmp_path / "f.tif", np.zeros((1, 80, 90), np.float32)))
     (tmp_path / "x.tif").write_bytes(b"II*\0 nonsense")
     with pytest.raises(DataError, match=r"x\.tif"):
         WindowedImage(tmp_path / "x.tif")

@@ -140,7 +140,7 @@ def test_an_image_is_decoded_once_for_all_its_tiles(airfield, monkeypatch):
     from pipelines.data import cache
 
     real = cache.open_image
-    monkeypatch.setattr(cache, "open_image", lambda path: opened.append(path) or real(path))
+    monkeypatch.setattr(cache, "open_image", lambda path, *how: opened.append(path) or real(path, *how))
     memory = ImageCache()
     for tile in tiles.samples:
         assert (memory.read(tile) == tile.read()).all()

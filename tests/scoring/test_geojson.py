@@ -13,7 +13,7 @@ from pipelines.data.opening import open_dataset
 from scoring.writers.geojson import write_geojson
 from tests.conftest import write_image
 
-rasterio = pytest.importorskip("rasterio", reason="rasterio (the extra 'geo') is not installed")
+rasterio = pytest.importorskip("rasterio")
 
 
 @pytest.fixture
@@ -61,3 +61,23 @@ def test_masks_and_boxes_in_ground_coordinates(dataset, tmp_path):
     assert corners.max(axis=0).tolist() == [500_010, 5_699_998]
     write_geojson([], dataset, tmp_path / "g")
     assert json.loads((tmp_path / "g" / "placed.geojson").read_text())["features"] == []
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_turned_tiff_lies_where_its_pixels_lie(orientation, tmp_path):
+    from rasterio.features import rasterize
+    from rasterio.transform import from_origin
+
+    from models.image import read_image
+    from tests.models.test_rasters import PLANE, rotated, scene
+
+    place = from_origin(500_000, 5_700_000, 0.5, 0.5)
+    (tmp_path / "in").mkdir()
+    rotated(tmp_path / "in" / "a.tif", scene(90, 230, 0, "uint8", 1), orientation, crs="EPSG:32633", transform=place)
+    with rasterio.open(tmp_path / "in" / "a.tif") as file:
+        stored = file.read(1)
+    assert (read_image(tmp_path / "in" / "a.tif")[:, :, 0] == np.where(PLANE, 230, 90)).all()
+    found = Instances.make("a", *PLANE.shape, [[0, 0, 1, 1]], [0.9], None, [rle_encode(PLANE)])
+    write_geojson([found], open_dataset(tmp_path / "in"), tmp_path / "g")
+    feature = json.loads((tmp_path / "g" / "a.geojson").read_text())["features"][0]
+    assert (rasterize([feature["geometry"]], stored.shape, transform=place).astype(bool) == (stored == 230)).all()
