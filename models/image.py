@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.errors import DataError, one_line
 from models.raster import WindowedImage, is_raster, is_tiff, tiff_layout
-from models.rendering import DEFAULT, Rendering, chosen_bands, find_bounds, oriented, oriented_size, to_uint8
+from models.rendering import DEFAULT, Block, Rendering, chosen_bands, find_bounds, oriented, oriented_size, to_uint8
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
@@ -107,15 +107,7 @@ def _rendered(values: np.ndarray, rendering: Rendering, name: str) -> np.ndarray
     bands = chosen_bands(rendering, count, [1, 2, 3] if count >= 3 else [1], name)
     shown = np.moveaxis(values[:, :, [band - 1 for band in bands]], -1, 0)
     missing = np.zeros(shown.shape[1:], bool) if alpha is None else alpha == 0
-    blocks = (
-        (
-            np.ma.array(part := shown[:, top : top + 1024], mask=np.broadcast_to(missing[top : top + 1024], part.shape)),
-            top,
-            0,
-        )
-        for top in range(0, shown.shape[1], 1024)
-    )
-    bounds = find_bounds(rendering, values.dtype, None, blocks, values.shape[:2])
+    bounds = find_bounds(rendering, values.dtype, None, [Block(shown, missing, 0, 0)], (values.shape[0], values.shape[1]))
     image = np.moveaxis(to_uint8(shown, bounds), 0, -1)
     return np.ascontiguousarray(image if len(bands) == 3 else np.repeat(image, 3, axis=2))
 

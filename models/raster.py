@@ -16,6 +16,7 @@ from PIL import TiffImagePlugin
 from models.errors import DataError, one_line
 from models.rendering import (
     DEFAULT,
+    Block,
     Bounds,
     Rendering,
     chosen_bands,
@@ -27,6 +28,8 @@ from models.rendering import (
 )
 
 CACHE_MEGABYTES = "256"
+# Rows read at a time where the whole file is looked at.
+ROWS = 512
 
 # First bytes of classic TIFF and BigTIFF, in either order of bytes.
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -167,13 +170,15 @@ class WindowedImage:
             return find_bounds(self.rendering.model_copy(update={"range": "depth"}), self.dtype, bits, (), (0, 0))
         return find_bounds(self.rendering, self.dtype, bits, self._blocks(), (self._file.height, self._file.width))
 
-    def _blocks(self) -> Iterator[tuple[np.ndarray, int, int]]:
-        for _, window in self._file.block_windows(1):
+    def _blocks(self) -> Iterator[Block]:
+        """The file from top to bottom, in pieces that part none of its own blocks."""
+        height, width = self._file.height, self._file.width
+        own = self._file.block_shapes[0][0]
+        rows = max(own, ROWS // own * own)
+        for top in range(0, height, rows):
+            window = ((top, min(top + rows, height)), (0, width))
             values, missing = self._values(window=window)
-            yield (
-                np.ma.array(values, mask=np.broadcast_to(missing | self._transparent(window), values.shape)),
-                *((window.row_off, window.col_off)),
-            )
+            yield Block(values, missing | self._transparent(window), top, 0)
 
     def _transparent(self, window: Any) -> np.ndarray:
         from rasterio.enums import ColorInterp as Colour

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
@@ -12,8 +12,8 @@ from models.errors import DataError, RecipeError
 
 # Shares of an image's values that are allowed to saturate at either end of a percentile range.
 LOW_SHARE, HIGH_SHARE = 0.005, 0.995
-# Values looked at to find the range of a type that is too wide for a histogram.
-MOST_VALUES = 8_000_000
+# Pixels looked at to find the range of an image, evenly spread over it.
+MOST_PIXELS = 2_000_000
 
 # EXIF orientation -> (swap rows and columns, then reverse the rows, then reverse the columns).
 TURNS = {
@@ -121,18 +121,22 @@ def depth_bounds(dtype: np.dtype, bits: int | None = None) -> Bounds:
     return 0.0, float(2**bits - 1 if bits else np.iinfo(dtype).max)
 
 
+class Block(NamedTuple):
+    """A piece of an image: values (bands, h, w), which of them say nothing, bool (h, w), and its place in the file."""
+
+    values: np.ndarray
+    ignored: np.ndarray
+    top: int
+    left: int
+
+
 def find_bounds(
-    settings: Rendering,
-    dtype: np.dtype,
-    bits: int | None,
-    blocks: Iterable[tuple[np.ndarray, int, int]],
-    shape: tuple[int, int],
+    settings: Rendering, dtype: np.dtype, bits: int | None, blocks: Iterable[Block], shape: tuple[int, int]
 ) -> Bounds | None:
     """The values that become 0 and 255; None where 8-bit values stay as they are.
 
     Args:
-        blocks: (values, top, left): all valid values of the image in pieces, (bands, h, w) with NaN or
-            masked values where they are missing; only iterated where percentiles are needed.
+        blocks: the whole image in pieces; only iterated where percentiles are needed.
         shape: (height, width) of the image in the file.
     """
     if isinstance(settings.range, tuple):
@@ -145,20 +149,22 @@ def find_bounds(
     return depth if found is None or found[0] == found[1] else found
 
 
-def _percentiles(dtype: np.dtype, blocks: Iterable[tuple[np.ndarray, int, int]], shape: tuple[int, int]) -> Bounds | None:
-    if dtype.kind in "iu" and dtype.itemsize <= 2:
-        low = int(np.iinfo(dtype).min)
-        counts = np.zeros(2 ** (8 * dtype.itemsize), np.int64)
-        for values, _, _ in blocks:
-            valid = np.ma.compressed(values).astype(np.int64) - low
-            counts += np.bincount(valid.ravel(), minlength=len(counts))
-        return _of_histogram(counts, low)
+def _percentiles(dtype: np.dtype, blocks: Iterable[Block], shape: tuple[int, int]) -> Bounds | None:
     # Every step-th row and column of the image, wherever the blocks begin: reading it otherwise changes nothing.
-    step = max(1, int(np.ceil(np.sqrt(shape[0] * shape[1] / MOST_VALUES))))
+    step = max(1, int(np.ceil(np.sqrt(shape[0] * shape[1] / MOST_PIXELS))))
+    small = dtype.kind in "iu" and dtype.itemsize <= 2
+    low = int(np.iinfo(dtype).min) if small else 0
+    counts = np.zeros(2 ** (8 * dtype.itemsize) if small else 0, np.int64)
     sampled = []
-    for values, top, left in blocks:
-        part = np.ma.compressed(values[:, -top % step :: step, -left % step :: step])
-        sampled.append(part[np.isfinite(part)].astype(np.float64))
+    for block in blocks:
+        rows, columns = slice(-block.top % step, None, step), slice(-block.left % step, None, step)
+        values = block.values[:, rows, columns][:, ~block.ignored[rows, columns]].ravel()
+        if small:
+            counts += np.bincount(values.astype(np.int64) - low, minlength=len(counts))
+        else:
+            sampled.append(values[np.isfinite(values)].astype(np.float64))
+    if small:
+        return _of_histogram(counts, low)
     chosen = np.sort(np.concatenate(sampled)) if sampled else np.zeros(0)
     if not len(chosen):
         return None

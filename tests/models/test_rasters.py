@@ -14,7 +14,8 @@ from PIL import Image
 from models.errors import DataError, RecipeError
 from models.image import image_size, read_image
 from models.raster import WindowedImage
-from models.rendering import TURNS, Rendering, depth_bounds, find_bounds, map_to_file, oriented, parse_rendering
+from models.rendering import TURNS, Block, Rendering, depth_bounds, find_bounds, map_to_file, oriented, parse_rendering
+from models.windows import fills_little
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -292,19 +293,25 @@ def test_complex_values_and_damage_say_so(tmp_path):
 
 
 def test_the_sampled_range_does_not_depend_on_how_the_file_is_read(monkeypatch):
-    monkeypatch.setattr("models.rendering.MOST_VALUES", 1000)
+    monkeypatch.setattr("models.rendering.MOST_PIXELS", 1000)
     values = scene(0.2, 0.8, 0.05, "float32")
-    pieces = [
-        (np.ma.array(values[:, y : y + 37, x : x + 51]), y, x) for y in range(0, HEIGHT, 37) for x in range(0, WIDTH, 51)
-    ]
-    whole = find_bounds(Rendering(), values.dtype, None, [(np.ma.array(values), 0, 0)], (HEIGHT, WIDTH))
-    assert whole == find_bounds(Rendering(), values.dtype, None, pieces, (HEIGHT, WIDTH))
-    assert whole != find_bounds(Rendering(), values.dtype, None, [(np.ma.array(values[:, 1:, 1:]), 0, 0)], (HEIGHT, WIDTH))
+    none = np.zeros((HEIGHT, WIDTH), bool)
+
+    def bounds(rows, columns, skip=0):
+        pieces = [
+            Block(values[:, y : y + rows, x : x + columns], none[y : y + rows, x : x + columns], y, x)
+            for y in range(skip, HEIGHT, rows)
+            for x in range(skip, WIDTH, columns)
+        ]
+        return find_bounds(Rendering(), values.dtype, None, pieces, (HEIGHT, WIDTH))
+
+    assert bounds(HEIGHT, WIDTH) == bounds(37, 51) == bounds(1, WIDTH)
+    assert bounds(HEIGHT, WIDTH) != bounds(HEIGHT, WIDTH, 1)
 
 
 def test_the_percentiles_are_those_of_numpy():
     values = np.random.default_rng(1).integers(100, 3000, (3, 200, 200)).astype(np.uint16)
-    low, high = find_bounds(Rendering(), values.dtype, None, [(np.ma.array(values), 0, 0)], (200, 200))
+    low, high = find_bounds(Rendering(), values.dtype, None, [Block(values, np.zeros((200, 200), bool), 0, 0)], (200, 200))
     assert low == pytest.approx(np.percentile(values, 0.5), abs=1)
     assert high == pytest.approx(np.percentile(values, 99.5), abs=1)
 
@@ -332,3 +339,13 @@ def test_command_line_texts():
     ):
         with pytest.raises(RecipeError, match=r"--(range|bands) .*expected"):
             parse_rendering(value, bands)
+
+
+def test_what_fills_little_of_its_range_is_noticed(tmp_path):
+    eleven = tiff(tmp_path / "a.tif", scene(400, 1500, 20, "uint16"), **RGB)
+    for read in (read_image, WindowedImage):
+        assert fills_little(read(eleven, Rendering(range="depth")))
+        assert not fills_little(read(eleven))
+        assert not fills_little(read(eleven, Rendering(range=(0, 2047))))
+        assert fills_little(read(tiff(tmp_path / "b.tif", scene(3, 7, 0.3, "uint8"), **RGB)))
+        assert not fills_little(read(tiff(tmp_path / "c.tif", np.zeros((3, HEIGHT, WIDTH), np.uint8), **RGB)))
