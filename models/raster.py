@@ -28,6 +28,8 @@ from models.rendering import (
 )
 
 CACHE_MEGABYTES = "256"
+# No other format is opened, whatever a file says that it is: some of them lead to further files.
+DRIVERS = ["GTiff", "JP2OpenJPEG"]
 # Rows read at a time where the whole file is looked at.
 ROWS = 512
 
@@ -98,7 +100,8 @@ class WindowedImage:
         self.path = name or str(source)
         self._memory = rasterio.MemoryFile(source) if isinstance(source, bytes) else None
         try:
-            self._file = self._memory.open() if self._memory else rasterio.open(source)
+            # GDAL takes some relative names for connections or parts of files; a path from the root is none.
+            self._file = (self._memory or rasterio).open(*self._absolute(source), driver=DRIVERS)
         except (rasterio.errors.RasterioError, OSError) as error:
             raise DataError(f"{self.path}: cannot be opened ({one_line(error)[:160]})", "damaged") from None
         self.dtype, self.rendering = np.dtype(self._kind()), rendering
@@ -129,6 +132,10 @@ class WindowedImage:
         plain = self._palette is None and not self._masked and self._file.nodata is None
         size = oriented_size(height, width, self.orientation)
         return self._shown(out_shape=size, resampling=Resampling.average if plain else Resampling.nearest)
+
+    @staticmethod
+    def _absolute(source: str | Path | bytes) -> list[str]:
+        return [] if isinstance(source, bytes) else [os.path.abspath(source)]
 
     def _kind(self) -> str:
         dtype = self._file.dtypes[0]

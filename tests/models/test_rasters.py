@@ -349,3 +349,21 @@ def test_what_fills_little_of_its_range_is_noticed(tmp_path):
         assert not fills_little(read(eleven, Rendering(range=(0, 2047))))
         assert fills_little(read(tiff(tmp_path / "b.tif", scene(3, 7, 0.3, "uint8"), **RGB)))
         assert not fills_little(read(tiff(tmp_path / "c.tif", np.zeros((3, HEIGHT, WIDTH), np.uint8), **RGB)))
+
+
+@pytest.mark.parametrize("name", ["GTIFF_DIR:1:x.tif", "http:x.tif", "a!b.tif", "ü ?#.tif"])
+def test_names_that_gdal_takes_for_something_else_are_files(name, tmp_path, monkeypatch):
+    tiff(tmp_path / "a.tif", rgb8(), **RGB).rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert read_image(name).shape == (HEIGHT, WIDTH, 3)
+
+
+def test_no_other_format_is_opened_as_a_raster(tmp_path):
+    tiff(tmp_path / "a.tif", rgb8(), **RGB)
+    (tmp_path / "a.vrt.tif").write_text(
+        f'<VRTDataset rasterXSize="9" rasterYSize="9"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>'
+        f"<SourceFilename>{tmp_path / 'a.tif'}</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    for read in (read_image, WindowedImage):
+        with pytest.raises(DataError, match=r"a\.vrt\.tif"):
+            read(tmp_path / "a.vrt.tif")
