@@ -28,8 +28,6 @@ from models.rendering import (
 )
 
 CACHE_MEGABYTES = "256"
-# No other format is opened, whatever a file says that it is: some of them lead to further files.
-DRIVERS = ["GTiff", "JP2OpenJPEG"]
 # Rows read at a time where the whole file is looked at.
 ROWS = 512
 
@@ -80,6 +78,18 @@ def quiet_rasterio() -> Any:
     return rasterio
 
 
+def _driver(source: str | Path | bytes, name: str) -> str:
+    """GDAL's driver for a file; no other format is opened, whatever it says that it is: some lead to further files."""
+    if isinstance(source, bytes):
+        start = source[:16]
+    else:
+        with open(source, "rb") as stream:
+            start = stream.read(16)
+    if not is_raster(start):
+        raise DataError(f"{name}: neither TIFF nor JPEG 2000", "not an image")
+    return "GTiff" if is_tiff(start) else "JP2OpenJPEG"
+
+
 class WindowedImage:
     """A file that looks like an array of RGB uint8 (H, W, 3): ``shape``, and windows as ``image[y1:y2, x1:x2]``.
 
@@ -101,7 +111,8 @@ class WindowedImage:
         self._memory = rasterio.MemoryFile(source) if isinstance(source, bytes) else None
         try:
             # GDAL takes some relative names for connections or parts of files; a path from the root is none.
-            self._file = (self._memory or rasterio).open(*self._absolute(source), driver=DRIVERS)
+            where = [] if self._memory else [os.path.abspath(source)]
+            self._file = (self._memory or rasterio).open(*where, driver=_driver(source, self.path))
         except (rasterio.errors.RasterioError, OSError) as error:
             raise DataError(f"{self.path}: cannot be opened ({one_line(error)[:160]})", "damaged") from None
         self.dtype, self.rendering = np.dtype(self._kind()), rendering
@@ -132,10 +143,6 @@ class WindowedImage:
         plain = self._palette is None and not self._masked and self._file.nodata is None
         size = oriented_size(height, width, self.orientation)
         return self._shown(out_shape=size, resampling=Resampling.average if plain else Resampling.nearest)
-
-    @staticmethod
-    def _absolute(source: str | Path | bytes) -> list[str]:
-        return [] if isinstance(source, bytes) else [os.path.abspath(source)]
 
     def _kind(self) -> str:
         dtype = self._file.dtypes[0]
