@@ -1,23 +1,30 @@
-"""The journal of a registered model: every move of an alias, in one order that all processes agree on.
+"""The journal of aliases: every move of an alias of any registered model, in one order that all processes agree on.
 
 MLflow sets an alias without asking what it was, so two promotions at once would both
 succeed and the last one would win unseen. But it numbers the versions of a model one
-by one, whoever adds them. The journal is therefore a registered model of its own, in
-which each move is a version: it names the move before it, and counts only if that one
-is still the last. Whoever adds an entry reads at once whether it counts; nothing is
-locked, so a process that is killed leaves nothing behind that others wait for.
+by one, whoever adds them. The journal is therefore a registered model of its own,
+``planes-journal``, in which each move of any model is a version: it names the move before it,
+and counts only if that one is still the last. Whoever adds an entry reads at once whether it counts;
+nothing is locked, so a process that is killed leaves nothing behind that others wait for.
+
+Everybody who may promote anything adds to that one journal. So an entry counts only if the model that it
+is about carries the entry's token, with a digest of its content and its state, as a tag: setting it takes
+the right to edit that very model. An entry that somebody forged or changed in the journal is no entry.
 
 An entry that counts but is not ``done`` was interrupted; whoever moves an alias next
-finishes it first (`promotion.settle`).
+finishes it first (`promotion.settle`). Release 0.6.0 kept a journal for each model
+(``planes-det-journal``); its entries are read as the first ones.
 """
 
 from __future__ import annotations
 
 import getpass
+import hashlib
+import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
@@ -32,7 +39,13 @@ from models.errors import RegistryError, one_line
 from pipelines.registry import JOURNAL_OF
 from pipelines.tracking import denied
 
+JOURNAL = "planes-journal"
+# Journals of 0.6.0, one a model.
 SUFFIX = "-journal"
+# Tag of a registered model for each move of its aliases, ended by the entry's token: "state digest".
+MOVE_TAG = "planes_move_"
+# What a first move follows.
+FIRST = "0"
 LONGEST = 1000
 # Some servers drop tags without a value.
 NOTHING = "-"
@@ -45,7 +58,7 @@ Kind = Literal["promote", "force", "rollback"]
 class Move:
     """An alias from one version (None: from nowhere) to another, and why.
 
-    ``after`` is the number of the alias's last entry when this was decided, 0 for none;
+    ``after`` is the id of the alias's last entry when this was decided, FIRST for none;
     ``run`` the MLflow run that holds the gates' results.
     """
 
@@ -53,20 +66,29 @@ class Move:
     kind: Kind
     to: str
     origin: str | None
-    after: int
+    after: str
     why: str
     run: str = ""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A move as the journal holds it; ``state`` is ``done``, ``begun``, ``overtaken`` or ``abandoned``."""
+    """A move as the journal holds it; ``state`` is ``done``, ``begun``, ``overtaken`` or ``abandoned``.
+
+    number: of the version in the journal; token: what the entry is known by, empty for those of 0.6.0.
+    """
 
     number: int
     move: Move
     by: str
     at: str
     state: str
+    token: str = ""
+
+    @property
+    def id(self) -> str:
+        """What a later move names this one by."""
+        return self.token or str(self.number)
 
 
 def whoami() -> str:
@@ -83,34 +105,68 @@ def now() -> str:
 
 
 def read_journal(name: str) -> list[Entry]:
-    """All entries of a registered model's journal, oldest first; none where nothing was ever moved.
+    """All entries about a registered model, oldest first; none where nothing was ever moved.
 
     Raises:
         RegistryError: the store refuses.
     """
-    quoted = f"{name}{SUFFIX}".replace("'", "")
     try:
-        versions: list[ModelVersion] = []
-        token = None
-        while True:
-            page = MlflowClient().search_model_versions(f"name = '{quoted}'", max_results=1000, page_token=token)
-            versions += page
-            token = page.token
-            if not token:
-                break
+        earlier = _versions(f"name = '{_quoted(name)}{SUFFIX}'")
+        versions = _versions(f"name = '{JOURNAL}' and tags.{JOURNAL_OF} = '{_quoted(name)}'")
+        proofs = _proofs(name) if versions else {}
     except MlflowException as error:
-        raise RegistryError(f"{name}{SUFFIX}: cannot be read ({one_line(error)[:200]})") from None
-    entries = [_entry(v) for v in sorted(versions, key=lambda v: int(v.version)) if JOURNAL_OF in v.tags]
+        raise RegistryError(f"journal of {name}: cannot be read ({one_line(error)[:200]})") from None
+    entries = [_entry(v, "", v.tags.get("state", "begun")) for v in earlier if JOURNAL_OF in v.tags]
+    for version in versions:
+        token = version.tags.get("token", "")
+        state, _, digest = proofs.get(token, "").partition(" ")
+        if state and digest == _digest(version.tags):
+            entries.append(_entry(version, token, state))
     return _judged(entries)
 
 
-def _entry(version: ModelVersion) -> Entry:
+def _quoted(name: str) -> str:
+    return name.replace("'", "")
+
+
+def _versions(condition: str) -> list[ModelVersion]:
+    versions: list[ModelVersion] = []
+    token = None
+    while True:
+        page = MlflowClient().search_model_versions(condition, max_results=1000, page_token=token)
+        versions += page
+        token = page.token
+        if not token:
+            return sorted(versions, key=lambda v: int(v.version))
+
+
+def _proofs(name: str) -> dict[str, str]:
+    """Token -> "state digest" of the moves that the model itself knows of."""
+    tags = MlflowClient().get_registered_model(name).tags
+    return {key.removeprefix(MOVE_TAG): value for key, value in tags.items() if key.startswith(MOVE_TAG)}
+
+
+def _digest(tags: Mapping[str, str]) -> str:
+    """Digest of what an entry says, so that nobody can change it in the journal alone."""
+    said = [
+        tags.get(key, "") for key in (JOURNAL_OF, "token", "alias", "kind", "to", "from", "after", "why", "by", "at", "run")
+    ]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def _entry(version: ModelVersion, token: str, state: str) -> Entry:
     tags = version.tags
-    after = int(tags["after"]) if tags.get("after", "").isdigit() else -1
     kind: Kind = tags["kind"] if tags.get("kind") in ("promote", "force", "rollback") else "promote"  # type: ignore[assignment]
-    move = Move(tags.get("alias", ""), kind, tags.get("to", ""), _known(tags.get("from")), after, tags.get("why", ""))
+    move = Move(
+        tags.get("alias", ""),
+        kind,
+        tags.get("to", ""),
+        _known(tags.get("from")),
+        tags.get("after", "-"),
+        tags.get("why", ""),
+    )
     move = replace(move, run=_known(tags.get("run")) or "")
-    return Entry(int(version.version), move, tags.get("by", ""), tags.get("at", ""), tags.get("state", "begun"))
+    return Entry(int(version.version), move, tags.get("by", ""), tags.get("at", ""), state, token)
 
 
 def _known(text: str | None) -> str | None:
@@ -120,15 +176,16 @@ def _known(text: str | None) -> str | None:
 def _judged(entries: Iterable[Entry]) -> list[Entry]:
     """Mark those that were overtaken: the move they follow was not the alias's last any more.
 
-    >>> one = Entry(4, Move("production", "promote", "2", "1", 0, ""), "a", "", "done")
-    >>> [e.state for e in _judged([one, replace(one, number=5), replace(one, number=6, move=replace(one.move, after=4))])]
+    >>> one = Entry(4, Move("production", "promote", "2", "1", "0", ""), "a", "", "done", "x")
+    >>> third = replace(one, number=6, token="z", move=replace(one.move, after="x"))
+    >>> [e.state for e in _judged([one, replace(one, number=5, token="y"), third])]
     ['done', 'overtaken', 'done']
     """
-    last: dict[str, int] = {}
+    last: dict[str, str] = {}
     judged = []
     for entry in entries:
-        if entry.move.after == last.get(entry.move.alias, 0):
-            last[entry.move.alias] = entry.number
+        if entry.move.after == last.get(entry.move.alias, FIRST):
+            last[entry.move.alias] = entry.id
             judged.append(entry)
         else:
             judged.append(replace(entry, state="overtaken"))
@@ -144,45 +201,51 @@ def append(name: str, move: Move) -> Entry:
     """Add a move; the entry tells whether it counts.
 
     Raises:
-        RegistryError: the store refuses, or nobody may write here.
+        RegistryError: the store refuses, or this user may not edit the model or the journal.
     """
-    client, journal, token = MlflowClient(), f"{name}{SUFFIX}", uuid.uuid4().hex
+    client, token = MlflowClient(), uuid.uuid4().hex
     tags = {JOURNAL_OF: name, "alias": move.alias, "kind": move.kind, "to": move.to, "from": move.origin or NOTHING}
-    tags |= {"after": str(move.after), "why": move.why[:LONGEST], "by": whoami(), "at": now(), "run": move.run or NOTHING}
-    tags["token"] = token
-    said = f"{move.alias}: {move.origin or 'nothing'} -> {move.to} ({move.kind} by {tags['by']}): {move.why[:LONGEST]}"
+    tags |= {"after": move.after, "why": move.why[:LONGEST] or NOTHING, "by": whoami(), "at": now()}
+    tags |= {"run": move.run or NOTHING, "token": token}
+    said = f"{name} {move.alias}: {move.origin or 'nothing'} -> {move.to} ({move.kind} by {tags['by']}): {tags['why']}"
     try:
-        _open_journal(client, name, journal)
-        for attempt in range(TRIES):
-            try:
-                # The source makes the entry a link to the version in MLflow's pages.
-                made = client.create_model_version(
-                    journal, f"models:/{name}/{move.to}", tags=tags, description=said, await_creation_for=0
-                )
-                number = int(made.version)
-                break
-            except MlflowException as error:
-                # Others add entries too; one that was written although the answer got lost is found by its token.
-                found = [v for v in client.search_model_versions(f"name = '{journal}'") if v.tags.get("token") == token]
-                if found:
-                    number = int(found[0].version)
-                    break
-                if attempt == TRIES - 1 or denied(error):
-                    raise
-                time.sleep(0.05 * (attempt + 1))
+        # First of all, so that who may not edit the model adds nothing.
+        client.set_registered_model_tag(name, MOVE_TAG + token, f"begun {_digest(tags)}")
+        _open_journal(client)
+        _add(client, f"models:/{name}/{move.to}", tags, said)
     except MlflowException as error:
-        hint = f"; you need the right to edit {name} and {journal}" if denied(error) else ""
-        raise RegistryError(f"{journal}: cannot be written ({one_line(error)[:200]}){hint}") from None
-    return next(e for e in read_journal(name) if e.number == number)
+        hint = f"; you need the right to edit {name} and {JOURNAL}" if denied(error) else ""
+        raise RegistryError(f"{JOURNAL}: cannot be written ({one_line(error)[:200]}){hint}") from None
+    added = next((e for e in read_journal(name) if e.token == token), None)
+    if added is None:
+        raise RegistryError(f"{JOURNAL}: the entry for {name} is not there any more; somebody deleted or changed it")
+    return added
 
 
-def _open_journal(client: MlflowClient, name: str, journal: str) -> None:
+def _add(client: MlflowClient, source: str, tags: dict[str, str], said: str) -> None:
+    for attempt in range(TRIES):
+        try:
+            # The source makes the entry a link to the version in MLflow's pages.
+            client.create_model_version(JOURNAL, source, tags=tags, description=said, await_creation_for=0)
+            return
+        except MlflowException as error:
+            # Others add entries too; one that was written although the answer got lost is found by its token.
+            if client.search_model_versions(f"name = '{JOURNAL}' and tags.token = '{tags['token']}'"):
+                return
+            if attempt == TRIES - 1 or denied(error):
+                raise
+            time.sleep(0.05 * (attempt + 1))
+
+
+def _open_journal(client: MlflowClient) -> None:
     try:
-        client.get_registered_model(journal)
+        client.get_registered_model(JOURNAL)
     except MlflowException:
         try:
-            about = f"Every move of an alias of {name}, one version each; written by planes-registry, read by its history."
-            client.create_registered_model(journal, tags={JOURNAL_OF: name}, description=about)
+            about = (
+                "Every move of an alias of any model, one version each; written by planes-registry, read by its history."
+            )
+            client.create_registered_model(JOURNAL, tags={JOURNAL_OF: "all models"}, description=about)
         except MlflowException as error:
             if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
                 raise
@@ -194,7 +257,12 @@ def mark(name: str, entry: Entry, state: Literal["done", "abandoned"]) -> None:
     Raises:
         RegistryError: the store refuses.
     """
+    client = MlflowClient()
     try:
-        MlflowClient().set_model_version_tag(f"{name}{SUFFIX}", str(entry.number), "state", state)
-    except mlflow.MlflowException as error:
-        raise RegistryError(f"{name}{SUFFIX}: cannot be written ({one_line(error)[:200]})") from None
+        if not entry.token:
+            client.set_model_version_tag(f"{name}{SUFFIX}", str(entry.number), "state", state)
+            return
+        digest = client.get_registered_model(name).tags[MOVE_TAG + entry.token].partition(" ")[2]
+        client.set_registered_model_tag(name, MOVE_TAG + entry.token, f"{state} {digest}")
+    except (mlflow.MlflowException, KeyError) as error:
+        raise RegistryError(f"{name}: its tag of a move cannot be written ({one_line(error)[:200]})") from None

@@ -32,7 +32,7 @@ class Standing:
     name: str
     alias: str
     present: str | None
-    after: int
+    after: str
     finished: Entry | None = None
 
 
@@ -50,7 +50,7 @@ def standing(name: str, alias: str, look_only: bool = False) -> Standing:
         present = registry.find_alias(name, alias)
         # Alias and journal are read one after the other; nobody may have written in between.
         if _last(name, alias) == last and (look_only or last is None or last.state != "begun"):
-            return Standing(name, alias, present, last.number if last else 0, finished)
+            return Standing(name, alias, present, last.id if last else journal.FIRST, finished)
     raise RegistryError(f"{name}: {alias} is being moved all the time; try again")
 
 
@@ -98,7 +98,7 @@ def finish(name: str, entry: Entry) -> Entry:
     alias, to = entry.move.alias, entry.move.to
     current = registry.find_alias(name, alias)
     if current not in (to, entry.move.origin):
-        latest = next((e for e in journal.read_journal(name) if e.number == entry.number), entry)
+        latest = next((e for e in journal.read_journal(name) if e.id == entry.id), entry)
         if latest.state == "done":
             return latest
         journal.mark(name, entry, "abandoned")
@@ -112,10 +112,14 @@ def finish(name: str, entry: Entry) -> Entry:
     if current != to:
         registry.set_alias(name, alias, to)
     # Whoever was held up between the look and the move may have undone a later one.
-    newest = journal.counting(journal.read_journal(name), alias)[-1]
-    if newest.number != entry.number:
-        registry.set_alias(name, alias, newest.move.to)
-        return finish(name, newest)
+    entries = journal.counting(journal.read_journal(name), alias)
+    place = next((i for i, e in enumerate(entries) if e.id == entry.id), len(entries))
+    later = [e for e in entries[place + 1 :] if e.state != "abandoned"]
+    if later:
+        registry.set_alias(name, alias, later[-1].move.to)
+        return finish(name, later[-1])
+    if place == len(entries) or entries[place].state == "abandoned":
+        raise RegistryError(f"{name}: {alias} was moved past planes-registry meanwhile, and so was this move: decide again")
     _follow(name, entry)
     journal.mark(name, entry, "done")
     return entry
@@ -207,7 +211,7 @@ def before(entries: Sequence[Entry], alias: str) -> str | None:
     """The version that a rollback goes to: promotions pile up, a rollback takes the last one off.
 
     >>> def entry(n, kind, to, origin, state="done"):
-    ...     return Entry(n, Move("production", kind, to, origin, n - 1, ""), "a", "t", state)
+    ...     return Entry(n, Move("production", kind, to, origin, str(n - 1), ""), "a", "t", state)
     >>> moves = [entry(1, "promote", "2", None), entry(2, "promote", "5", "2"), entry(3, "promote", "7", "5")]
     >>> before(moves, "production"), before([*moves, entry(4, "rollback", "5", "7")], "production")
     ('5', '2')

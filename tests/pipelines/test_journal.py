@@ -18,6 +18,7 @@ from pipelines.registration import log_and_register
 NAME = "planes-x"
 WRITES = (
     "create_registered_model", "create_model_version", "set_model_version_tag", "set_registered_model_alias",
+    "set_registered_model_tag",
     "delete_registered_model_alias", "transition_model_version_stage",
 )  # fmt: skip
 
@@ -160,3 +161,123 @@ def test_a_kill_in_place_of_each_write_leaves_the_old_or_the_new_version(client)
     assert steps >= 8
     # Before the entry, between entry and alias, and after the alias.
     assert states == {("done", True), ("begun", False), ("begun", True)}
+
+
+def test_one_journal_for_all_models_keeps_their_moves_apart(client):
+    _move("1")
+    first = client.get_model_version(NAME, "1")
+    for name in ("planes-y", f"{NAME}-2"):
+        client.create_registered_model(name)
+        client.create_model_version(name, first.source, tags=first.tags)
+        promotion.move(promotion.standing(name, "production"), "1", "promote", f"of {name}")
+    _move("2")
+    assert [m.name for m in client.search_registered_models() if m.name not in registry.registered_names()] == [
+        "planes-journal"
+    ]
+    assert [(e.number, e.move.to) for e in journal.read_journal(NAME)] == [(1, "1"), (4, "2")]
+    assert [e.move.why for e in journal.read_journal("planes-y")] == ["of planes-y"]
+    with pytest.raises(RegistryError, match="is the journal of planes-y, not a model"):
+        registry.resolve("planes-journal/2")
+
+
+def test_an_entry_that_the_model_does_not_know_of_does_not_count(client):
+    """Who may write to the journal, but not to the model, can neither move its alias nor rewrite its history."""
+    _move("1")
+    last = journal.read_journal(NAME)[-1]
+    real = client.get_model_version("planes-journal", str(last.number))
+    forged = {**real.tags, "after": last.id, "to": "3", "from": "1", "token": "f" * 32, "state": "begun"}
+    client.create_model_version("planes-journal", real.source, tags=forged)
+    assert [e.id for e in journal.read_journal(NAME)] == [last.id]
+    client.set_model_version_tag("planes-journal", str(last.number), "state", "begun")
+    assert promotion.settle(NAME, "production") is None
+    _move("2")
+    assert _aliases() == {"production": "2", "previous": "1"}
+    client.set_model_version_tag("planes-journal", str(last.number), "to", "3")
+    assert [e.move.to for e in journal.read_journal(NAME)] == ["2"]
+    _move("3")
+    assert _aliases()["production"] == "3"
+
+
+def test_an_answer_that_got_lost_is_found_by_its_token(client, monkeypatch):
+    real = MlflowClient.create_model_version
+    lost = []
+
+    def answers_get_lost(self, name, *arguments, **options):
+        made = real(self, name, *arguments, **options)
+        if name == journal.JOURNAL and not lost:
+            lost.append(made.version)
+            raise mlflow.MlflowException("connection reset by peer")
+        return made
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", answers_get_lost)
+    _move("1")
+    assert [str(e.number) for e in journal.read_journal(NAME)] == [str(v) for v in lost]
+    assert journal.read_journal(NAME)[0].state == "done"
+    assert _aliases() == {"production": "1"}
+
+
+def _interrupted(to):
+    """A move that is in the journal but was not carried out."""
+    at = promotion.standing(NAME, "production")
+    return journal.append(NAME, journal.Move("production", "promote", to, at.present, at.after, "better"))
+
+
+def test_who_was_held_up_does_not_undo_a_later_move(client, monkeypatch):
+    """Between the look at the alias and its move another process finished this move and made the next one."""
+    _move("1")
+    entry = _interrupted("2")
+    real = registry.set_alias
+
+    def held_up(name, alias, version):
+        monkeypatch.setattr(registry, "set_alias", real)
+        promotion.finish(NAME, entry)
+        _move("3")
+        real(name, alias, version)
+
+    monkeypatch.setattr(registry, "set_alias", held_up)
+    promotion.finish(NAME, entry)
+    assert _aliases() == {"production": "3", "previous": "2"}
+
+
+def test_an_abandoned_entry_is_not_where_the_alias_belongs(client, monkeypatch):
+    """As above, but the later move was abandoned: the alias stays with the newest move that was not."""
+    _move("1")
+    entry = _interrupted("2")
+    real = registry.set_alias
+
+    def held_up(name, alias, version):
+        monkeypatch.setattr(registry, "set_alias", real)
+        promotion.finish(NAME, entry)
+        later = _interrupted("3")
+        journal.mark(NAME, later, "abandoned")
+        real(name, alias, version)
+
+    monkeypatch.setattr(registry, "set_alias", held_up)
+    assert promotion.finish(NAME, entry).move.to == "2"
+    assert _aliases()["production"] == "2"
+    assert [e.state for e in journal.read_journal(NAME)] == ["done", "done", "abandoned"]
+
+
+def test_a_move_that_was_abandoned_meanwhile_is_told(client, monkeypatch):
+    _move("1")
+    entry = _interrupted("2")
+    real = registry.set_alias
+
+    def held_up(name, alias, version):
+        monkeypatch.setattr(registry, "set_alias", real)
+        journal.mark(NAME, entry, "abandoned")
+        real(name, alias, version)
+
+    monkeypatch.setattr(registry, "set_alias", held_up)
+    with pytest.raises(RegistryError, match="decide again"):
+        promotion.finish(NAME, entry)
+
+
+def test_a_viewer_is_told_before_anything_is_written(client, monkeypatch):
+    def denied(self, *arguments, **options):
+        raise mlflow.MlflowException("Permission denied")
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_tag", denied)
+    with pytest.raises(RegistryError, match=f"you need the right to edit {NAME} and planes-journal"):
+        _move("1")
+    assert not client.search_registered_models("name = 'planes-journal'")
