@@ -7,6 +7,7 @@ from mlflow.tracking import MlflowClient
 
 from models.errors import RegistryError, one_line
 from pipelines import registry, tracking
+from pipelines.lineage import read_training_images
 from pipelines.registration import log_and_register
 from pipelines.registry import Resolved
 from pipelines.verification import read_example
@@ -59,6 +60,7 @@ def _to_server(version: Resolved, name: str, server: str, tags: dict[str, str]) 
     folder, example = registry.fetch(version), read_example(version)
     if example is None:
         raise RegistryError(f"{version.label}: has no example (registered before 0.6); copy it within its registry instead")
+    trained_on = read_training_images(version)
     here = mlflow.get_tracking_uri()
     try:
         tracking.connect(server)
@@ -66,7 +68,7 @@ def _to_server(version: Resolved, name: str, server: str, tags: dict[str, str]) 
         if known is not None:
             return known
         with tracking.tracked_run(f"copy {version.label}", {"task": "copy", "copied_from": version.label}) as run:
-            made, _ = log_and_register(folder, name, example.decoded(), tags, run.info.run_id)
+            made, _ = log_and_register(folder, name, example.decoded(), tags, run.info.run_id, trained_on=trained_on)
         assert made is not None
         return registry.resolve(f"{name}/{made.version}")
     finally:

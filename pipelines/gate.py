@@ -13,7 +13,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import RecipeError, one_line
+from pipelines.data.dataset import Dataset
 from pipelines.measuring import SIZES, Measurement, gain_confidence, slowdown
+from pipelines.training_images import TrainingImages
 
 GATES = Path(__file__).parent / "gates"
 
@@ -235,9 +237,9 @@ def judge_size(gates: Gates, megabytes: float, present: float | None) -> list[Ch
     return checks
 
 
-def judge_data(required: Sequence[RequiredData], digests: Sequence[str], trained_on: str) -> list[Check]:
-    """Whether every required content was evaluated on, and none of it is what the candidate was trained on."""
-    checks = [
+def judge_data(required: Sequence[RequiredData], digests: Sequence[str]) -> list[Check]:
+    """Whether every required content was evaluated on."""
+    return [
         Check(
             "data set",
             f"{r.path}/{r.split}",
@@ -249,6 +251,37 @@ def judge_data(required: Sequence[RequiredData], digests: Sequence[str], trained
         for r in required
         if r.digest
     ]
-    if trained_on in digests:
-        checks.append(Check("data set", "-", "not the training data", trained_on, "-", False))
+
+
+def judge_images(
+    datasets: Sequence[Dataset],
+    trained_on: TrainingImages | None,
+    baseline: TrainingImages | None = None,
+    data_digest: str = "unknown",
+) -> list[Check]:
+    """Whether the candidate was trained on none of the images that it is judged on.
+
+    What is not known is said and does not fail. That the baseline was trained on some is said too: its numbers
+    are flattered, and a gain over them is harder.
+
+    Args:
+        data_digest: digest of the training set, all that releases before 0.6.1 noted.
+    """
+    asked, checks = "none trained on", []
+    for dataset in datasets:
+        where = f"{dataset.name}/{dataset.split}"
+        flattered = _share(baseline, dataset) if baseline is not None and baseline.shared_with(dataset) else "-"
+        if trained_on is None:
+            same = dataset.digest() == data_digest
+            told = "it is the training set" if same else "not known (imported, or registered before 0.6.1)"
+            checks.append(Check("images", where, asked, told, flattered, not same))
+            continue
+        parts = "".join(f"; not known of {part}" for part in trained_on.unknown)
+        shared = trained_on.shared_with(dataset)
+        checks.append(Check("images", where, asked, _share(trained_on, dataset) + parts, flattered, not shared))
     return checks
+
+
+def _share(trained_on: TrainingImages, dataset: Dataset) -> str:
+    shared = trained_on.shared_with(dataset)
+    return f"{len(shared)} of {len(dataset)}" + (f" (first: {shared[0]})" if shared else "")

@@ -14,11 +14,16 @@ import mlflow
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
+from pydantic import ValidationError
 
 from models.errors import RegistryError, one_line
 from models.saved_files import PARTS
 from pipelines import journal, registry
 from pipelines.registry import Resolved
+from pipelines.training_images import TRAINING_IMAGES_FILE, TrainingImages
+
+# Of a list of training images: some twenty million of them.
+MOST_BYTES = 1_000_000_000
 
 
 def overview(names: Iterable[str] | None = None) -> list[dict[str, Any]]:
@@ -84,6 +89,9 @@ def lineage(version: Resolved) -> dict[str, Any]:
     facts["stage"] = record.current_stage or "None"
     facts["engine"], facts["recipe"] = tags.get("engine", "unknown"), tags.get("recipe", "none")
     facts["trained on"] = f"{tags.get('data', 'unknown')} (digest {tags.get('data_digest', 'unknown')})"
+    images = read_training_images(version)
+    count = "not known" if images is None else str(len(images.images))
+    facts["training images"] = "; not known of ".join([count, *(images.unknown if images else [])])
     facts["tested on"] = f"digest {tags.get('test_digest', 'none')}"
     changed = ", changed since" if tags.get("git_changed") == "true" else ""
     facts["code"] = f"commit {tags.get('git_commit', 'unknown')}{changed}"
@@ -97,6 +105,21 @@ def lineage(version: Resolved) -> dict[str, Any]:
     facts["moves"] = [told(e) for e in entries if str(version.version) in (e.move.to, e.move.origin)]
     facts["used by"] = users(version)
     return facts
+
+
+def read_training_images(version: Resolved) -> TrainingImages | None:
+    """A version's training images; None where it has no list (registered before 0.6.1, or imported).
+
+    Raises:
+        RegistryError: the artefacts cannot be read, or are no such list.
+    """
+    content = registry.read_artifact(version, TRAINING_IMAGES_FILE, MOST_BYTES) if version.name else None
+    if content is None:
+        return None
+    try:
+        return TrainingImages.model_validate_json(content)
+    except ValidationError:
+        raise RegistryError(f"{version.label}: its {TRAINING_IMAGES_FILE} is damaged") from None
 
 
 def _run(run_id: str | None) -> Run | None:

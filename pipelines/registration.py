@@ -26,6 +26,7 @@ from models.errors import RegistryError, one_line
 from models.instances import to_rows
 from models.predictor import folder_digest, load_model
 from pipelines.registry import DIGEST, logged_model_id
+from pipelines.training_images import TRAINING_IMAGES_FILE, TrainingImages
 
 PACKAGE = Path(models.__file__).parent
 
@@ -65,13 +66,20 @@ SIGNATURE = ModelSignature(
 
 
 def log_and_register(
-    folder: Path, name: str, example: np.ndarray, tags: Mapping[str, str], run_id: str, register: bool = True
+    folder: Path,
+    name: str,
+    example: np.ndarray,
+    tags: Mapping[str, str],
+    run_id: str,
+    register: bool = True,
+    trained_on: TrainingImages | None = None,
 ) -> tuple[ModelVersion | None, str]:
     """Log a saved folder to the active run as a models-from-code pyfunc and, with ``register``, register it.
 
     Args:
         example: RGB uint8 image, logged (base64 PNG) as the input example, with what the model predicts for it.
         tags: tags of the version, beside that of its digest.
+        trained_on: what is known of the images that decided its weights; None where nothing is.
 
     Returns:
         The version (None where it is not registered) and MLflow's id of the logged model. Where the run has already
@@ -88,11 +96,16 @@ def log_and_register(
         with tempfile.TemporaryDirectory() as work:
             shown = Path(work) / EXAMPLE_FILE
             shown.write_text(json.dumps(_answered(example, folder)))
+            artifacts = {"model": str(folder), "example": str(shown)}
+            if trained_on is not None:
+                listed = Path(work) / TRAINING_IMAGES_FILE
+                listed.write_text(trained_on.model_dump_json())
+                artifacts["training_images"] = str(listed)
             info = mlflow.pyfunc.log_model(
                 # Names of logged models know fewer characters than those of registered ones, such as dev.planes-det.
                 name=re.sub(r"[/:.%\"']", "-", name),
                 python_model=str(PACKAGE / "pyfunc.py"),
-                artifacts={"model": str(folder), "example": str(shown)},
+                artifacts=artifacts,
                 code_paths=[str(PACKAGE)],
                 signature=SIGNATURE,
                 input_example=pd.DataFrame({"image": [_encoded(example)]}),

@@ -255,6 +255,36 @@ def fetch(resolved: Resolved) -> Path:
     return kept
 
 
+def read_artifact(version: Resolved, name: str, most_bytes: int) -> bytes | None:
+    """A file that lies beside a version's saved folder; None where it has none.
+
+    Raises:
+        RegistryError: the artefacts cannot be read, a link, or larger than ``most_bytes``.
+    """
+    uri = f"models:/{version.name}/{version.version}"
+    try:
+        source = MlflowClient().get_model_version_download_uri(str(version.name), str(version.version))
+        local = Path(source.removeprefix("file://"))
+        if local.is_dir():
+            path = local / "artifacts" / name
+            if not os.path.lexists(path):
+                return None
+            size = -1 if path.is_symlink() or not path.is_file() else path.stat().st_size
+        else:
+            entries = mlflow.artifacts.list_artifacts(artifact_uri=f"{uri}/artifacts")
+            sizes = [int(e.file_size or 0) for e in entries if e.path == f"artifacts/{name}"]
+            if not sizes:
+                return None
+            size = sizes[0]
+        if not 0 <= size <= most_bytes:
+            raise RegistryError(f"{uri}: its {name} is no plain file of at most {most_bytes:,} bytes; do not use it")
+        if not local.is_dir():
+            path = _download(f"{uri}/artifacts/{name}", None)
+        return path.read_bytes()
+    except (mlflow.MlflowException, OSError) as error:
+        raise RegistryError(f"{uri}: its artefacts cannot be fetched ({one_line(error)[:200]})") from None
+
+
 def _is_whole(kept: Path) -> bool:
     return (kept / SPEC_FILE).is_file() and folder_digest(kept).startswith(kept.name)
 

@@ -6,12 +6,9 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
-from mlflow.tracking import MlflowClient
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import DataError, PlanesError, RegistryError, one_line
@@ -89,26 +86,13 @@ def read_example(version: Resolved) -> Example | None:
     Raises:
         RegistryError: the artefacts cannot be read, or are no example.
     """
-    uri = f"models:/{version.name}/{version.version}"
+    content = registry.read_artifact(version, EXAMPLE_FILE, MOST_BYTES)
+    if content is None:
+        return None
     try:
-        source = MlflowClient().get_model_version_download_uri(str(version.name), str(version.version))
-        local = Path(source.removeprefix("file://"))
-        if local.is_dir():
-            path = local / "artifacts" / EXAMPLE_FILE
-            if not path.is_file() or path.is_symlink():
-                return None
-            content = path.read_bytes() if path.stat().st_size <= MOST_BYTES else b""
-        else:
-            entries = mlflow.artifacts.list_artifacts(artifact_uri=f"{uri}/artifacts")
-            found = [e for e in entries if e.path == f"artifacts/{EXAMPLE_FILE}" and (e.file_size or 0) <= MOST_BYTES]
-            if not found:
-                return None
-            content = Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{uri}/{found[0].path}")).read_bytes()
         return Example.model_validate_json(content)
     except ValidationError:
-        raise RegistryError(f"{uri}: its {EXAMPLE_FILE} is damaged") from None
-    except (mlflow.MlflowException, OSError) as error:
-        raise RegistryError(f"{uri}: its artefacts cannot be fetched ({one_line(error)[:200]})") from None
+        raise RegistryError(f"{version.label}: its {EXAMPLE_FILE} is damaged") from None
 
 
 def verify(version: Resolved) -> list[Finding]:

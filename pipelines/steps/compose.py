@@ -91,12 +91,21 @@ def compose(request: ComposeRequest) -> str:
                 tracking.log_dataset(test, "test")
             example_from = (test or open_dataset(request.data, "train")).rendered(read_spec(saved).rendering)
             tags = {**named, "training_key": key}
-            what = Publication(saved, request.name, example_image("detector", example_from), test=test, tags=tags)
+            example, known_images = example_image("detector", example_from), _training_images(parts)
+            what = Publication(saved, request.name, example, test=test, tags=tags, trained_on=known_images)
             version, metrics = publish(what, run.info.run_id, device)
     value = f"test mask_AP {metrics['mask_AP']:.3f}" if "mask_AP" in metrics else "no test set with outlines"
     click.echo(f"{request.name} version {version} from {named['detector']} and {named['segmenter']}: {value}")
     click.echo(f"MLflow UI: {tracking.ui_command(uri)}")
     return f"{request.name}/{version}"
+
+
+def _training_images(parts: dict[str, Any]) -> Any:
+    """What both parts were trained on."""
+    from pipelines.lineage import read_training_images
+    from pipelines.training_images import united
+
+    return united({f"{role} {part.label}": read_training_images(part) for role, part in parts.items()})
 
 
 def _key(request: ComposeRequest, named: dict[str, str], *more: str) -> str:

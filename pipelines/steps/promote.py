@@ -21,7 +21,18 @@ from models.torch_tools import pick_device
 from pipelines import lineage, registry, tracking
 from pipelines.data.dataset import Dataset
 from pipelines.data.opening import open_dataset
-from pipelines.gate import Check, GateFile, Gates, RequiredData, find_gates, judge, judge_data, judge_size, parse_gates
+from pipelines.gate import (
+    Check,
+    GateFile,
+    Gates,
+    RequiredData,
+    find_gates,
+    judge,
+    judge_data,
+    judge_images,
+    judge_size,
+    parse_gates,
+)
 from pipelines.measuring import Measurement, measure
 from pipelines.prediction import MAIN_METRIC
 from pipelines.promotion import Standing, checked_alias, move, standing
@@ -178,7 +189,9 @@ def _check(
     sizes = [sum(p.stat().st_size for p in folders[v.label].rglob(WEIGHTS_FILE)) / 1e6 for v in versions]
     trained_on = registry.version_of(candidate).tags.get("data_digest", "unknown")
     required = file.data if datasets else []
-    checks = judge_data(required, [d.digest() for d in datasets], trained_on)
+    checks = judge_data(required, [d.digest() for d in datasets])
+    known = [lineage.read_training_images(v) for v in versions] if datasets else []
+    checks += judge_images(datasets, *known, data_digest=trained_on)
     checks += judge_size(gates, sizes[0], None if present is None else sizes[1])
     main = MAIN_METRIC.get(read_spec(folders[candidate.label]).kind, "AP")
     predictors = {label: load_model(folder, device) for label, folder in folders.items()} if datasets else {}

@@ -20,13 +20,15 @@ from pipelines.data.dataset import Dataset
 from pipelines.evaluation import Evaluation, coco_tables
 from pipelines.registration import log_and_register
 from pipelines.sheets import evaluate_with_sheet
+from pipelines.training_images import TrainingImages, images_of
 
 
 @dataclass(frozen=True)
 class Publication:
     """What to publish: ``train`` is None where nobody knows what it was trained on.
 
-    ``example`` is an RGB uint8 image, logged as the input example.
+    ``example`` is an RGB uint8 image, logged as the input example; ``trained_on``: the images that decided
+    its weights, where they are not those of ``train`` and ``val``.
     """
 
     saved: Path
@@ -37,6 +39,7 @@ class Publication:
     test: Dataset | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     register: bool = True
+    trained_on: TrainingImages | None = None
 
 
 def publish(what: Publication, run_id: str, device: str) -> tuple[str | None, dict[str, float]]:
@@ -57,7 +60,10 @@ def publish(what: Publication, run_id: str, device: str) -> tuple[str | None, di
     tested = [(p.removeprefix("test/"), e) for p, e, d in results if d is what.test]
     metrics = {prefix + k: v for prefix, e in tested for k, v in e.finite().items()}
     tags = {**_tags(what, metrics), **what.tags}
-    version, model_id = log_and_register(what.saved, what.name, what.example, tags, run_id, what.register)
+    trained_on = what.trained_on or (images_of(what.train, what.val) if what.train else None)
+    version, model_id = log_and_register(
+        what.saved, what.name, what.example, tags, run_id, what.register, trained_on=trained_on
+    )
     for prefix, evaluation, dataset in results:
         tracking.log_evaluation(prefix, evaluation, dataset, model_id)
     for _, evaluation in tested:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.journeys.conftest import error_line
@@ -25,9 +27,9 @@ def test_the_story_of_an_alias(gated):
     assert _aliases(project) == {}
 
     first = _promote(project, "gated/1", "--alias", "Production")
-    assert "gated/1 is production now: 2 gates passed: IoU" in first.stdout
+    assert "gated/1 is production now: 3 gates passed: IoU" in first.stdout
     assert {k: str(v) for k, v in _aliases(project).items()} == {"production": "1"}
-    assert "2 gates passed" in project.client.get_model_version("gated", "1").tags["promoted_to_production"]
+    assert "3 gates passed" in project.client.get_model_version("gated", "1").tags["promoted_to_production"]
 
     again = _promote(project, "gated/Production")
     assert "gated/1 is production already" in again.stdout
@@ -56,6 +58,22 @@ def test_each_decision_is_a_run_with_both_values(gated):
     both = next(r for r in refused if r.data.tags["version"] == "gated/3")
     assert both.data.metrics["candidate/IoU"] > both.data.metrics["present/IoU"]
     assert "gain" in both.data.tags["reason"]
+
+
+def test_a_version_is_not_promoted_on_images_that_it_was_trained_on(composed):
+    """Nor is a composition whose parts were; what they were trained on travels with the versions."""
+    project, _ = composed
+    for model in ("planes-det/1", "outliner/1", "planes-inst/1"):
+        done = project.step("promote", "--model", model, "--data", str(project.data), "--split", "train", code=2)
+        assert re.search(r"FAIL +images +airfield/train +none trained on +5 of 5 \(first: A0000\)", done.stdout), (
+            done.stdout
+        )
+        assert "production" not in project.client.get_registered_model(model.partition("/")[0]).aliases
+    shown = project.registry("show", "planes-inst/1").stdout
+    assert re.search(r"training images +5\n", shown)
+    project.registry("copy", "planes-inst/1", "other-inst")
+    done = project.step("promote", "--model", "other-inst/1", "--data", str(project.data), "--split", "train", code=2)
+    assert "5 of 5" in done.stdout
 
 
 def test_mistakes_are_one_line(gated):

@@ -126,9 +126,20 @@ def test_sizes_planes_and_data(dataset):
     assert [c.passed for c in judge_size(Gates(max_size=1.5), 30, None)] == [True]
     assert [judge(Gates(min_planes=n), "AP", _finds(dataset), None)[0].passed for n in (12, 13)] == [True, False]
     required = [RequiredData(path="a", digest="d1"), RequiredData(path="b")]
-    assert [c.passed for c in judge_data(required, ["d1"], "d9")] == [True]
-    assert [c.passed for c in judge_data(required, ["d2"], "d9")] == [False]
-    assert [c.asked for c in judge_data([], ["d2"], "d2") if not c.passed] == ["not the training data"]
+    assert [c.passed for c in judge_data(required, ["d1"])] == [True]
+    assert [c.passed for c in judge_data(required, ["d2"])] == [False]
+
+
+def test_what_cannot_be_measured_passes_no_gate(dataset):
+    """There are no large planes: their metric is NaN, and so is a gain of it and the confidence of a single image."""
+    one = dataset.subset(["A0"], "test")
+    ours, theirs = _finds(one, ALL, ALL), _finds(one, [], [])
+    for gate in ({"minimum": 0.0}, {"min_gain": -1.0}):
+        (check,) = judge(Gates(metrics={"APl": gate}), "AP", ours, theirs)
+        assert (check.passed, check.candidate) == (False, "cannot be measured")
+    checks = judge(Gates(metrics={"AP": {"min_gain": 0.1, "confidence": 0.5}}), "AP", ours, theirs)
+    assert [(c.gate, c.passed) for c in checks] == [("AP gain", True), ("AP gain, confidence", False)]
+    assert checks[1].candidate == "cannot be measured"
 
 
 def test_an_interrupted_measurement_goes_on(dataset, tmp_path, monkeypatch):
