@@ -16,43 +16,57 @@ COLUMNS = (
     ("model_versions", "storage_location"),
     ("model_versions", "source"),
 )
+MODELS = ("logged_models", "model_versions")
 
 
 def follow_move(store: Path) -> list[str]:
     """Point a moved store to the ``mlruns`` beside it; return the folders that it pointed to before.
 
-    Only places are changed that are gone while ``mlruns/...`` lies beside the store: a
-    copy whose original still exists is left as it is. All of it in one transaction.
+    A place is changed where its root is gone and that very artefact lies beneath the ``mlruns`` beside the
+    store: a copy whose original still exists is left as it is, and so is what lies on a disk that is away
+    for the moment. Places where nothing lies yet (a run without artefacts, an experiment's place for new
+    ones) follow where every model of their root was found here.
+    All of it in one transaction.
     """
     here = store.resolve().parent
     if not store.is_file() or not (here / ARTEFACTS).is_dir():
         return []
     with closing(sqlite3.connect(store, timeout=60)) as connection, connection:
         columns = [c for c in COLUMNS if _has(connection, *c)]
-        gone = sorted(
-            {root for table, column in columns for root in _roots(connection, table, column) if _left(root, here)}
-        )
-        for root in gone:
-            for table, column in columns:
-                # By position, not by pattern: a folder's name may hold anything.
-                connection.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
-                    (f"{here}/{ARTEFACTS}", len(root) + 1, len(root), root),
-                )
-    return [root.removeprefix("file://") for root in gone]
+        moved: dict[str, list[tuple[str, str, str]]] = {}
+        for table, column in columns:
+            for place in _places(connection, table, column):
+                root = place[: place.index(f"/{ARTEFACTS}/") + len(ARTEFACTS) + 1]
+                if _left(root, here):
+                    moved.setdefault(root, []).append((table, column, place))
+        followed = []
+        for root, places in sorted(moved.items()):
+            found = [(t, c, p) for t, c, p in places if Path(_beneath(here, root, p)).exists()]
+            if not found:
+                continue
+            followed.append(root.removeprefix("file://"))
+            # A model always has artefacts; one that is not here is elsewhere, and others may be with it.
+            whole = all(one in found for one in places if one[0] in MODELS)
+            for table, column, place in places:
+                if whole or (table, column, place) in found:
+                    new = _beneath(here, root, place)
+                    connection.execute(f"UPDATE {table} SET {column} = ? WHERE {column} = ?", (new, place))
+    return followed
+
+
+def _beneath(here: Path, root: str, place: str) -> str:
+    """Where a place below ``root`` is below the ``mlruns`` beside the store."""
+    return f"{here}/{ARTEFACTS}{place[len(root) :]}"
 
 
 def _has(connection: sqlite3.Connection, table: str, column: str) -> bool:
     return any(row[1] == column for row in connection.execute(f"PRAGMA table_info({table})"))
 
 
-def _roots(connection: sqlite3.Connection, table: str, column: str) -> set[str]:
-    """The ``.../mlruns`` folders that local places in a column begin with."""
-    found = set()
-    for (place,) in connection.execute(f"SELECT DISTINCT {column} FROM {table} WHERE {column} LIKE '%/{ARTEFACTS}/%'"):
-        if place.startswith(("/", "file:///")):
-            found.add(place[: place.index(f"/{ARTEFACTS}/") + len(ARTEFACTS) + 1])
-    return found
+def _places(connection: sqlite3.Connection, table: str, column: str) -> list[str]:
+    """The local places below some ``.../mlruns`` that a column holds."""
+    rows = connection.execute(f"SELECT DISTINCT {column} FROM {table} WHERE {column} LIKE '%/{ARTEFACTS}/%'")
+    return [place for (place,) in rows if place.startswith(("/", "file:///")) and f"/{ARTEFACTS}/" in place]
 
 
 def _left(root: str, here: Path) -> bool:
