@@ -104,6 +104,9 @@ def save_composed(
             f"the parts read image files differently ({shown}); train them with the same data.range and data.bands"
         )
     classes = specs[DETECTOR].classes
+    if [c.lower() for c in classes] != [c.lower() for c in specs[SEGMENTER].classes]:
+        shown = ", ".join(f"{parts.get(role, role)} finds {', '.join(spec.classes)}" for role, spec in specs.items())
+        raise ModelError(f"the parts are of different classes ({shown})")
     versions = {f"{role}.{k}": v for role, spec in specs.items() for k, v in spec.versions.items()}
     made = ModelSpec(
         kind="instance_segmenter",

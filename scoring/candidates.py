@@ -37,7 +37,7 @@ def data_of(runs: Sequence[Scored]) -> Dataset:
     except DataError as error:
         raise DataError(f"{error}{_difference(runs)}") from None
     first = runs[0]
-    dataset = open_dataset(first.source, first.data.rpartition("/")[2])
+    dataset = open_dataset(first.source, first.data.rpartition("/")[2], first.category)
     if dataset.digest() != first.digest:
         raise DataError(f"{first.source}: changed since {first.label} was scored (digest {first.digest}); give --data")
     return dataset
@@ -47,7 +47,7 @@ def _difference(runs: Sequence[Scored]) -> str:
     """Which images differ, where both data sets are still to be had."""
     other = next(r for r in runs[1:] if r.digest != runs[0].digest)
     try:
-        sets = [open_dataset(r.source, r.data.rpartition("/")[2]) for r in (runs[0], other)]
+        sets = [open_dataset(r.source, r.data.rpartition("/")[2], r.category) for r in (runs[0], other)]
     except DataError:
         return ""
     first, second = ({s.image_id for s in d.samples} for d in sets)
@@ -77,14 +77,24 @@ def from_job(job: JobResult) -> Candidate:
     return Candidate(job.label, found, job.score_threshold, job.images / job.seconds, job.megabytes)
 
 
+def is_file_of_predictions(target: str) -> bool:
+    """Whether a target is a file of predictions, or a folder that scoring wrote."""
+    return Path(target).suffix in (".parquet", ".csv") or (Path(target) / "instances.parquet").is_file()
+
+
+def file_of(target: str) -> Path:
+    """The file of predictions that a target names."""
+    path = Path(target)
+    return path / "instances.parquet" if path.is_dir() else path
+
+
 def from_file(target: str, dataset: Dataset) -> Candidate:
     """A file of predictions (.parquet or Kaggle .csv), or a folder that scoring wrote.
 
     Raises:
         DataError: neither, damaged, or over other images.
     """
-    path = Path(target)
-    path = path / "instances.parquet" if path.is_dir() else path
+    path = file_of(target)
     return Candidate(path.parent.name if path.stem == "instances" else path.name, read_predictions(path, dataset))
 
 
@@ -105,7 +115,7 @@ def gather(
                     f"run {target}: was made on {runs[target].data} (digest {runs[target].digest}), not on {data}"
                 )
             candidates.append(from_run(target, runs[target]))
-        elif Path(target).suffix in (".parquet", ".csv") or (Path(target) / "instances.parquet").is_file():
+        elif is_file_of_predictions(target):
             candidates.append(from_file(target, dataset))
         else:
             candidates.append(score(target))

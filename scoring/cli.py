@@ -6,6 +6,11 @@ import click
 
 # The default of options that a model version decides.
 VERSION = "version"
+AUTO = "auto"
+
+CATEGORY = click.option(
+    "--category", default=AUTO, show_default=True, help="Class to measure files by; auto: that of the job, else plane."
+)
 
 
 @click.group(invoke_without_command=True, context_settings={"max_content_width": 110})
@@ -109,11 +114,12 @@ def main(context: click.Context, **options) -> None:  # type: ignore[no-untyped-
 @click.option(
     "--rle", default="course", show_default=True, type=click.Choice(["course", "airbus"]), help="Runs of the Kaggle CSV."
 )
-def evaluate(predictions: str, data: str, split: str, score_threshold: float, rle: str) -> None:
+@CATEGORY
+def evaluate(predictions: str, data: str, split: str, score_threshold: float, rle: str, category: str) -> None:
     """Evaluate a file of PREDICTIONS, an instances.parquet or a Kaggle CSV, against ground truth."""
     from pipelines.steps.edge import friendly
 
-    friendly(_evaluate)(predictions, data, split, score_threshold, rle)
+    friendly(_evaluate)(predictions, data, split, score_threshold, rle, category)
 
 
 @main.command()
@@ -143,6 +149,7 @@ def export(folder: str, formats: str, out: str | None, **options) -> None:  # ty
 @click.option(
     "--score-threshold", default=0.05, show_default=True, type=click.FloatRange(0, 1), help="Least score that is kept."
 )
+@CATEGORY
 def compare(targets: tuple[str, ...], **options) -> None:  # type: ignore[no-untyped-def]
     """Compare TARGETS over the same images: scoring runs (MLflow run ids), versions, or files of predictions.
 
@@ -159,38 +166,39 @@ def compare(targets: tuple[str, ...], **options) -> None:  # type: ignore[no-unt
 def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str, **options) -> None:  # type: ignore[no-untyped-def]
     from pathlib import Path
 
-    from pipelines.data.opening import open_dataset
+    from pipelines.data.opening import check_exists
     from scoring.job import JobSettings, claim_folder
 
-    dataset = open_dataset(data, split, scene_pattern=options["scene_pattern"], keep=True)
+    # A mistake in a name is said before the libraries are loaded.
+    check_exists(data)
     claim_folder(Path(out))
 
     from models.rendering import parse_rendering
     from models.torch_tools import pick_device
-    from pipelines import registry, tracking
-    from scoring.commands import Execution, check_logged, compare_jobs, score_version
+    from pipelines import tracking
+    from scoring.commands import Execution, check_logged, compare_jobs, open_for, resolve_all, score_version
 
     uri = tracking.connect()
     address = None if options["ray_address"] == "none" else options["ray_address"]
     execution = Execution(options["runner"], address, _auto("actors", options))
     # A cluster may have what this machine has not.
     device = device if execution.address and device != "auto" else pick_device(device)
-    resolved = [registry.resolve(text) for text in dict.fromkeys(models)]
-    parse_rendering(*(None if options[key] == VERSION else options[key] for key in ("value_range", "bands")))
     # What cannot be had is said before anything is scored.
-    folders = [registry.fetch(version) for version in resolved]
-    click.echo(dataset.summary())
+    versions = resolve_all(models)
+    parse_rendering(*(None if options[key] == VERSION else options[key] for key in ("value_range", "bands")))
+    datasets = open_for(versions, data, split, options["scene_pattern"])
+    for dataset in {id(d): d for d in datasets}.values():
+        click.echo(dataset.summary())
     more = {"shard_size": options["shard"], "workers": _auto("workers", options), "fresh": options["fresh"]}
     more |= {key: None if options[key] == VERSION else options[key] for key in ("value_range", "bands")}
     outputs = options["score_threshold"], options["overlays"], options["rle"]
     settings = JobSettings(_auto("batch", options), *outputs, _tiling(options), **more, precision=options["precision"])
-    each = zip(resolved, folders, strict=True)
-    runs = [score_version(*one, dataset, Path(out), settings, device, execution) for one in each]
+    each = zip(versions, datasets, strict=True)
+    runs = [score_version(*version, dataset, Path(out), settings, device, execution) for version, dataset in each]
     _show([scored for scored, _ in runs], Path(out), uri)
     check_logged([job for _, job in runs])
-    if len(runs) > 1 and dataset.has_truth and dataset.planes:
-        compare_jobs([job for _, job in runs], dataset, Path(out))
-    worst = max(job.failures / len(dataset) for _, job in runs)
+    compare_jobs([job for _, job in runs], datasets, Path(out))
+    worst = max(job.failures / len(dataset) for (_, job), dataset in zip(runs, datasets, strict=True))
     if worst > options["max_errors"]:
         click.echo(f"Error: {worst:.1%} of the images failed, more than --max-errors allows", err=True)
         raise SystemExit(3)
@@ -243,14 +251,17 @@ def _export(folder: str, formats: str, out: str | None, score_threshold: float, 
     click.echo(f"{planes} planes to {target}: {', '.join(wanted)}")
 
 
-def _evaluate(predictions: str, data: str, split: str, score_threshold: float, rle) -> None:  # type: ignore[no-untyped-def]
+def _evaluate(predictions: str, data: str, split: str, score_threshold: float, rle, category: str) -> None:  # type: ignore[no-untyped-def]
     from pathlib import Path
 
+    from pipelines.categories import PLANE
     from pipelines.data.opening import open_dataset
     from pipelines.evaluation import coco_tables
-    from scoring.evaluate import evaluate_file
+    from scoring.evaluate import category_of_file, evaluate_file
 
-    for evaluation in evaluate_file(Path(predictions), open_dataset(data, split), score_threshold, rle):
+    known = category_of_file(Path(predictions)) or PLANE
+    dataset = open_dataset(data, split, known if category == AUTO else category)
+    for evaluation in evaluate_file(Path(predictions), dataset, score_threshold, rle):
         click.echo(coco_tables(evaluation))
 
 
@@ -258,9 +269,11 @@ def _show(runs, out, uri) -> None:  # type: ignore[no-untyped-def]
     from pipelines.tracking import ui_command
     from scoring.compare import comparison_table, render
 
-    table = comparison_table(runs)
-    click.echo(render(table))
-    if len(runs) > 1:
+    # Versions of different classes are measured against different annotations.
+    for category in dict.fromkeys(run.category for run in runs):
+        table = comparison_table([run for run in runs if run.category == category])
+        click.echo(render(table))
+    if len(runs) > 1 and len({run.category for run in runs}) == 1:
         table.to_csv(out / "comparison.csv", index=False)
     click.echo(f"MLflow UI: {ui_command(uri)}")
 

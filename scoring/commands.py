@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,15 @@ from models.rendering import parse_rendering
 from models.tiling import tiling_of
 from models.torch_tools import pick_device
 from pipelines import registry, tracking
+from pipelines.categories import category_of, common_category
 from pipelines.data.dataset import Dataset
 from pipelines.data.opening import open_dataset
 from pipelines.evaluation import coco_tables
 from pipelines.steps.edge import show_progress
 from scoring import track
-from scoring.candidates import data_of, from_job, gather, is_run
+from scoring.candidates import data_of, file_of, from_job, gather, is_file_of_predictions, is_run
 from scoring.compare import Candidate, Scored, compare, comparison_table, render
+from scoring.evaluate import category_of_file
 from scoring.job import JobResult, JobSettings, Progress, claim_folder, run_job
 from scoring.reader import Failure
 from scoring.report import write_report
@@ -45,6 +47,7 @@ class ComparisonRequest:
     out: str
     device: str
     score_threshold: float
+    category: str = "auto"
 
 
 def run_comparison(request: ComparisonRequest) -> None:
@@ -62,7 +65,8 @@ def run_comparison(request: ComparisonRequest) -> None:
         click.echo(render(comparison_table(list(runs.values()))) if _same(list(runs.values())) else "")
         if any("IoU" in r.metrics for r in runs.values()):
             return
-    dataset = open_dataset(request.data, request.split) if request.data else data_of(list(runs.values()))
+    category = _category(request, runs)
+    dataset = open_dataset(request.data, request.split, category) if request.data else data_of(list(runs.values()))
     if not dataset.has_truth or not dataset.planes:
         raise DataError(f"{dataset.name}/{dataset.split}: no annotated planes to compare against")
     click.echo(dataset.summary())
@@ -81,15 +85,72 @@ def run_comparison(request: ComparisonRequest) -> None:
     click.echo(f"MLflow UI: {tracking.ui_command(uri)}")
 
 
+def _category(request: ComparisonRequest, runs: Mapping[str, Scored]) -> str:
+    """The one class that all targets find; what files of predictions find is known of jobs, else said by the user."""
+    known: dict[str, str] = {}
+    for target in request.targets:
+        if target in runs:
+            known[target] = runs[target].category
+        elif is_file_of_predictions(target):
+            of_job = category_of_file(file_of(target)) if request.category == "auto" else request.category
+            known |= {target: of_job} if of_job else {}
+        else:
+            known[target] = category_of(registry.fetch(registry.resolve(target)), target)
+    return common_category(known, "compare")
+
+
+def resolve_all(models: Sequence[str]) -> list[tuple[registry.Resolved, Path]]:
+    """The versions that are named, each once, with their saved folders.
+
+    Raises:
+        PlanesError: one that does not exist or cannot be fetched; two folders of one name.
+    """
+    found: dict[object, tuple[registry.Resolved, Path]] = {}
+    for text in dict.fromkeys(models):
+        version = registry.resolve(text)
+        key = version.label if version.name else str(version.folder.resolve() if version.folder else text)
+        if key in found:
+            click.echo(f"{text} is {version.label}, which is named already: scored once")
+            continue
+        other = next((v for v, _ in found.values() if v.label == version.label), None)
+        if other is not None:
+            raise RegistryError(
+                f"{text} and {other.asked}: both are called {version.label}; score them into different --out"
+            )
+        found[key] = version, registry.fetch(version)
+    return list(found.values())
+
+
+def open_for(
+    versions: Sequence[tuple[registry.Resolved, Path]], data: str, split: str, scene_pattern: str | None
+) -> list[Dataset]:
+    """The data set as each version is measured on it: with the annotations of its class.
+
+    Raises:
+        PlanesError: nothing usable there, no such class, or a version of several classes over annotated data.
+    """
+    opened: dict[str, Dataset] = {}
+    datasets = []
+    for version, folder in versions:
+        category = category_of(folder, version.label, measured=False)
+        if category not in opened:
+            opened[category] = open_dataset(data, split, category, scene_pattern, keep=True)
+        category_of(folder, version.label, measured=opened[category].has_truth)
+        datasets.append(opened[category])
+    return datasets
+
+
 def _same(runs: Sequence[Scored]) -> bool:
     return len({r.digest for r in runs}) == 1
 
 
-def compare_jobs(jobs: Sequence[JobResult], dataset: Dataset, out: Path) -> None:
-    """Compare what has just been scored; crop segmenters are left out."""
-    candidates = [from_job(job) for job in jobs if not job.segmenter]
-    if len(candidates) > 1:
-        finish(candidates, dataset, out)
+def compare_jobs(jobs: Sequence[JobResult], datasets: Sequence[Dataset], out: Path) -> None:
+    """Compare what has just been scored, where there is truth; crop segmenters are left out, other classes refused."""
+    chosen = [(job, dataset) for job, dataset in zip(jobs, datasets, strict=True) if not job.segmenter]
+    if len(chosen) < 2 or not chosen[0][1].has_truth or not chosen[0][1].planes:
+        return
+    common_category({job.label: dataset.category for job, dataset in chosen}, "scored, but not compared")
+    finish([from_job(job) for job, _ in chosen], chosen[0][1], out)
 
 
 def finish(candidates: Sequence[Candidate], dataset: Dataset, out: Path) -> None:
@@ -163,7 +224,8 @@ def score_version(
         job.unlogged = one_line(error)[:200]
         click.echo(f"   outputs in {job.folder}; NOT LOGGED: {job.unlogged}")
     name = f"{dataset.name}/{dataset.split}"
-    return Scored(job.label, name, dataset.digest(), job.metrics, job.images, job.seconds), job
+    scored = Scored(job.label, name, dataset.digest(), job.metrics, job.images, job.seconds, category=dataset.category)
+    return scored, job
 
 
 def check_logged(jobs: Sequence[JobResult]) -> None:

@@ -33,6 +33,7 @@ class Scored:
     source: str = ""
     score_threshold: float = 0.05
     megabytes: float = math.nan
+    category: str = "plane"
 
 
 def check_same_data(runs: Sequence[Scored]) -> None:

@@ -9,6 +9,7 @@ from models.instances import Instances
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation import Evaluation, evaluate_instances
 from pipelines.prediction import evaluate_predictions
+from scoring.plan import MANIFEST, read_manifest
 from scoring.writers.kaggle import Convention, read_submission
 from scoring.writers.parquet import read_instances
 
@@ -24,6 +25,13 @@ def read_predictions(path: Path, dataset: Dataset, convention: Convention = "cou
     if path.suffix.lower() == ".parquet":
         return read_instances(path)
     raise DataError(f"{path}: expected an instances.parquet or a Kaggle .csv")
+
+
+def category_of_file(path: Path) -> str | None:
+    """The class of the job that left a file of predictions, by the manifest beside it; None where there is none."""
+    if not (path.parent / MANIFEST).is_file():
+        return None
+    return read_manifest(path.parent).category
 
 
 def evaluate_file(path: Path, dataset: Dataset, score_threshold: float, convention: Convention) -> list[Evaluation]:

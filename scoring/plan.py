@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models.errors import DataError, OutputError
 from models.rendering import DEFAULT, Rendering
+from pipelines.categories import PLANE
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.data.remote import absolute, place
 
@@ -39,7 +40,8 @@ class Manifest(BaseModel):
     """All that decides a job's rows.
 
     model: digest of the saved folder; settings: threshold, tiling, batch, device; inputs:
-    digest of the images in their order; category_id: the category's number in COCO results.
+    digest of the images in their order; category: what is looked for, category_id: its number in COCO
+    results.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +56,7 @@ class Manifest(BaseModel):
     inputs: str
     images: int
     shard_size: int
+    category: str = PLANE
 
     def shards(self) -> list[range]:
         """Positions of each shard's images among the inputs."""
@@ -72,6 +75,7 @@ def make_manifest(label: str, model: str, settings: Mapping[str, Any], dataset: 
         inputs=_digest_in_order(dataset),
         images=len(dataset),
         shard_size=shard_size,
+        category=dataset.category,
     )
 
 
@@ -154,7 +158,9 @@ def read_inputs(folder: Path, manifest: Manifest) -> Dataset:
         )
         for r in rows
     ]
-    return Dataset(manifest.data, folder, manifest.split, "plane", tuple(samples), category_id=manifest.category_id)
+    return Dataset(
+        manifest.data, folder, manifest.split, manifest.category, tuple(samples), category_id=manifest.category_id
+    )
 
 
 def _inputs(dataset: Dataset) -> pa.Table:
@@ -170,7 +176,7 @@ def _check(folder: Path, held: Manifest, asked: Manifest, dataset: Dataset) -> N
     if held == asked:
         return
     what = [f"{k} {held.settings.get(k)}, not {v}" for k, v in asked.settings.items() if held.settings.get(k) != v]
-    for key in ("label", "model", "shard_size"):
+    for key in ("label", "model", "category", "shard_size"):
         if getattr(held, key) != getattr(asked, key):
             what.append(f"{key} {getattr(held, key)}, not {getattr(asked, key)}")
     if held.inputs != asked.inputs:

@@ -10,6 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from models.errors import RegistryError, one_line
 from pipelines import tracking
+from pipelines.categories import PLANE
 from pipelines.data.dataset import Dataset
 from pipelines.registry import Resolved
 from scoring.compare import Comparison, Scored
@@ -34,7 +35,7 @@ def log_job(
     resumed = begun.read_text() if begun.exists() else None
     with tracking.tracked_run(f"score {job.label} on {dataset.name}/{dataset.split}", tags, resumed) as run:
         begun.write_text(run.info.run_id)
-        tracking.log_params({**params, "model": job.label, "data_digest": dataset.digest()})
+        tracking.log_params({**params, "model": job.label, "data_digest": dataset.digest(), "category": dataset.category})
         tracking.log_dataset(dataset, "scoring")
         model_id = tracking.link_model(resolved.model_id)
         counts = {"images": job.images, "instances": job.instances, "errors": job.failures}
@@ -80,6 +81,8 @@ def load_scored(run_id: str) -> Scored:
         run.data.params.get("data.used", run.data.params.get("data", "")),
         float(run.data.params.get("score_threshold", 0.05)),
         run.data.metrics.get("model_megabytes", math.nan),
+        # Releases before 0.6.1 measured every version against planes.
+        run.data.params.get("category", PLANE),
     )
 
 

@@ -59,6 +59,17 @@ def open_dataset(
     raise DataError(f"{where}: no such file or folder")
 
 
+def check_exists(where: str | Path) -> None:
+    """Check that something of this machine exists by that name; globs and URLs are looked at when they are opened.
+
+    Raises:
+        DataError: nothing there.
+    """
+    path = place(where)
+    if isinstance(path, Path) and not path.exists() and not glob.has_magic(str(where)):
+        raise DataError(f"{where}: no such file or folder")
+
+
 def _open_remote(path: AnyPath, split: str, category: str, scene_pattern: str | None, keep: bool) -> Dataset:
     if path.suffix.lower() == ".json":
         return _read_json_file(path, _label(path, split), category, scene_pattern, keep)

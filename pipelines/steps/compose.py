@@ -71,7 +71,8 @@ def compose(request: ComposeRequest) -> str:
     parts = {"detector": registry.resolve(request.detector), "segmenter": registry.resolve(request.segmenter)}
     named = {role: part.label for role, part in parts.items()}
     folders = {role: registry.fetch(part) for role, part in parts.items()}
-    test = open_test(request.data, read_spec(folders["detector"]).classes[0], None)
+    category = read_spec(folders["detector"]).classes[0]
+    test = open_test(request.data, category, None)
     key = _key(request, named, test.digest() if test else "", source_digest())
     known = registry.find_trained(request.name, key) if request.reuse else None
     if known is not None:
@@ -89,7 +90,7 @@ def compose(request: ComposeRequest) -> str:
                 tracking.link_model(part.model_id)
             if test is not None:
                 tracking.log_dataset(test, "test")
-            example_from = (test or open_dataset(request.data, "train")).rendered(read_spec(saved).rendering)
+            example_from = (test or open_dataset(request.data, "train", category)).rendered(read_spec(saved).rendering)
             tags = {**named, "training_key": key}
             example, known_images = example_image("detector", example_from), _training_images(parts)
             what = Publication(saved, request.name, example, test=test, tags=tags, trained_on=known_images)

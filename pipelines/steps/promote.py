@@ -19,6 +19,7 @@ from models.predictor import load_model, read_spec
 from models.saved_files import WEIGHTS_FILE
 from models.torch_tools import pick_device
 from pipelines import lineage, registry, tracking
+from pipelines.categories import category_of, common_category
 from pipelines.data.dataset import Dataset
 from pipelines.data.opening import open_dataset
 from pipelines.gate import (
@@ -154,11 +155,11 @@ def _held_against(at: Standing, gates: Gates, candidate: Resolved) -> Resolved |
     return None if number in (None, candidate.version) else registry.resolve(f"{at.name}/{number}")
 
 
-def _datasets(request: PromotionRequest, file: GateFile) -> list[Dataset]:
+def _datasets(request: PromotionRequest, file: GateFile, category: str) -> list[Dataset]:
     wanted = [RequiredData(path=p, split=request.split or "test") for p in request.data] or file.data
     if not wanted:
         raise RegistryError(f"{request.model}: its gates name no data; give --data, a data set with ground truth")
-    datasets = [open_dataset(d.path, request.split or d.split) for d in wanted]
+    datasets = [open_dataset(d.path, request.split or d.split, category) for d in wanted]
     for dataset in datasets:
         click.echo(dataset.summary())
     return datasets
@@ -183,9 +184,10 @@ def _check(
 ) -> list[Check]:
     """All gates on all data sets."""
     device = pick_device(request.device)
-    datasets = _datasets(request, file) if gates.need_data or any(d.digest for d in file.data) else []
+    folders = {v.label: registry.fetch(v) for v in ([candidate] if present is None else [candidate, present])}
+    category = common_category({k: category_of(f, k, measured=gates.need_data) for k, f in folders.items()}, "promote")
+    datasets = _datasets(request, file, category) if gates.need_data or any(d.digest for d in file.data) else []
     versions = [candidate] if present is None else [candidate, present]
-    folders = {v.label: registry.fetch(v) for v in versions}
     sizes = [sum(p.stat().st_size for p in folders[v.label].rglob(WEIGHTS_FILE)) / 1e6 for v in versions]
     trained_on = registry.version_of(candidate).tags.get("data_digest", "unknown")
     required = file.data if datasets else []
