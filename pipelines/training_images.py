@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.data.dataset import Dataset
+from pipelines.data.remote import UNREADABLE
 
 # Artefact of a version.
 TRAINING_IMAGES_FILE = "training_images.json"
@@ -48,7 +49,7 @@ def content_digests(dataset: Dataset) -> dict[str, str]:
             digest = mark if local else hashlib.sha256(sample.path.read_bytes()).hexdigest()
         except Exception:
             continue
-        if digest != "unreadable":
+        if digest != UNREADABLE:
             digests[path] = digest[:DIGITS]
     return digests
 

@@ -155,6 +155,8 @@ def compare_jobs(jobs: Sequence[JobResult], datasets: Sequence[Dataset], out: Pa
 
 def finish(candidates: Sequence[Candidate], dataset: Dataset, out: Path) -> None:
     """Compare candidates; write report.html and comparison.csv; log them."""
+    for earlier in ("comparison.csv", "report.html"):
+        (out / earlier).unlink(missing_ok=True)
     comparison = compare(dataset, candidates)
     table = comparison.table(candidates)
     table.to_csv(out / "comparison.csv", index=False)

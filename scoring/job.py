@@ -25,6 +25,7 @@ from pipelines.prediction import evaluate_predictions, is_segmenter
 from scoring.export import FORMATS, export
 from scoring.plan import Manifest, claimed, make_manifest
 from scoring.reader import Failure
+from scoring.retry import can_be_tried_again, failed_before, part_again, replace_in_shard
 from scoring.runners.local import LocalRunner, auto_batch, auto_workers
 from scoring.runners.runner import Runner
 from scoring.shards import ERRORS, INSTANCES, finished, join_shards, totals_of, write_shard
@@ -160,9 +161,10 @@ def run_job(
     manifest = make_manifest(label, model, decisive, dataset, settings.shard_size)
     try:
         with claimed(folder, manifest, dataset, settings.fresh):
-            resumed, totals = len(dataset), totals_of(folder)
+            again = _try_again(runner, manifest, folder, dataset, settings.score_threshold, progress)
+            resumed, totals = len(dataset) - again, totals_of(folder)
             if totals is None:
-                resumed = _make_missing(runner, manifest, folder, dataset, settings.score_threshold, progress)
+                resumed = _make_missing(runner, manifest, folder, dataset, settings.score_threshold, progress) - again
                 join_shards(folder, len(manifest.shards()))
                 totals = totals_of(folder)
             assert totals is not None
@@ -178,6 +180,34 @@ def run_job(
             f"{folder}: cannot be written ({error.strerror or one_line(error)}); what is done is kept, call again"
         ) from None
     return job
+
+
+def _try_again(
+    runner: Runner, manifest: Manifest, folder: Path, dataset: Dataset, score_threshold: float, progress: Progress
+) -> int:
+    """Predict once more what could not be fetched in an earlier call; return how many images came of it."""
+    failed, shards = failed_before(folder, manifest, dataset), manifest.shards()
+    if not failed:
+        return 0
+    samples = {number: dataset.samples[shards[number].start : shards[number].stop] for number in failed}
+    numbers = sorted(failed)
+    parts = [[samples[number][position] for position in failed[number]] for number in numbers]
+    results: dict[int, dict[int, Instances | Failure]] = {}
+    begun, total = time.monotonic(), sum(map(len, parts))
+    for part, index, result in progress(runner.results(parts), total, f"trying {total} images again"):
+        number = numbers[part]
+        kept = result.above(score_threshold) if isinstance(result, Instances) else result
+        if not isinstance(kept, Failure) or not can_be_tried_again(kept, parts[part][index]):
+            results.setdefault(number, {})[failed[number][index]] = kept
+    if not results:
+        return 0
+    totals = totals_of(folder)
+    if totals is not None:
+        part_again(folder, manifest, dataset, totals)
+    for number, changed in results.items():
+        replace_in_shard(folder, number, samples[number], changed, time.monotonic() - begun)
+        begun = time.monotonic()
+    return sum(map(len, results.values()))
 
 
 def _make_missing(

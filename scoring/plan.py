@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +20,22 @@ from models.errors import DataError, OutputError
 from models.rendering import DEFAULT, Rendering
 from pipelines.categories import PLANE
 from pipelines.data.dataset import Dataset, Sample
-from pipelines.data.remote import absolute, place
+from pipelines.data.remote import UNREADABLE, absolute, place
 
 MANIFEST, INPUTS, SHARDS, DONE, LOCK = "manifest.json", "inputs.parquet", "shards", "done.json", ".lock"
+
+# All that a job writes beside its manifest; ``.run`` is the MLflow run that is being logged (scoring.track).
+WRITTEN = (
+    DONE,
+    INPUTS,
+    "instances.parquet",
+    "errors.parquet",
+    "coco_results.json",
+    "kaggle.csv",
+    "metrics.json",
+    ".run",
+)
+PICTURES = {"overlays": ".jpg", "geojson": ".geojson"}
 
 INPUT_SCHEMA = pa.schema(
     [
@@ -79,9 +92,9 @@ def make_manifest(label: str, model: str, settings: Mapping[str, Any], dataset: 
     )
 
 
-def _digest_in_order(dataset: Dataset) -> str:
+def _digest_in_order(dataset: Dataset, file_digests: Sequence[str] | None = None) -> str:
     """Of images, annotations and order: shards count the images."""
-    digest = hashlib.sha256(dataset.digest().encode())
+    digest = hashlib.sha256((dataset.digest_with(file_digests) if file_digests else dataset.digest()).encode())
     for sample in dataset.samples:
         digest.update(b"\0" + sample.image_id.encode())
     return digest.hexdigest()[:16]
@@ -101,18 +114,31 @@ def claimed(folder: Path, manifest: Manifest, dataset: Dataset, fresh: bool) -> 
     try:
         with FileLock(folder / LOCK, timeout=0):
             if fresh:
+                # First of all: where what follows is interrupted, the next call finds no job and clears the rest.
                 (folder / MANIFEST).unlink(missing_ok=True)
             if (folder / MANIFEST).exists():
                 _check(folder, read_manifest(folder), manifest, dataset)
             else:
-                shutil.rmtree(folder / SHARDS, ignore_errors=True)
-                (folder / DONE).unlink(missing_ok=True)
+                clear(folder)
                 write_durably(folder / INPUTS, lambda path: pq.write_table(_inputs(dataset), path, compression="zstd"))
                 text = manifest.model_dump_json(indent=2) + "\n"
                 write_durably(folder / MANIFEST, lambda path: path.write_text(text))
             yield
     except Timeout:
         raise OutputError(f"{folder}: another score is writing there; wait for it or name another --out") from None
+
+
+def clear(folder: Path) -> None:
+    """Remove what a job writes into its folder, and nothing else: somebody may keep notes there."""
+    for name in (*WRITTEN, *(f".{name}.tmp" for name in (*WRITTEN, MANIFEST))):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / SHARDS, ignore_errors=True)
+    for name, ending in PICTURES.items():
+        if (folder / name).is_dir():
+            for path in (folder / name).glob(f"*{ending}"):
+                path.unlink()
+            if not any((folder / name).iterdir()):
+                (folder / name).rmdir()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -173,7 +199,7 @@ def _inputs(dataset: Dataset) -> pa.Table:
 
 
 def _check(folder: Path, held: Manifest, asked: Manifest, dataset: Dataset) -> None:
-    if held == asked:
+    if held == asked or (held.inputs != asked.inputs and _but_for_marks(folder, held, asked, dataset)):
         return
     what = [f"{k} {held.settings.get(k)}, not {v}" for k, v in asked.settings.items() if held.settings.get(k) != v]
     for key in ("label", "model", "category", "shard_size"):
@@ -185,13 +211,27 @@ def _check(folder: Path, held: Manifest, asked: Manifest, dataset: Dataset) -> N
     raise DataError(f"{folder}: holds a scoring with {'; '.join(what)}; name another --out, or --fresh to score anew")
 
 
+def _but_for_marks(folder: Path, held: Manifest, asked: Manifest, dataset: Dataset) -> bool:
+    """Whether two jobs are equal but for files of which one of them knows nothing: a store did not answer."""
+    if held.model_copy(update={"inputs": asked.inputs}) != asked:
+        return False
+    then = pq.read_table(folder / INPUTS, columns=["digest"])["digest"].to_pylist()
+    now = dataset.file_digests()
+    if len(then) != len(now) or UNREADABLE not in {*then, *now}:
+        return False
+    marks = [old if UNREADABLE in (old, new) else new for old, new in zip(then, now, strict=True)]
+    return _digest_in_order(dataset, marks) == held.inputs
+
+
 def _other_inputs(folder: Path, dataset: Dataset) -> str:
     held = {r["image_id"]: r["digest"] for r in pq.read_table(folder / INPUTS).to_pylist()}
     asked = dict(zip((s.image_id for s in dataset.samples), dataset.file_digests(), strict=True))
     kinds = {
         "new": sorted(asked.keys() - held.keys()),
         "gone": sorted(held.keys() - asked.keys()),
-        "changed": sorted(k for k in asked.keys() & held.keys() if asked[k] != held[k]),
+        "changed": sorted(
+            k for k in asked.keys() & held.keys() if asked[k] != held[k] and UNREADABLE not in (asked[k], held[k])
+        ),
     }
     parts = [f"{len(names)} images {kind} (first: {names[0]})" for kind, names in kinds.items() if names]
     return f"other inputs: {', '.join(parts) or 'other annotations or another order'}"

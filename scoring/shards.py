@@ -35,13 +35,18 @@ class Totals:
     stages: dict[str, float] = field(default_factory=dict)
 
 
+def shard_folder(folder: Path, number: int) -> Path:
+    """Where a shard is: six digits, and as many more as it takes."""
+    return folder / SHARDS / f"{number:06d}"
+
+
 def finished(folder: Path) -> set[int]:
     """Numbers of the shards that are there; what a killed process left half-written is removed."""
     numbers = set()
-    for path in (folder / SHARDS).glob("*") if (folder / SHARDS).is_dir() else ():
-        if re.fullmatch(r"\d{6}", path.name):
+    for path in (folder / SHARDS).iterdir() if (folder / SHARDS).is_dir() else ():
+        if re.fullmatch(r"\d{6,}", path.name):
             numbers.add(int(path.name))
-        else:
+        elif re.fullmatch(r"\.(old-)?\d{6,}", path.name):
             shutil.rmtree(path, ignore_errors=True)
     return numbers
 
@@ -49,7 +54,7 @@ def finished(folder: Path) -> set[int]:
 def write_shard(
     folder: Path, number: int, results: Sequence[Instances | Failure], seconds: float, stages: Mapping[str, float]
 ) -> None:
-    """Write one shard: temporary folder, fsync, rename.
+    """Write one shard, in place of an earlier one: temporary folder, fsync, rename.
 
     Args:
         seconds: that its images took, stages: the same by stage; the time of writing is added here.
@@ -60,7 +65,7 @@ def write_shard(
     started = time.perf_counter()
     found = [r for r in results if isinstance(r, Instances)]
     failures = [r for r in results if isinstance(r, Failure)]
-    target = folder / SHARDS / f"{number:06d}"
+    target = shard_folder(folder, number)
     temporary = target.with_name(f".{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -75,8 +80,13 @@ def write_shard(
         (temporary / NOTES).write_text(json.dumps(notes))
         for path in (temporary / NOTES, temporary):
             flush(path)
+        old = target.with_name(f".old-{target.name}")
+        if target.exists():
+            # A kill between the two renames leaves the shard to be made again.
+            os.rename(target, old)
         os.rename(temporary, target)
         flush(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -93,7 +103,7 @@ def totals_of(folder: Path) -> Totals | None:
 
 def join_shards(folder: Path, count: int) -> None:
     """Write the job's instances.parquet and errors.parquet, a row group per shard, then done.json."""
-    shards = [folder / SHARDS / f"{i:06d}" for i in range(count)]
+    shards = [shard_folder(folder, i) for i in range(count)]
     for name, schema in ((INSTANCES, parquet.SCHEMA), (ERRORS, parquet.ERROR_SCHEMA)):
 
         def fill(path: Path, name: str = name, schema: object = schema) -> None:

@@ -21,7 +21,7 @@ from models.instances import RLE
 from models.rendering import DEFAULT, Rendering
 from models.tiling import Window, cut_tile
 from models.windows import AnyImage, open_image
-from pipelines.data.remote import AnyPath, marks
+from pipelines.data.remote import UNREADABLE, AnyPath, marks
 
 # Names of cut tiles: DOTA's devkit (P0001__1.0__824___0), and x/y offsets at the end
 # (scene_512_1024, scene-x512-y1024, scene_tile_3).
@@ -155,7 +155,7 @@ class Dataset:
         count by size and time of change, or an object store's mark of the content.
         """
         if not self._digest:
-            self._digest.append(self._compute_digest())
+            self._digest.append(self.digest_with(self.file_digests()))
         return self._digest[0]
 
     def file_digests(self) -> list[str]:
@@ -166,10 +166,11 @@ class Dataset:
             )
         return self._marks
 
-    def _compute_digest(self) -> str:
+    def digest_with(self, file_digests: Sequence[str]) -> str:
+        """As `digest`, with other marks of the files, in the samples' order."""
         # As json.dumps would write it as one list, which for millions of images would fill the memory.
         digest, separator = hashlib.sha256(b"["), b""
-        for sample, content in sorted(zip(self.samples, self.file_digests(), strict=True), key=lambda p: p[0].image_id):
+        for sample, content in sorted(zip(self.samples, file_digests, strict=True), key=lambda p: p[0].image_id):
             if sample.lost:
                 continue
             planes = [
@@ -234,7 +235,7 @@ def _file_digest(path: AnyPath) -> str:
         return _content_digest(path, state.st_mtime_ns, state.st_size)
     except OSError:
         # Whoever reads it says what is wrong with it.
-        return "unreadable"
+        return UNREADABLE
 
 
 @lru_cache(maxsize=200_000)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from models import image
 from models.errors import DataError, one_line
 from models.image import IMAGE_SUFFIXES
 
@@ -16,6 +18,10 @@ AnyPath = Any
 
 # Questions to a store that are open at a time.
 ASKING = 16
+# Failures in a row after which a store is taken for down, and asked no more than once for each file.
+MOST_FAILURES = 3 * ASKING
+# The mark of a file of which nothing is known; it says nothing about whether the file has changed.
+UNREADABLE = "unreadable"
 # What stores call the mark of a content; the first that is there counts.
 CONTENT_MARKS = ("ETag", "etag", "md5Hash", "content_md5")
 
@@ -82,22 +88,52 @@ def _files_in(fs: Any, folder: str) -> list[str]:
 def marks(paths: Sequence[AnyPath]) -> list[str]:
     """What tells whether files have changed, without reading them: size and time, or the store's mark of the content.
 
-    "unreadable" where there is nothing to be had: whoever reads the file says what is wrong with it.
+    UNREADABLE where there is nothing to be had: whoever reads the file says what is wrong with it.
+    A store that does not answer is asked again, until it has failed to so often that it is down.
     """
     if all(isinstance(path, Path) for path in paths):
-        return [_mark(path) for path in paths]
+        return [_local_mark(path) for path in paths]
+    asked = _Patience()
     with ThreadPoolExecutor(ASKING) as pool:
-        return list(pool.map(_mark, paths))
+        return list(pool.map(asked.mark, paths))
 
 
-def _mark(path: AnyPath) -> str:
+def _local_mark(path: Path) -> str:
     try:
+        state = path.stat()
+    except OSError:
+        return UNREADABLE
+    return f"{state.st_size} {state.st_mtime_ns}"
+
+
+class _Patience:
+    """Asks a store for marks, again where it does not answer, but not for ever: millions may be asked for."""
+
+    def __init__(self) -> None:
+        self._failed = 0
+
+    def mark(self, path: AnyPath) -> str:
+        """The mark of one file."""
         if isinstance(path, Path):
-            state = path.stat()
-            return f"{state.st_size} {state.st_mtime_ns}"
-        info = path.fs.info(path.path)
-    except Exception:
-        return "unreadable"
+            return _local_mark(path)
+        for pause in (*image.RETRIES, None):
+            try:
+                found = _remote_mark(path)
+                self._failed = 0
+                return found
+            except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
+                return UNREADABLE
+            except Exception:
+                # Each store's library has errors of its own.
+                self._failed += 1
+                if pause is None or self._failed > MOST_FAILURES:
+                    return UNREADABLE
+            time.sleep(pause)
+        raise AssertionError
+
+
+def _remote_mark(path: AnyPath) -> str:
+    info = path.fs.info(path.path)
     known = [str(info[key]) for key in CONTENT_MARKS if info.get(key)]
     times = [str(info[key]) for key in ("LastModified", "last_modified", "updated", "mtime", "created") if info.get(key)]
     return " ".join([str(info.get("size")), *(known or times)[:1]])

@@ -15,14 +15,17 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from models.errors import EngineMissing, ModelError, PlanesError, one_line
+from models.instances import Instances
 from models.predictor import load_model
 from models.torch_tools import Precision
 from pipelines.data.dataset import Sample
+from pipelines.data.remote import absolute
+from scoring.reader import Failure
 from scoring.runners.local import LocalRunner
 from scoring.runners.runner import Scored
 
@@ -89,7 +92,9 @@ class RayRunner:
                         self._stages[stage] = self._stages.get(stage, 0.0) + seconds
                     for kind, megabytes in peaks.items():
                         self._peaks[kind] = max(self._peaks.get(kind, 0.0), megabytes)
-                    yield from ((start + row["position"], index, result) for _, index, result in results)
+                    shard = shards[start + row["position"]]
+                    for _, index, result in results:
+                        yield start + row["position"], index, _as_named_here(result, shard[index])
 
     def _dataset(self, packed: bytes, shards: Sequence[Sequence[Sample]]) -> Any:
         ray = _import_ray()
@@ -102,7 +107,7 @@ class RayRunner:
         share = max(1, int(cpus / actors)) if cpus >= actors else cpus / actors
         # Said here, the number holds in the actors too: with another one results differ in the last bits.
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, int(share)))
-        items = [{"position": i, "samples": pickle.dumps(list(shard))} for i, shard in enumerate(shards)]
+        items = [{"position": i, "samples": pickle.dumps([_anywhere(s) for s in shard])} for i, shard in enumerate(shards)]
         return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             _Actor,
             fn_constructor_kwargs={"packed": packed, "settings": self.settings, "threads": threads},
@@ -138,6 +143,19 @@ class _Actor:
             out["position"].append(int(position))
             out["results"].append(pickle.dumps((results, stages, self.runner.peak_megabytes())))
         return out
+
+
+def _anywhere(sample: Sample) -> Sample:
+    """The sample with a path that means the same in an actor's working folder."""
+    return replace(sample, path=Path(absolute(sample.path))) if isinstance(sample.path, Path) else sample
+
+
+def _as_named_here(result: Instances | Failure, sample: Sample) -> Instances | Failure:
+    """A failure as the local runner tells it: with the path as it was given."""
+    if isinstance(result, Instances) or not isinstance(sample.path, Path):
+        return result
+    given, sent = str(sample.path), absolute(sample.path)
+    return replace(result, path=given, message=result.message.replace(sent, given))
 
 
 def _files(folder: Path) -> list[Path]:

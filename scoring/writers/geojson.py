@@ -16,7 +16,7 @@ from models.raster import quiet_rasterio, tiff_layout
 from models.rendering import map_to_file, oriented_size
 from models.windows import WINDOWED_SUFFIXES
 from pipelines.data.dataset import Dataset
-from scoring.writers.walk import side_by_side
+from scoring.writers.walk import file_stem, remove_earlier, side_by_side
 
 
 def write_geojson(found: Iterable[Instances], dataset: Dataset, folder: Path) -> int:
@@ -27,6 +27,7 @@ def write_geojson(found: Iterable[Instances], dataset: Dataset, folder: Path) ->
     as GIS programs read it.
     """
     written = 0
+    remove_earlier(dataset, folder, ".geojson")
     for sample, one in side_by_side(found, dataset):
         here = isinstance(sample.path, Path) and sample.path.suffix.lower() in WINDOWED_SUFFIXES
         placed = _georeference(sample.path) if here else None
@@ -36,7 +37,7 @@ def write_geojson(found: Iterable[Instances], dataset: Dataset, folder: Path) ->
         features = [] if one is None else [_feature(one, i, transform) for i in range(len(one))]
         content = {"type": "FeatureCollection", "name": sample.image_id, "crs": crs, "features": features}
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{sample.image_id.replace('/', '_')}.geojson"
+        path = folder / f"{file_stem(sample.image_id)}.geojson"
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(json.dumps(content))
         os.replace(temporary, path)

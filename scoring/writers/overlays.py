@@ -15,6 +15,7 @@ from models.instances import Instances
 from models.windows import open_image, shrunk
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.figures import draw_instances, draw_truth
+from scoring.writers.walk import file_stem, remove_earlier
 
 SHOWN_SCORE = 0.5
 # Longer side of a picture; larger images are shrunk to it.
@@ -24,6 +25,7 @@ MOST_PIXELS = 4096
 def write_overlays(table: Iterable[Instances], dataset: Dataset, folder: Path, most: int) -> None:
     """Draw up to ``most`` images, spread over the data set: truth green, predictions orange."""
     folder.mkdir(parents=True, exist_ok=True)
+    remove_earlier(dataset, folder, ".jpg")
     step = max(1, len(dataset) // most)
     # Where one of those that are spread evenly cannot be read, the next one stands in.
     spread = [s for first in range(min(step, 10)) for s in dataset.samples[first::step][:most]]
@@ -44,7 +46,7 @@ def write_overlays(table: Iterable[Instances], dataset: Dataset, folder: Path, m
         if sample.image_id in by_id:
             found = rescaled(by_id[sample.image_id].above(SHOWN_SCORE), *image.shape[:2])
             canvas = draw_instances(canvas, found, line)
-        path = folder / f"{sample.image_id.replace('/', '_')}.jpg"
+        path = folder / f"{file_stem(sample.image_id)}.jpg"
         if not cv2.imwrite(str(path), cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90]):
             raise OSError(f"{path} cannot be written")
         drawn += 1

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from models.errors import DataError
 from models.instances import Instances
 from pipelines.data.dataset import Dataset, Sample
+
+
+def file_stem(image_id: str) -> str:
+    """An image's id as the name of a file."""
+    return image_id.replace("/", "_")
+
+
+def remove_earlier(dataset: Dataset, folder: Path, ending: str) -> None:
+    """Remove the files that an earlier export made of these images, so that none of them stays among the new ones."""
+    earlier = {path.name: path for path in folder.glob(f"*{ending}")} if folder.is_dir() else {}
+    if earlier:
+        for sample in dataset.samples:
+            path = earlier.pop(f"{file_stem(sample.image_id)}{ending}", None)
+            if path is not None:
+                path.unlink()
 
 
 def side_by_side(found: Iterable[Instances], dataset: Dataset) -> Iterator[tuple[Sample, Instances | None]]:

@@ -1,0 +1,305 @@
+"""A job called again: leftovers of another one, shards by the million, stores that did not answer."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from models import image as image_module
+from models.errors import DataError
+from models.instances import Instances
+from pipelines.data import remote
+from pipelines.data.opening import open_dataset
+from scoring import plan, retry, shards
+from scoring.export import export_job
+from scoring.job import JobSettings, run_job
+from scoring.reader import Failure
+from scoring.runners.local import LocalRunner
+from tests.conftest import write_image
+from tests.scoring.test_job import Brightness, _digests
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Nine small images."""
+    for i in range(9):
+        write_image(tmp_path / "in" / f"{i}.png", 20 + i, 30, i)
+    return tmp_path / "in"
+
+
+def _run(out, data, **more):
+    dataset = data if hasattr(data, "samples") else open_dataset(data)
+    predictor = more.pop("predictor", None) or Brightness()
+    settings = JobSettings(shard_size=2, score_threshold=0.0, **{"overlays": 2, **more})
+    return run_job(predictor, "m/1", dataset, out, settings, lambda r, *_: r)
+
+
+def test_fresh_leaves_nothing_of_the_old_job(images, tmp_path):
+    job = _run(tmp_path / "out", images)
+    folder = job.folder
+    for name in ("kaggle.csv", "metrics.json", ".run"):
+        (folder / name).write_text("old")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "geojson").mkdir()
+    (folder / "geojson" / "0.geojson").write_text("old")
+    (folder / "overlays" / "mine.txt").write_text("mine")
+    old = {p.name for p in (folder / "overlays").glob("*.jpg")}
+    for name in ("0.png", "1.png", "2.png", "3.png"):
+        (images / name).unlink()
+    _run(tmp_path / "out", images, fresh=True)
+    left = {p.name for p in folder.iterdir()}
+    assert not left & {"kaggle.csv", "metrics.json", ".run", "geojson"}
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "overlays" / "mine.txt").exists()
+    assert not {p.name for p in (folder / "overlays").glob("*.jpg")} & (old & {"0.jpg", "1.jpg", "2.jpg", "3.jpg"})
+
+
+def test_a_kill_while_the_old_job_is_cleared_is_no_matter(images, tmp_path, monkeypatch):
+    job = _run(tmp_path / "out", images)
+    (job.folder / "metrics.json").write_text("old")
+    real, count = Path.unlink, []
+
+    def killed(path, *arguments, **options):
+        count.append(path)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "out", images, fresh=True)
+    monkeypatch.undo()
+    (images / "0.png").unlink()
+    again = _run(tmp_path / "out", images)
+    assert (again.resumed, again.images) == (0, 8)
+    assert not (job.folder / "metrics.json").exists()
+
+
+def test_an_export_of_fewer_pictures_leaves_none_of_the_others(images, tmp_path):
+    job = _run(tmp_path / "out", images, overlays=9)
+    assert len(list((job.folder / "overlays").glob("*.jpg"))) == 9
+    (job.folder / "overlays" / "holiday.jpg").write_bytes(b"mine")
+    export_job(job.folder, job.folder, {"overlays"}, most=2)
+    names = {p.name for p in (job.folder / "overlays").glob("*.jpg")}
+    assert len(names) == 3
+    assert "holiday.jpg" in names
+
+
+def _found(image_id):
+    return Instances.make(image_id, 20, 30, [[0, 0, 1, 1]], [0.5])
+
+
+def test_any_number_of_shards(tmp_path):
+    numbers = (0, 999_999, 1_000_000, 12_345_678)
+    for number in numbers:
+        shards.write_shard(tmp_path, number, [_found("a")], 1.0, {})
+    for rubbish in (".1000001", ".old-000002", ".000003"):
+        (tmp_path / plan.SHARDS / rubbish).mkdir()
+    assert shards.finished(tmp_path) == set(numbers)
+    assert {p.name for p in (tmp_path / plan.SHARDS).iterdir()} == {"000000", "999999", "1000000", "12345678"}
+    assert shards.finished(tmp_path) == set(numbers)
+
+
+class FlakyStore:
+    """Files of a folder as objects of a store that answers only while ``up``; counts what it was asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.up, self.down, self.asked = folder, True, set(), 0
+
+    def _check(self, path):
+        self.asked += 1
+        if not self.up or Path(path).name in self.down:
+            raise ConnectionError("no route to host")
+
+    def info(self, path):
+        self._check(path)
+        return {"size": os.path.getsize(path), "ETag": Path(path).read_bytes().hex()[-40:]}
+
+    def cat_file(self, path):
+        self._check(path)
+        return Path(path).read_bytes()
+
+
+class Remote:
+    """A file of such a store, as UPath is one."""
+
+    def __init__(self, fs, path):
+        self.fs, self.path = fs, str(path)
+        self.name, self.stem, self.suffix = Path(path).name, Path(path).stem, Path(path).suffix
+
+    def __str__(self):
+        return f"flaky://{self.name}"
+
+
+@pytest.fixture
+def store(images, monkeypatch):
+    """A store with the nine images, asked again without a pause."""
+    monkeypatch.setattr(image_module, "RETRIES", (0.0,))
+    return FlakyStore(images)
+
+
+def _remote(store):
+    local = open_dataset(store.folder)
+    return replace(local, samples=tuple(replace(s, path=Remote(store, s.path)) for s in local.samples))
+
+
+def test_one_failed_question_does_not_make_a_job_another(store, tmp_path):
+    _run(tmp_path / "out", _remote(store))
+    store.down = {"3.png"}
+    again = _run(tmp_path / "out", _remote(store))
+    assert again.resumed == 9
+    # The other way about: unknown when the job began, known now.
+    store.down = {"4.png", "5.png"}
+    first = _run(tmp_path / "two", _remote(store))
+    assert (first.images, first.failures) == (7, 2)
+    store.down = set()
+    assert _run(tmp_path / "two", _remote(store)).images == 9
+    # What has changed is noticed as before.
+    write_image(store.folder / "8.png", 40, 40, 99)
+    with pytest.raises(DataError, match=r"other inputs: 1 images changed \(first: 8\)"):
+        _run(tmp_path / "out", _remote(store))
+
+
+def test_a_question_is_asked_again(store):
+    calls = []
+    real = store.info
+
+    def once(path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise ConnectionError("reset by peer")
+        return real(path)
+
+    store.info = once
+    assert remote.marks([Remote(store, store.folder / "0.png")]) != [remote.UNREADABLE]
+    assert len(calls) == 2
+
+
+def test_a_store_that_is_down_is_not_asked_for_ever(store):
+    store.up = False
+    paths = [Remote(store, store.folder / f"{i}.png") for i in range(2000)]
+    assert remote.marks(paths) == [remote.UNREADABLE] * 2000
+    assert store.asked < 2000 + 3 * remote.MOST_FAILURES
+
+
+def test_what_could_not_be_fetched_is_tried_again_and_the_rest_keeps_its_bytes(store, tmp_path):
+    undisturbed = _run(tmp_path / "undisturbed", _remote(store))
+    store.down = {"1.png", "6.png", "8.png"}
+    first = _run(tmp_path / "out", _remote(store))
+    assert (first.images, first.failures) == (6, 3)
+    assert pq.read_table(first.folder / "errors.parquet").column("kind").to_pylist() == ["unreachable"] * 3
+    still = Brightness()
+    again = _run(tmp_path / "out", _remote(store), predictor=still)
+    assert (still.seen, again.images, again.failures, again.resumed) == (0, 6, 3, 9)
+    store.down = {"8.png"}
+    counting = Brightness()
+    again = _run(tmp_path / "out", _remote(store), predictor=counting)
+    assert (counting.seen, again.images, again.failures, again.resumed) == (2, 8, 1, 7)
+    store.down = set()
+    again = _run(tmp_path / "out", _remote(store))
+    assert (again.images, again.failures, again.resumed) == (9, 0, 8)
+    assert _without_times(again.folder) == _without_times(undisturbed.folder)
+
+
+def _without_times(folder):
+    # What was not known of the files when the job began stands in its list of inputs.
+    return {k: v for k, v in _digests(folder).items() if k not in ("inputs.parquet", "manifest.json")}
+
+
+def test_a_store_that_goes_away_in_the_middle_of_a_job(store, tmp_path):
+    undisturbed = _run(tmp_path / "undisturbed", _remote(store))
+
+    def stopping(results, *_):
+        for number, result in enumerate(results):
+            if number == 3:
+                store.up = False
+            if number == 7:
+                raise KeyboardInterrupt
+            yield result
+
+    settings = JobSettings(shard_size=2, score_threshold=0.0, overlays=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(Brightness(), "m/1", _remote(store), tmp_path / "out", settings, stopping)
+    store.up = True
+    again = _run(tmp_path / "out", _remote(store))
+    assert (again.images, again.failures) == (9, 0)
+    assert _without_times(again.folder) == _without_times(undisturbed.folder)
+
+
+def test_a_stop_while_a_finished_job_is_opened_again_loses_nothing(store, tmp_path, monkeypatch):
+    undisturbed = _run(tmp_path / "undisturbed", _remote(store))
+    store.down = {"1.png", "6.png"}
+    job = _run(tmp_path / "out", _remote(store))
+    store.down = set()
+    for step in range(1, 9):
+        real, count = retry.write_shard, []
+
+        def stopping(*arguments, real=real, count=count, step=step):
+            count.append(1)
+            if len(count) == step:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(retry, "write_shard", stopping)
+            try:
+                _run(tmp_path / "out", _remote(store))
+                break
+            except KeyboardInterrupt:
+                pass
+    assert step > 5
+    again = _run(tmp_path / "out", _remote(store))
+    assert (again.images, again.failures) == (9, 0)
+    assert _without_times(job.folder) == _without_times(undisturbed.folder)
+
+
+def test_a_file_that_is_back_is_scored_one_that_is_gone_is_not_waited_for(images, tmp_path):
+    (tmp_path / "list.csv").write_text("path\n" + "\n".join(f"in/{i}.png" for i in range(9)) + "\n")
+    (images / "2.png").rename(tmp_path / "away.png")
+    (images / "5.png").unlink()
+    first = _run(tmp_path / "out", tmp_path / "list.csv")
+    assert (first.images, first.failures) == (7, 2)
+    (tmp_path / "away.png").rename(images / "2.png")
+    counting = Brightness()
+    again = _run(tmp_path / "out", tmp_path / "list.csv", predictor=counting)
+    assert (counting.seen, again.images, again.failures) == (1, 8, 1)
+    assert pq.read_table(again.folder / "errors.parquet").column("kind").to_pylist() == ["missing"]
+
+
+def test_other_failures_are_final(images):
+    sample = open_dataset(images).samples[0]
+    for kind in ("damaged", "too large", "not an image", "prediction"):
+        assert not retry.can_be_tried_again(Failure("0", "0.png", kind, ""), sample)
+
+
+def test_ray_is_sent_paths_that_mean_the_same_everywhere(images, monkeypatch):
+    pytest.importorskip("ray", reason="Ray (the extra 'ray') is not installed")
+    from scoring.runners.ray_runner import _anywhere, _as_named_here
+
+    monkeypatch.chdir(images.parent)
+    (images / "broken.png").write_bytes(b"none")
+    samples = list(open_dataset("in").samples)
+    assert not samples[0].path.is_absolute()
+    local = [r for _, _, r in LocalRunner(Brightness()).results([samples])]
+    sent = [_anywhere(s) for s in samples]
+    monkeypatch.chdir("/")
+    far = [r for _, _, r in LocalRunner(Brightness()).results([sent])]
+    back = [_as_named_here(r, s) for r, s in zip(far, samples, strict=True)]
+    monkeypatch.chdir(images.parent)
+    assert [r for r in local if isinstance(r, Failure)] == [
+        _as_named_here(r, s) for r, s in zip(far, samples, strict=True) if isinstance(r, Failure)
+    ]
+    assert sum(isinstance(r, Instances) for r in back) == 9
+
+
+def test_a_manifest_of_an_earlier_release_has_planes(tmp_path, images):
+    job = _run(tmp_path / "out", images)
+    content = json.loads((job.folder / plan.MANIFEST).read_text())
+    del content["category"]
+    (job.folder / plan.MANIFEST).write_text(json.dumps(content))
+    assert _run(tmp_path / "out", images).resumed == 9
