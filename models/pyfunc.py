@@ -1,7 +1,7 @@
 """Serving face of a saved model, logged to MLflow as code: no pickle, table in, instance table out.
 
-Input: a table with a column ``image``, each a file path or a base64-encoded image
-file. Output: the instance table; ``image_id`` is the row's number. This file is
+Input: a table with a column ``image``, each a base64-encoded image file (also as a ``data:`` URL) or,
+where the process is no server, a file path. Output: the instance table; ``image_id`` is the row's number. This file is
 copied beside the version and may import ours only after the check below.
 """
 
@@ -11,11 +11,16 @@ import base64
 import binascii
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 import mlflow
 import pandas as pd
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
+
+# What answers requests over HTTP: `mlflow models serve` and its images, and MLServer.
+SERVERS = ("mlflow.pyfunc.scoring_server.app", "mlserver")
 
 
 def code_digest(folder: Path) -> str:
@@ -43,17 +48,43 @@ def refuse_foreign_package(logged: Path) -> None:
         )
 
 
-def image_bytes(value: object) -> bytes | str:
-    """A path as it is, or the bytes of a base64 text."""
+def paths_allowed() -> bool:
+    """Whether rows may be paths of files: as ``PLANES_ALLOW_PATHS`` (1 or 0) says, else where no server asks.
+
+    Whoever may send a request must not learn which files a server has, nor have it read them. Nothing
+    in a request changes the answer.
+    """
+    given = os.environ.get("PLANES_ALLOW_PATHS")
+    if given is not None:
+        return given == "1"
+    return not any(name in sys.modules for name in SERVERS)
+
+
+def image_bytes(value: object, paths: bool) -> bytes | str:
+    """The bytes of a base64 text, or where ``paths`` are allowed, a path as it is.
+
+    Raises:
+        MlflowException: neither.
+    """
     if isinstance(value, bytes):
         return value
     text = str(value)
-    if len(text) < 4096 and os.path.exists(text):
+    # No look at the disk where paths are not allowed: an answer, or its time, would tell what is there.
+    if paths and len(text) < 4096 and os.path.exists(text):
         return text
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
-        return text
+        shown = f"{text[:80]!r}{'...' if len(text) > 80 else ''}"
+        hint = (
+            "no such file"
+            if paths
+            else "this server takes no paths; set PLANES_ALLOW_PATHS=1 where it starts to allow them"
+        )
+        raise mlflow.MlflowException(
+            f"image {shown}: not a base64-encoded image file ({hint})", error_code=INVALID_PARAMETER_VALUE
+        ) from None
 
 
 class PlanesModel(PythonModel):
@@ -73,9 +104,9 @@ class PlanesModel(PythonModel):
         from models.image import read_image
         from models.instances import TABLE_COLUMNS, to_rows
 
-        rows = []
+        rows, paths = [], paths_allowed()
         for number, value in enumerate(model_input["image"]):
-            found = self.predictor.predict([read_image(image_bytes(value), self.rendering)])[0]
+            found = self.predictor.predict([read_image(image_bytes(value, paths), self.rendering)])[0]
             rows += to_rows([found.named(str(number))])
         return pd.DataFrame(rows, columns=list(TABLE_COLUMNS))
 

@@ -32,6 +32,8 @@ from pipelines.relocation import follow_move  # noqa: E402
 
 EXPERIMENT = "planes"
 STORE = "mlflow.db"
+# That of `mlflow ui` where none is given.
+UI_PORT = 5000
 
 
 def connect(given: str | None = None) -> str:
@@ -225,8 +227,29 @@ class MlflowListener:
         self._logged = max((r["step"] for r in new), default=self._logged)
 
 
-def ui_command(uri: str) -> str:
-    """The command that shows this store in MLflow's UI."""
-    if uri.startswith("http"):
-        return f"open {uri}"
-    return f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}"
+def ui_link(uri: str, run_id: str | None = None) -> str:
+    """Where the runs are seen in MLflow's UI: the command that starts it, where no server runs, and the address.
+
+    MLflow opens an experiment on its page for generative models; the address leads to the table of runs.
+
+    Args:
+        run_id: a run of the experiment that is meant; that of this project without one.
+    """
+    base, first = uri, ""
+    if not uri.startswith("http"):
+        base = f"http://127.0.0.1:{UI_PORT}"
+        first = f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri} --port {UI_PORT}, then "
+    return f"{first}{base.rstrip('/')}/#/experiments/{_experiment_of(run_id)}/runs?workflowType=machine_learning"
+
+
+def _experiment_of(run_id: str | None) -> str:
+    client = MlflowClient()
+    try:
+        if run_id is not None:
+            return str(client.get_run(run_id).info.experiment_id)
+    except mlflow.MlflowException:
+        # A run that was deleted since; a link must not end what went well.
+        pass
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    found = client.get_experiment_by_name(name)
+    return os.environ.get("MLFLOW_EXPERIMENT_ID") or (found.experiment_id if found else "0")

@@ -266,7 +266,7 @@ def _evaluate(predictions: str, data: str, split: str, score_threshold: float, r
 
 
 def _show(runs, out, uri) -> None:  # type: ignore[no-untyped-def]
-    from pipelines.tracking import ui_command
+    from pipelines.tracking import ui_link
     from scoring.compare import comparison_table, render
 
     # Versions of different classes are measured against different annotations.
@@ -275,7 +275,7 @@ def _show(runs, out, uri) -> None:  # type: ignore[no-untyped-def]
         click.echo(render(table))
     if len(runs) > 1 and len({run.category for run in runs}) == 1:
         table.to_csv(out / "comparison.csv", index=False)
-    click.echo(f"MLflow UI: {ui_command(uri)}")
+    click.echo(f"MLflow UI: {ui_link(uri)}")
 
 
 if __name__ == "__main__":

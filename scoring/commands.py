@@ -82,7 +82,7 @@ def run_comparison(request: ComparisonRequest) -> None:
         return from_job(job)
 
     finish(gather(request.targets, dataset, runs, score), dataset, Path(request.out))
-    click.echo(f"MLflow UI: {tracking.ui_command(uri)}")
+    click.echo(f"MLflow UI: {tracking.ui_link(uri)}")
 
 
 def _category(request: ComparisonRequest, runs: Mapping[str, Scored]) -> str:

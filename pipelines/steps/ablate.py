@@ -63,6 +63,8 @@ def ablate(request: AblationRequest) -> None:
     Raises:
         PlanesError: recipe, variants or data that cannot be used, or every variant failed.
     """
+    import mlflow
+
     from models.errors import ModelError
     from pipelines import ablation, tracking
     from pipelines.prediction import MAIN_METRIC
@@ -92,6 +94,7 @@ def ablate(request: AblationRequest) -> None:
         if all(r.run is None for r in results):
             raise ModelError(f"every variant failed; the first: {results[0].error}")
         _show(results, main_metric)
+        click.echo(f"MLflow UI: {tracking.ui_link(mlflow.get_tracking_uri(), run.info.run_id)}")
 
 
 def _request(request: AblationRequest, task: str, variant: Any) -> TrainingRequest:

@@ -97,7 +97,7 @@ def compose(request: ComposeRequest) -> str:
             version, metrics = publish(what, run.info.run_id, device)
     value = f"test mask_AP {metrics['mask_AP']:.3f}" if "mask_AP" in metrics else "no test set with outlines"
     click.echo(f"{request.name} version {version} from {named['detector']} and {named['segmenter']}: {value}")
-    click.echo(f"MLflow UI: {tracking.ui_command(uri)}")
+    click.echo(f"MLflow UI: {tracking.ui_link(uri, run.info.run_id)}")
     return f"{request.name}/{version}"
 
 

@@ -135,6 +135,7 @@ def promote(request: PromotionRequest, given: GateFile | None = None) -> Verdict
         mlflow.log_text(table + "\n", "checks.txt")
         mlflow.log_dict({"checks": [c.__dict__ for c in checks]}, "checks.json")
         verdict = _decide(request, at, candidate, checks, run.info.run_id)
+        click.echo(f"MLflow UI: {tracking.ui_link(mlflow.get_tracking_uri(), run.info.run_id)}")
     return verdict
 
 

@@ -255,3 +255,4 @@ def report(trained: Trained) -> None:
     shown = f"test {metric} {value:.3f}" if value is not None else "no test set"
     version = f"version {trained.version}" if trained.version else "(not registered)"
     click.echo(f"{trained.name} {version}: {shown} (run {trained.run_id})")
+    click.echo(f"MLflow UI: {tracking.ui_link(mlflow.get_tracking_uri(), trained.run_id)}")

@@ -63,10 +63,11 @@ def _ask(url, images):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_path_and_base64_give_what_score_gives(served, version):
+def test_base64_gives_what_score_gives(served, version):
     project, urls = served
     path = project.data / "test" / "A0005.png"
-    answer = _ask(urls[version], [str(path), base64.b64encode(path.read_bytes()).decode()])
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    answer = _ask(urls[version], [encoded, f"data:image/png;base64,{encoded}"])
     project.score("--model", version, "--data", str(path), "--out", "served", "--score-threshold", "0", "--overlays", "0")
     table = pd.read_parquet(project.folder / "served" / version.replace("/", "-") / "instances.parquet")
     for number in ("0", "1"):
@@ -80,9 +81,14 @@ def test_path_and_base64_give_what_score_gives(served, version):
     assert len(table) > 0 or version == "planes-mask-served/1"
 
 
-def test_what_is_no_image_is_an_error_that_says_so(served):
-    _, urls = served
-    with pytest.raises(urllib.error.HTTPError) as error:
-        _ask(urls["planes-det/1"], ["/absent.png"])
-    assert error.value.code == 400
-    assert "/absent.png" in error.value.read().decode()
+def test_a_server_tells_nobody_which_files_it_has(served):
+    project, urls = served
+    messages = []
+    for path in ("/absent.png", str(project.data / "test" / "A0005.png"), "/etc/passwd"):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            _ask(urls["planes-det/1"], [path])
+        assert error.value.code == 400
+        messages.append(error.value.read().decode().partition("not a base64-encoded image file")[2])
+    assert "this server takes no paths" in messages[0]
+    # But for the row itself, which the answer repeats, all the same.
+    assert len(set(messages)) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import subprocess
@@ -80,6 +81,36 @@ def test_the_training_run_is_readable_in_the_ui(project, server, page, tmp_path)
     image = page.locator("img[src*='loss.png'], img[src^='blob:']").first
     image.wait_for()
     page.screenshot(path=str(tmp_path / "figure.png"))
+
+
+def test_the_link_that_commands_print_leads_to_the_table_of_runs(project, server, page, tmp_path):
+    done = project.registry("list", MLFLOW_TRACKING_URI=server)
+    assert "planes-unet/1" in done.stdout
+    import mlflow
+
+    from pipelines import tracking
+
+    mlflow.set_tracking_uri(server)
+    try:
+        link = tracking.ui_link(server)
+        assert link == tracking.ui_link(server, project.client.get_model_version("planes-unet", "1").run_id)
+    finally:
+        mlflow.set_tracking_uri(None)
+    experiment = project.client.get_experiment_by_name("planes").experiment_id
+    assert link == f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+    page.goto(link)
+    page.get_by_text("planes-unet demo_unet").first.wait_for()
+    page.get_by_text("planes-det demo_detector").first.wait_for()
+    page.screenshot(path=str(tmp_path / "runs.png"))
+
+
+def test_one_entry_of_bookkeeping_at_most_stands_among_the_models(gated, server, page):
+    for model in ("planes-det/1", "planes-unet/1"):
+        command = ("promote", model, "--to", "staging", "--data", str(gated.data), "--force", "--reason", "a test")
+        gated.registry(*command)
+    page.goto(f"{server}/#/models")
+    page.get_by_text("planes-unet", exact=True).first.wait_for()
+    assert page.get_by_text(re.compile(r"-journal$")).all_inner_texts() == ["planes-journal"]
 
 
 def test_the_registry_page_shows_version_and_alias(project, server, page):

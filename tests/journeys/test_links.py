@@ -1,0 +1,26 @@
+"""Every command that made a run says where runs are seen: the address, and the command whose port it has."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.conftest import write_image
+
+pytestmark = pytest.mark.xdist_group("journey")
+
+
+def test_each_command_prints_the_address_of_the_runs(project, tmp_path):
+    experiment = project.client.get_experiment_by_name("planes").experiment_id
+    address = r"MLflow UI: \S+mlflow ui --backend-store-uri sqlite:\S+ --port 5000, then " + re.escape(
+        f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?workflowType=machine_learning"
+    )
+    write_image(tmp_path / "a.png", 128, 128)
+    said = [
+        project.score("--model", "planes-det/1", "--data", str(tmp_path / "a.png"), "--out", str(tmp_path / "out")).stdout,
+        project.train_unet("--name", "linked", "--steps", "1").stdout,
+        project.step("promote", "--model", "linked/1", "--data", str(project.data), "--minimum", "-1").stdout,
+    ]
+    for text in said:
+        assert len(re.findall(address, text)) == 1, text
