@@ -17,7 +17,7 @@ import models
 from models.detectron2_engine import require_detectron2
 from models.errors import DataError, RecipeError
 from models.pyfunc import code_digest
-from models.torch_tools import pick_device
+from models.torch_tools import pick_device, pick_precision
 from pipelines import figures, registry, tracking
 from pipelines.data.dataset import Dataset, split_by_scene
 from pipelines.data.opening import open_dataset
@@ -172,7 +172,7 @@ def run_plan(plan: Plan) -> Trained:
         try:
             saved, outcome = _train(plan, (tracking.MlflowListener(run_id), progress))
         except KeyboardInterrupt:
-            click.echo("\nStopped; the same command goes on from this step.", err=True)
+            click.echo(f"\n{progress.stopped()}", err=True)
             raise
         finally:
             progress.close()
@@ -187,7 +187,7 @@ def run_plan(plan: Plan) -> Trained:
 
 def _log_inputs(plan: Plan) -> None:
     data = {"data": plan.request.data, "data_digest": plan.data.train.digest()}
-    tracking.log_params({**plan.recipe.flat(), "device": plan.device, **data})
+    tracking.log_params({**plan.recipe.flat(), "device": plan.device, "precision": _precision(plan), **data})
     mlflow.log_dict(plan.recipe.model_dump(), "recipe.yaml")
     tracking.log_environment()
     for dataset, context in plan.data.parts():
@@ -196,6 +196,17 @@ def _log_inputs(plan: Plan) -> None:
         from pipelines.training.detectron2_trainer import training_config
 
         mlflow.log_text(training_config(plan.recipe, Path(), plan.device).dump(), "detectron2_config.yaml")
+
+
+def _precision(plan: Plan) -> str:
+    """The precision that the training runs in."""
+    if not isinstance(plan.recipe, Detectron2Recipe):
+        return pick_precision(plan.device, plan.recipe.training.precision)
+    from pipelines.training.detectron2_precision import amp_precision
+    from pipelines.training.detectron2_trainer import training_config
+
+    mixed = training_config(plan.recipe, Path(), plan.device).SOLVER.AMP.ENABLED
+    return amp_precision(plan.device) if mixed else "32"
 
 
 def _train(plan: Plan, listeners: Sequence[Listener]) -> tuple[Path, Outcome]:
