@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -21,7 +20,8 @@ from models.torch_tools import pick_device, pick_precision
 from pipelines import figures, registry, tracking
 from pipelines.data.dataset import Dataset, split_by_scene
 from pipelines.data.opening import open_dataset
-from pipelines.data.tiles import cached_tiles, cut_tiles
+from pipelines.data.tiles import cache_folder, cached_tiles, cut_tiles
+from pipelines.locking import clear_temporaries, held, lock_of, write_whole
 from pipelines.prediction import MAIN_METRIC
 from pipelines.recipe import load_recipe
 from pipelines.settings import Detectron2Recipe, Recipe, UNetRecipe
@@ -149,12 +149,18 @@ def run_plan(plan: Plan) -> Trained:
     """Train in the plan's folder, going on from what an interrupted equal training left there.
 
     Raises:
-        PlanesError: data, weights or store that cannot be used.
+        PlanesError: data, weights or store that cannot be used; an equal training is going on.
     """
+    with held(lock_of(plan.folder), f"an equal training of {plan.request.register_as}"):
+        return _run_held(plan)
+
+
+def _run_held(plan: Plan) -> Trained:
     request, folder = plan.request, plan.folder
     if request.fresh or (folder / DONE_FILE).exists():
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+    clear_temporaries(folder)
     noted = folder / RUN_FILE
     earlier = json.loads(noted.read_text())["run_id"] if noted.exists() else None
     tags = {"task": request.task, "recipe": plan.recipe.name, "training_key": plan.key}
@@ -165,7 +171,7 @@ def run_plan(plan: Plan) -> Trained:
         run_id = run.info.run_id
         if earlier and earlier != run_id:
             mlflow.set_tag("resumed_from", earlier)
-        noted.write_text(json.dumps({"run_id": run_id}))
+        write_whole(noted, lambda handle: handle.write(json.dumps({"run_id": run_id}).encode()))
         _log_inputs(plan)
         progress = ProgressListener(request.register_as)
         started = time.monotonic()
@@ -237,8 +243,7 @@ def _training_tiles(plan: Plan) -> Dataset:
     mlflow.log_metrics({"training_tiles": len(tiles), "training_tiles_empty": empty})
     if not settings.cached:
         return tiles
-    cut = f"{settings.model_dump_json()}{plan.recipe.min_visible}{seed}{train.digest()}"
-    folder = Path(plan.request.work_dir) / f"tiles-{hashlib.sha256(cut.encode()).hexdigest()[:12]}"
+    folder = cache_folder(Path(plan.request.work_dir), settings, plan.recipe.min_visible, seed, train.digest())
     return cached_tiles(tiles, folder, show_progress)
 
 

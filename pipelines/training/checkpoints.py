@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from models.errors import ModelError, one_line
+from models.errors import ModelError, OutputError, one_line
+from pipelines.locking import write_whole
 
 # Written by 0.6.0 under this name, whatever the step.
 OLD_BEST = "best.pt"
@@ -19,24 +18,13 @@ def write_atomically(content: Any, path: Path) -> None:
     """torch.save to a temporary file of its own, flushed to disk, then renamed over ``path``.
 
     Raises:
-        ModelError: it cannot be written; what was there before stays.
+        OutputError: it cannot be written; what was there before stays.
     """
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        number, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(number, "wb") as handle:
-            torch.save(content, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        write_whole(path, lambda handle: torch.save(content, handle))
     except (OSError, RuntimeError) as error:
         # torch's own writer turns a full disk into a RuntimeError.
-        raise ModelError(f"{path}: cannot be written ({one_line(error)[:160]}); is the disk full?") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written ({one_line(error)[:160]}); is the disk full?") from None
 
 
 def best_path(folder: Path, step: int) -> Path:

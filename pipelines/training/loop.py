@@ -109,8 +109,8 @@ def run(job: Job) -> Outcome:
     the best validation, or the last ones without validation.
 
     Raises:
-        ModelError: the loss or its gradients are not finite, the checkpoint cannot be used,
-            or the disk is full.
+        ModelError: the loss or its gradients are not finite, or the checkpoint cannot be used.
+        OutputError: the disk is full.
     """
     machine = _set_up(job)
     state = _restore(job, machine)

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from models.errors import ModelError
+from models.errors import ModelError, OutputError
 from pipelines.steps.edge import ProgressListener
 from pipelines.training import loop
 from pipelines.training.checkpoints import best_path, read_best, write_atomically
@@ -240,7 +240,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(tmp_path, monkeypat
         real(content, handle)
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(ModelError, match=r"checkpoint\.pt: cannot be written.*is the disk full\?"):
+    with pytest.raises(OutputError, match=r"checkpoint\.pt: cannot be written.*is the disk full\?"):
         run(_job(tmp_path))
     assert _saved(tmp_path)["step"] == 4
     assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
