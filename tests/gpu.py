@@ -60,5 +60,9 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 
     monkeypatch.setattr(torch.nn.Module, "to", _staying(torch.nn.Module.to, gpu))
     ones, autocast = torch.ones, torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda device, *rest, **more: autocast("cpu", *rest, **more))
-    monkeypatch.setattr(torch, "ones", lambda *size, device=None, **options: ones(*size, **options).to(device or "cpu"))
+
+    def ones_here(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        return ones(*size, device="cpu" if _is_gpu(device) else device, **options)
+
+    monkeypatch.setattr(torch, "ones", ones_here)
     return gpu
