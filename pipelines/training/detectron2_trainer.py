@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +97,39 @@ def train_detectron2(
     cfg = training_config(recipe, folder, device)
     if num_gpus > 1 and device.startswith("cuda") and num_gpus > torch.cuda.device_count():
         raise RecipeError(f"--num-gpus {num_gpus}: there are {torch.cuda.device_count()}")
+    if num_gpus > 1 and device.startswith("cuda:"):
+        raise RecipeError(
+            f"--num-gpus {num_gpus} with --device {device}: takes the first {num_gpus} GPUs; use --device cuda"
+        )
     if num_gpus > cfg.SOLVER.IMS_PER_BATCH:
         raise RecipeError(f"--num-gpus {num_gpus}: more than the {cfg.SOLVER.IMS_PER_BATCH} images of a batch")
     from detectron2.engine import launch
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        launch(_work, num_gpus, dist_url="auto", args=(recipe, train, val, folder, device, listeners))
+        with _gpus_hidden(num_gpus > 1 and device == "cpu"):
+            launch(_work, num_gpus, dist_url="auto", args=(recipe, train, val, folder, device, listeners))
     except torch.multiprocessing.ProcessRaisedException as error:
         # The child's traceback as text; its last line says what was wrong.
         last = str(error).strip().splitlines()[-1]
         raise ModelError(f"a training process failed: {last[:300]}") from None
     content = json.loads((folder / OUTCOME).read_text())
     return folder / "model", Outcome({}, content["step"], content["best"], content["history"])
+
+
+@contextmanager
+def _gpus_hidden(hide: bool) -> Iterator[None]:
+    """Let processes that are started see no GPU: where there is one, the launcher lets them talk through it alone."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hide:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        if hide and before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        elif hide:
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(before)
 
 
 def _work(

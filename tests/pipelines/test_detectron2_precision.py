@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from models.errors import RecipeError
 from models.predictor import read_weights
 from pipelines.data.opening import open_dataset
 from pipelines.recipe import load_recipe
@@ -134,3 +136,38 @@ def test_it_trains_on_a_gpu(data, tmp_path, monkeypatch):
     assert all(math.isfinite(r["train/loss"]) for r in outcome.history)
     assert gpu.moved
     assert saved.is_dir()
+
+
+def test_processes_on_the_cpu_see_no_gpu(data, tmp_path, monkeypatch):
+    """Detectron2's launcher would let them talk through NCCL, which knows no tensors on the CPU."""
+    import detectron2.engine
+
+    seen = []
+
+    def launch(work, count, dist_url, args):
+        seen.append((count, os.environ.get("CUDA_VISIBLE_DEVICES")))
+        (tmp_path / detectron2_trainer.OUTCOME).write_text('{"step": 1, "best": null, "history": []}')
+
+    monkeypatch.setattr(detectron2.engine, "launch", launch)
+    recipe = load_recipe("demo_detector_detectron2", SMALL)
+    for before in ("0,1", None):
+        with monkeypatch.context() as patched:
+            if before is None:
+                patched.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+            else:
+                patched.setenv("CUDA_VISIBLE_DEVICES", before)
+            train_detectron2(recipe, *data, tmp_path, "cpu", num_gpus=2)
+            train_detectron2(recipe, *data, tmp_path, "cpu")
+            assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
+    assert seen == [(2, ""), (1, "0,1"), (2, ""), (1, None)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RecipeError, match="takes the first 2 GPUs; use --device cuda"):
+        train_detectron2(recipe, *data, tmp_path, "cuda:1", num_gpus=2)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_batch_in_bfloat16(data, tmp_path):
+    recipe = load_recipe("demo_detector_detectron2", [*SMALL, "SOLVER.MAX_ITER=2", "SOLVER.AMP.ENABLED=true"])
+    outcome = train_detectron2(recipe, *data, tmp_path, "cpu", num_gpus=2)[1]
+    assert [r["step"] for r in outcome.history] == [1, 2]
+    assert all(math.isfinite(r["train/loss"]) for r in outcome.history)
