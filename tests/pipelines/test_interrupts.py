@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 
@@ -13,7 +14,7 @@ from pipelines.steps.edge import ProgressListener
 from pipelines.training import loop
 from pipelines.training.checkpoints import best_path, read_best, write_atomically
 from pipelines.training.loop import CHECKPOINT, Interrupt, run
-from tests.pipelines.test_loop import _job, _Stop
+from tests.pipelines.test_loop import _Batches, _job, _Stop
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +76,25 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(tmp_path):
     assert _saved(tmp_path / "cut")["step"] == 4
     assert listener.checkpoints == [4]
     _ends_the_same(tmp_path / "cut", whole)
+
+
+def test_a_second_ctrl_c_between_two_steps_saves_nothing_either(tmp_path):
+    class Twice(_Stop):
+        def on_step(self, record):
+            for _ in range(2 if record["step"] == 7 else 0):
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(_job(tmp_path, Twice(None)))
+    assert _saved(tmp_path)["step"] == 4
+
+
+def test_processes_that_make_batches_leave_ctrl_c_alone():
+    """A terminal sends it to them too; the step that is held back for may still need its batch."""
+    batches = iter(loop.step_loader(_Batches(), 0, 12, 1))
+    first = next(batches)
+    os.kill(batches._workers[0].pid, signal.SIGINT)
+    assert len([first, *batches]) == 12
 
 
 @pytest.mark.parametrize("place", ["optimiser", "loss", "evaluation", "saving"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from pipelines.recipe import load_recipe
 from pipelines.settings import TrainingSettings
 from pipelines.training.detector import train_detector
 from pipelines.training.loop import CHECKPOINT, run
-from pipelines.training.unet import train_unet
+from pipelines.training.unet import segmenter_loss, train_unet
 from tests.pipelines.test_loop import _job, _Stop
 
 SMALL = ["training.steps=3", "training.epochs=null", "training.checkpoint_every=1", "training.evaluate_every=2"]
@@ -213,3 +214,10 @@ def test_only_the_loss_is_half(tmp_path):
     job.evaluate = lambda model: seen.append(torch.is_autocast_enabled("cpu")) or {"m": 1.0}
     run(job)
     assert seen == [(torch.float32, torch.bfloat16), False]
+
+
+def test_losses_over_all_pixels_are_taken_in_full_precision():
+    logits = torch.randn(2, 1, 64, 64).to(torch.bfloat16)
+    batch = np.zeros((2, 64, 64, 3), np.uint8), (np.random.default_rng(0).random((2, 64, 64)) < 0.1).astype(np.float32)
+    half, full = (segmenter_loss("bce_dice")(lambda x, out=out: out, batch, "cpu") for out in (logits, logits.float()))
+    assert half == full
