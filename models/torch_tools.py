@@ -26,14 +26,33 @@ def pick_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         return device
-    if device == "cuda" or device.startswith("cuda:"):
-        if not torch.cuda.is_available():
-            raise ModelError(f"device {device!r}: no CUDA device here; use --device cpu or auto")
-        return device
-    raise ModelError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not (number.isdecimal() or device == "cuda"):
+        raise ModelError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise ModelError(f"device {device!r}: no CUDA device here; use --device cpu or auto")
+    count = torch.cuda.device_count()
+    if int(number or 0) >= count:
+        raise ModelError(f"device {device!r}: there are {count} CUDA devices, counted from 0; use cuda:{count - 1} or auto")
+    return device
 
 
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
+
+
+def pick_precision(device: str, asked: Literal["auto", "32", "bf16-mixed", "16-mixed"]) -> Precision:
+    """The precision to train in on a device of `pick_device`: what was asked for, or what suits the device.
+
+    ``auto`` is full precision on a CPU, bfloat16 on a GPU that computes in it and float16 on
+    any other.
+    """
+    if asked != "auto":
+        return asked
+    if device == "cpu":
+        return "32"
+    # torch.cuda.is_bf16_supported() says yes where bfloat16 is emulated too (T4, V100), slower than float32.
+    native = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
+    return "bf16-mixed" if native else "16-mixed"
 
 
 @contextmanager

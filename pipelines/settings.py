@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from models.rendering import Rendering
 from models.tiling import Tiling
@@ -62,6 +62,8 @@ class TrainingSettings(_Settings):
     """How long and how often; ``epochs``, where given, decides instead of ``steps``.
 
     ``evaluate_every`` and ``checkpoint_every`` count steps; null means an epoch.
+    ``precision``: that of networks and losses in training (`models.torch_tools.pick_precision`);
+    weights, optimiser and validation are always in full precision.
     """
 
     steps: int = Field(default=1000, ge=1)
@@ -71,6 +73,13 @@ class TrainingSettings(_Settings):
     checkpoint_every: int | None = Field(default=None, ge=1)
     workers: int = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0)
+    precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        # YAML reads 32 as a number.
+        return "32" if value == 32 and not isinstance(value, bool) else value
 
 
 class _Recipe(_Settings):

@@ -18,6 +18,7 @@ from models.errors import DataError
 from models.geometry import rle_area, rle_boxes, rle_paste, xyxy_to_xywh
 from pipelines.data import airfield
 from pipelines.data.aircraft import Patch, draw_aircraft, random_aircraft
+from pipelines.locking import held, lock_of, write_whole
 
 FORMAT = 1  # raised whenever the same settings would draw other bytes
 
@@ -193,20 +194,31 @@ def prepare_airfield(
     """Write ``train/``, ``test/`` with PNG scenes and ``train_coco.json``, ``test_coco.json``.
 
     Scenes are numbered across both splits. Returns False, doing nothing, where the
-    folder already holds exactly these settings; the JSON files are written last, so
-    that an interrupted call is simply made again.
+    folder already holds exactly these settings. An interrupted call is simply made again; of
+    two at once one waits for the other.
 
     Raises:
         DataError: the folder holds something else.
+        OutputError: the folder's lock cannot be written.
     """
-    marker = folder / "airfield.json"
+    with held(lock_of(folder), f"drawing the airfield {folder}", wait=True):
+        return _prepare(folder, settings, progress)
+
+
+def _prepare(folder: Path, settings: AirfieldSettings, progress: Callable[[Iterator, int], Iterator] | None) -> bool:
+    # Says that what is in the folder is ours, until the marker says that it is whole.
+    marker, begun = folder / "airfield.json", folder / "airfield.begun"
     made = {"format": FORMAT, **asdict(settings)}
     if marker.exists():
         if json.loads(marker.read_text()) == made:
             return False
         raise DataError(f"{folder}: holds an airfield of other settings ({marker.name}); name another folder or delete it")
-    if folder.exists() and any(p.name not in ("train", "test") for p in folder.iterdir()):
+    if begun.exists():
+        if begun.read_text() != json.dumps(made):
+            raise DataError(f"{folder}: holds an unfinished airfield of other settings; name another folder or delete it")
+    elif folder.exists() and any(p.name not in ("train", "test") for p in folder.iterdir()):
         raise DataError(f"{folder}: not empty and not an airfield; name another folder")
+    write_whole(begun, lambda handle: handle.write(json.dumps(made).encode()))
     jobs = [(settings, split, i, str(folder)) for split in ("train", "test") for i in range(getattr(settings, split))]
     for split in ("train", "test"):
         (folder / split).mkdir(parents=True, exist_ok=True)
@@ -217,8 +229,10 @@ def prepare_airfield(
         entries = list(progress(results, len(jobs)) if progress else results)
     for split in ("train", "test"):
         mine = [(name, masks) for (_, s, _, _), (name, masks) in zip(jobs, entries, strict=True) if s == split]
-        (folder / f"{split}_coco.json").write_text(json.dumps(_coco(mine, settings.size)))
-    marker.write_text(json.dumps(made, indent=2))
+        content = json.dumps(_coco(mine, settings.size)).encode()
+        write_whole(folder / f"{split}_coco.json", lambda handle, content=content: handle.write(content))
+    write_whole(marker, lambda handle: handle.write(json.dumps(made, indent=2).encode()))
+    begun.unlink(missing_ok=True)
     return True
 
 

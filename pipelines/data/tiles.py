@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -19,8 +19,11 @@ from models.instances import RLE
 from models.rendering import DEFAULT
 from models.tiling import Tiling, Window, tile_grid
 from pipelines.data.dataset import Dataset, Problems, Sample
+from pipelines.locking import clear_temporaries, held, lock_of, write_whole
 
 DONE = "tiles.json"
+# Raised whenever equal settings give tiles of other pixels or names, as with another decoder.
+FORMAT = 2
 
 Progress = Callable[[Iterable[Sample], int, str], Iterable[Sample]]
 
@@ -131,35 +134,68 @@ def clip_mask(part: tuple[np.ndarray, int, int], window: Window) -> RLE:
     return rle_paste(seen, max(left - x1, 0), max(top - y1, 0), y2 - y1, x2 - x1)
 
 
+def cache_folder(work: Path, tiles: TileSettings, min_visible: float, seed: int, digest: str) -> Path:
+    """The folder of cached tiles, named by all that decides their pixels and names."""
+    cut = f"{FORMAT}{tiles.model_dump_json()}{min_visible}{seed}{digest}"
+    return work / f"tiles-{hashlib.sha256(cut.encode()).hexdigest()[:12]}"
+
+
 def cached_tiles(tiles: Dataset, folder: Path, progress: Progress) -> Dataset:
-    """The tiles as PNG files of ``folder``; those that an interrupted call has written are kept.
+    """The tiles as PNG files of ``folder``; those that an earlier call has written whole are kept.
+
+    One process at a time cuts; others wait for it. ``tiles.json`` says how many bytes each
+    tile has: one that is missing or cut short is made again.
 
     Raises:
         DataError: an image that cannot be read, or a folder that cannot be written.
+        OutputError: the folder's lock cannot be written.
     """
+    # Quoted, so that the names of "a/b" and "a_b" differ.
     samples = tuple(
-        replace(s, path=folder / f"{s.image_id.replace('/', '_')}.png", window=None, rendering=DEFAULT)
-        for s in tiles.samples
+        replace(s, path=folder / f"{quote(s.image_id, safe='')}.png", window=None, rendering=DEFAULT) for s in tiles.samples
     )
-    done, names = folder / DONE, [s.path.name for s in samples]
-    if not (done.is_file() and json.loads(done.read_text()) == names):
+    with held(lock_of(folder), "cutting tiles", wait=True):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(tiles, samples, progress)
-            done.write_text(json.dumps(names))
+            clear_temporaries(folder)
+            known = _known(folder / DONE)
+            pairs = zip(tiles.samples, samples, strict=True)
+            missing = {t.image_id: s.path for t, s in pairs if not _is_whole(s, known.get(s.path.name))}
+            if missing:
+                _write([t for t in tiles.samples if t.image_id in missing], missing, progress)
+            sizes = {s.path.name: s.path.stat().st_size for s in samples}
+            if sizes != known:
+                write_whole(folder / DONE, lambda handle: handle.write(json.dumps(sizes).encode()))
         except OSError as error:
             raise DataError(f"{folder}: tiles cannot be written ({error.strerror or one_line(error)})") from None
     return replace(tiles, samples=samples)
 
 
-def _write(tiles: Dataset, samples: tuple[Sample, ...], progress: Progress) -> None:
+def _known(path: Path) -> dict[str, int]:
+    """Bytes of each tile by its name; nothing where that is not known."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_whole(tile: Sample, size: int | None) -> bool:
+    try:
+        if size is not None:
+            return tile.path.stat().st_size == size
+        # Written by a call that did not come to its end.
+        with Image.open(tile.path) as image:
+            image.load()
+            return image.size == (tile.width, tile.height)
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
+def _write(tiles: Sequence[Sample], targets: Mapping[str, Path], progress: Progress) -> None:
     from pipelines.data.cache import ImageCache
 
     cache = ImageCache()
-    targets = {tile.image_id: sample.path for tile, sample in zip(tiles.samples, samples, strict=True)}
-    for tile in progress(tiles.samples, len(tiles), "cutting tiles"):
-        path = targets[tile.image_id]
-        if not path.is_file():
-            temporary = path.with_suffix(".tmp")
-            Image.fromarray(cache.read(tile)).save(temporary, format="PNG", compress_level=1)
-            os.replace(temporary, path)
+    for tile in progress(tiles, len(tiles), "cutting tiles"):
+        image = Image.fromarray(cache.read(tile))
+        write_whole(targets[tile.image_id], lambda handle, made=image: made.save(handle, format="PNG", compress_level=1))

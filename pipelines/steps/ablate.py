@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -61,12 +63,12 @@ def ablate(request: AblationRequest) -> None:
     """Plan all variants first, then train those that have no finished run; one that fails does not stop the others.
 
     Raises:
-        PlanesError: recipe, variants or data that cannot be used, or every variant failed.
+        PlanesError: recipe, variants or data that cannot be used, every variant failed, or an
+            equal ablation is going on.
     """
-    import mlflow
 
-    from models.errors import ModelError
     from pipelines import ablation, tracking
+    from pipelines.locking import held, lock_of
     from pipelines.prediction import MAIN_METRIC
     from pipelines.recipe import load_recipe
     from pipelines.steps.training import KIND, plan_training
@@ -77,6 +79,16 @@ def ablate(request: AblationRequest) -> None:
     plans = [plan_training(_request(request, task, v)) for v in variants]
     key = ablation.ablation_key([p.key for p in plans])
     tracking.connect()
+    with held(lock_of(Path(request.work_dir) / f"{request.name}-{key}"), f"an equal ablation of {request.name}"):
+        _ablate(request, variants, plans, key, main_metric)
+
+
+def _ablate(request: AblationRequest, variants: Sequence[Any], plans: Sequence[Any], key: str, main_metric: str) -> None:
+    import mlflow
+
+    from models.errors import ModelError
+    from pipelines import ablation, tracking
+
     # Under `mlflow run` the given run is the parent, not a variant's.
     given = os.environ.get("MLFLOW_RUN_ID")
     earlier = None if request.fresh else ablation.find_parent(key, given)

@@ -50,11 +50,13 @@ class ProgressListener:
         self._bar: Any = None
         self._task: Any = None
         self._total, self._begin, self._said = 0, 0, 0.0
+        self._done = self._safe = 0
         self._started = time.monotonic()
 
     def on_start(self, history: Sequence[dict[str, Any]], total: int) -> None:
         """Open the bar; say so when training goes on from a checkpoint."""
         self._total, self._begin = total, len(history)
+        self._done = self._safe = len(history)
         self._started = self._said = time.monotonic()
         if history and len(history) < total:
             click.echo(f"{self.title}: going on from step {len(history)} of {total}")
@@ -66,6 +68,7 @@ class ProgressListener:
     def on_step(self, record: dict[str, Any]) -> None:
         """Advance; a validation is always told."""
         now, step = time.monotonic(), record["step"]
+        self._done = step
         validation = " ".join(f"{k} {v:.3f}" for k, v in record.items() if k in ("val/AP", "val/AP50", "val/IoU"))
         if self._bar:
             self._bar.update(self._task, completed=step, description=f"{self.title}  loss {record['train/loss']:.3f}")
@@ -80,7 +83,26 @@ class ProgressListener:
             self.close()
 
     def on_checkpoint(self, history: Sequence[dict[str, Any]]) -> None:
-        """Nothing to show."""
+        """Nothing to show, but to know when it stops."""
+        self._safe = len(history)
+
+    def on_interrupt(self) -> None:
+        """Say that Ctrl-C was heard, and what a second one would cost."""
+        lost = self._done - self._safe
+        cost = f"and loses {lost} {'step' if lost == 1 else 'steps'} and the one it is in"
+        text = f"\n{self.title}: stops when this step is done and saved; Ctrl-C again stops at once {cost}\n"
+        # A signal's handler: the streams may be in the middle of a write.
+        os.write(2, text.encode())
+
+    def stopped(self) -> str:
+        """What a training that was stopped goes on from."""
+        if not self._total:
+            # Before the first step, or in processes of their own.
+            return "Stopped; the same command goes on from the last checkpoint."
+        lost = self._done - self._safe
+        told = f"; {lost} {'step' if lost == 1 else 'steps'} after it not saved" if lost else ""
+        begin = f"goes on from step {self._safe}" if self._safe else "begins anew"
+        return f"Stopped; the same command {begin}{told}."
 
     def close(self) -> None:
         """Take the bar down."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -17,11 +16,12 @@ import models
 from models.detectron2_engine import require_detectron2
 from models.errors import DataError, RecipeError
 from models.pyfunc import code_digest
-from models.torch_tools import pick_device
+from models.torch_tools import pick_device, pick_precision
 from pipelines import figures, registry, tracking
 from pipelines.data.dataset import Dataset, split_by_scene
 from pipelines.data.opening import open_dataset
-from pipelines.data.tiles import cached_tiles, cut_tiles
+from pipelines.data.tiles import cache_folder, cached_tiles, cut_tiles
+from pipelines.locking import clear_temporaries, held, lock_of, write_whole
 from pipelines.prediction import MAIN_METRIC
 from pipelines.recipe import load_recipe
 from pipelines.settings import Detectron2Recipe, Recipe, UNetRecipe
@@ -150,12 +150,18 @@ def run_plan(plan: Plan) -> Trained:
     """Train in the plan's folder, going on from what an interrupted equal training left there.
 
     Raises:
-        PlanesError: data, weights or store that cannot be used.
+        PlanesError: data, weights or store that cannot be used; an equal training is going on.
     """
+    with held(lock_of(plan.folder), f"an equal training of {plan.request.register_as}"):
+        return _run_held(plan)
+
+
+def _run_held(plan: Plan) -> Trained:
     request, folder = plan.request, plan.folder
     if request.fresh or (folder / DONE_FILE).exists():
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+    clear_temporaries(folder)
     noted = folder / RUN_FILE
     earlier = json.loads(noted.read_text())["run_id"] if noted.exists() else None
     tags = {"task": request.task, "recipe": plan.recipe.name, "training_key": plan.key}
@@ -166,14 +172,14 @@ def run_plan(plan: Plan) -> Trained:
         run_id = run.info.run_id
         if earlier and earlier != run_id:
             mlflow.set_tag("resumed_from", earlier)
-        noted.write_text(json.dumps({"run_id": run_id}))
+        write_whole(noted, lambda handle: handle.write(json.dumps({"run_id": run_id}).encode()))
         _log_inputs(plan)
         progress = ProgressListener(request.register_as)
         started = time.monotonic()
         try:
             saved, outcome = _train(plan, (tracking.MlflowListener(run_id), progress))
         except KeyboardInterrupt:
-            click.echo("\nStopped; the same command goes on from this step.", err=True)
+            click.echo(f"\n{progress.stopped()}", err=True)
             raise
         finally:
             progress.close()
@@ -188,7 +194,7 @@ def run_plan(plan: Plan) -> Trained:
 
 def _log_inputs(plan: Plan) -> None:
     data = {"data": plan.request.data, "data_digest": plan.data.train.digest()}
-    tracking.log_params({**plan.recipe.flat(), "device": plan.device, **data})
+    tracking.log_params({**plan.recipe.flat(), "device": plan.device, "precision": _precision(plan), **data})
     mlflow.log_dict(plan.recipe.model_dump(), "recipe.yaml")
     tracking.log_environment()
     for dataset, context in plan.data.parts():
@@ -197,6 +203,17 @@ def _log_inputs(plan: Plan) -> None:
         from pipelines.training.detectron2_trainer import training_config
 
         mlflow.log_text(training_config(plan.recipe, Path(), plan.device).dump(), "detectron2_config.yaml")
+
+
+def _precision(plan: Plan) -> str:
+    """The precision that the training runs in."""
+    if not isinstance(plan.recipe, Detectron2Recipe):
+        return pick_precision(plan.device, plan.recipe.training.precision)
+    from pipelines.training.detectron2_precision import amp_precision
+    from pipelines.training.detectron2_trainer import training_config
+
+    mixed = training_config(plan.recipe, Path(), plan.device).SOLVER.AMP.ENABLED
+    return amp_precision(plan.device) if mixed else "32"
 
 
 def _train(plan: Plan, listeners: Sequence[Listener]) -> tuple[Path, Outcome]:
@@ -227,8 +244,8 @@ def _training_tiles(plan: Plan) -> Dataset:
     mlflow.log_metrics({"training_tiles": len(tiles), "training_tiles_empty": empty})
     if not settings.cached:
         return tiles
-    cut = f"{settings.model_dump_json()}{plan.recipe.min_visible}{seed}{train.digest()}{train.rendering.model_dump_json()}"
-    folder = Path(plan.request.work_dir) / f"tiles-{hashlib.sha256(cut.encode()).hexdigest()[:12]}"
+    content = f"{train.digest()}{train.rendering.model_dump_json()}"
+    folder = cache_folder(Path(plan.request.work_dir), settings, plan.recipe.min_visible, seed, content)
     return cached_tiles(tiles, folder, show_progress)
 
 

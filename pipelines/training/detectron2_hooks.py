@@ -12,7 +12,8 @@ import torch
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
-from pipelines.training.loop import BEST, Interrupt, Listener, Record, write_atomically
+from pipelines.training.checkpoints import keep_best, save_best
+from pipelines.training.loop import Interrupt, Listener, Record, is_better
 
 Evaluate = Callable[[torch.nn.Module], dict[str, float]]
 
@@ -61,6 +62,7 @@ class Recorder(HookBase):
         record |= {f"train/{k}": v for k, v in values.items() if k.startswith("loss")}
         record |= {"lr": values["lr"], "epoch": done / self.epoch}
         names = {"time": "seconds/iteration", "data_time": "seconds/data"}
+        names |= {"[metric]grad_scaler": "loss_scale"}
         return record | {name: values[k] for k, name in names.items() if k in values}
 
     def _validate(self, record: Record) -> None:
@@ -69,10 +71,10 @@ class Recorder(HookBase):
         model.train()
         record |= {f"val/{k}": v for k, v in metrics.items()}
         value = metrics.get(self.metric, math.nan)
-        if self.best is None or value > self.best:
-            self.best, self.best_step = value, record["step"]
+        if is_better(value, self.best):
             bare = model.module if hasattr(model, "module") else model
-            write_atomically({"model": bare.state_dict()}, self.folder / BEST)
+            save_best(bare.state_dict(), self.folder, record["step"])
+            self.best, self.best_step = value, record["step"]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold, in plain values."""
@@ -98,6 +100,7 @@ class Saved(HookBase):
         if stop and not safe:
             self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
         if safe or stop:
+            keep_best(self.recorder.folder, self.recorder.best_step)
             for listener in self.recorder.listeners:
                 listener.on_checkpoint(self.recorder.history)
         if stop:

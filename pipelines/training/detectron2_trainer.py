@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from models.tiling import by_tiles
 from pipelines.data.batches import DetectorBatches, Example
 from pipelines.data.dataset import Dataset
 from pipelines.settings import Detectron2Recipe
+from pipelines.training.checkpoints import read_best
 from pipelines.training.detector import validation_metrics
-from pipelines.training.loop import BEST, Interrupt, Listener, Outcome, step_loader
+from pipelines.training.loop import Interrupt, Listener, Outcome, step_loader
 
 OUTCOME = "outcome.json"
 LOG = "detectron2.log"
@@ -94,19 +97,39 @@ def train_detectron2(
     cfg = training_config(recipe, folder, device)
     if num_gpus > 1 and device.startswith("cuda") and num_gpus > torch.cuda.device_count():
         raise RecipeError(f"--num-gpus {num_gpus}: there are {torch.cuda.device_count()}")
+    if num_gpus > 1 and device.startswith("cuda:"):
+        raise RecipeError(
+            f"--num-gpus {num_gpus} with --device {device}: takes the first {num_gpus} GPUs; use --device cuda"
+        )
     if num_gpus > cfg.SOLVER.IMS_PER_BATCH:
         raise RecipeError(f"--num-gpus {num_gpus}: more than the {cfg.SOLVER.IMS_PER_BATCH} images of a batch")
     from detectron2.engine import launch
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        launch(_work, num_gpus, dist_url="auto", args=(recipe, train, val, folder, device, listeners))
+        with _gpus_hidden(num_gpus > 1 and device == "cpu"):
+            launch(_work, num_gpus, dist_url="auto", args=(recipe, train, val, folder, device, listeners))
     except torch.multiprocessing.ProcessRaisedException as error:
         # The child's traceback as text; its last line says what was wrong.
         last = str(error).strip().splitlines()[-1]
         raise ModelError(f"a training process failed: {last[:300]}") from None
     content = json.loads((folder / OUTCOME).read_text())
     return folder / "model", Outcome({}, content["step"], content["best"], content["history"])
+
+
+@contextmanager
+def _gpus_hidden(hide: bool) -> Iterator[None]:
+    """Let processes that are started see no GPU: where there is one, the launcher lets them talk through it alone."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hide:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        if hide and before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        elif hide:
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(before)
 
 
 def _work(
@@ -123,9 +146,9 @@ def _work(
     _log_to_file(folder)
     cfg = training_config(recipe, folder, device)
     batches = _batches(recipe, cfg, train)
-    interrupt = Interrupt() if comm.get_world_size() == 1 else None
+    told = listeners if comm.is_main_process() else ()
+    interrupt = Interrupt(told) if comm.get_world_size() == 1 else None
     try:
-        told = listeners if comm.is_main_process() else ()
         trainer = _make_trainer(cfg, batches, _evaluation(recipe, cfg, val), told, interrupt)
         if trainer.checkpointer.has_checkpoint():
             try:
@@ -154,11 +177,11 @@ def _work(
 
 def _finish(trainer: Any, recipe: Detectron2Recipe, cfg: Any, folder: Path) -> None:
     recorder = trainer.recorder
-    best = folder / BEST
-    weights = torch.load(best, weights_only=True)["model"] if best.exists() else _bare(trainer.model).state_dict()
+    best = recorder.best_step
+    weights = _bare(trainer.model).state_dict() if best is None else read_best(folder, best)
     spec = detectron2_spec(recipe.config, cfg, [recipe.data.category], recipe.prediction, recipe.data.rendering)
     save_model(folder / "model", spec, weights)
-    content = {"step": recorder.best_step or len(recorder.history), "best": recorder.best, "history": recorder.history}
+    content = {"step": best or len(recorder.history), "best": recorder.best, "history": recorder.history}
     (folder / OUTCOME).write_text(json.dumps(content))
 
 
@@ -244,8 +267,9 @@ class _FromStart:
     def __init__(self, inputs: _Inputs, total: int, workers: int) -> None:
         self.inputs, self.total, self.workers, self.start = inputs, total, workers, 0
 
-    def __iter__(self) -> Any:
-        return iter(step_loader(self.inputs, self.start, self.total, self.workers))
+    def __iter__(self) -> Iterator[Any]:
+        # Begun with the first batch: Detectron2 0.6 of 2021 asks for the iterator before it knows where to go on.
+        yield from step_loader(self.inputs, self.start, self.total, self.workers)
 
 
 def _make_trainer(
@@ -255,9 +279,11 @@ def _make_trainer(
     listeners: Sequence[Listener],
     interrupt: Interrupt | None,
 ) -> Any:
-    from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
+    from detectron2.engine import DefaultTrainer, create_ddp_model
     from detectron2.engine.train_loop import TrainerBase
     from detectron2.utils import comm
+
+    from pipelines.training.detectron2_precision import make_stepper
 
     class PlanesTrainer(DefaultTrainer):
         """Detectron2's default trainer with our batches, evaluation and safe checkpoints."""
@@ -274,8 +300,7 @@ def _make_trainer(
             # A module on the CPU takes no device ids, which Detectron2 would give it.
             options = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
             model = create_ddp_model(model, broadcast_buffers=False, **options)
-            kind = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-            self._trainer = kind(model, self.inputs, optimizer)
+            self._trainer = make_stepper(model, self.inputs, optimizer, cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED)
             self.scheduler = self.build_lr_scheduler(cfg, optimizer)
             self.checkpointer = safe_checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
             self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +16,11 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from models.errors import ModelError, one_line
+from models.torch_tools import Precision, pick_precision, precision
 from pipelines.settings import OptimizerSettings, TrainingSettings
+from pipelines.training.checkpoints import keep_best, read_best, save_best, write_atomically
 
 CHECKPOINT = "checkpoint.pt"
-BEST = "best.pt"
 
 Record = dict[str, Any]
 
@@ -89,51 +89,81 @@ def learning_rate(settings: OptimizerSettings, step: int, total: int) -> float:
     return settings.lr
 
 
+@dataclass
+class _Machine:
+    """What takes a step: the network on its device, optimiser, precision, and the scaler of float16's gradients."""
+
+    fabric: Fabric
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    kind: Precision
+    scaler: torch.amp.GradScaler
+
+
 def run(job: Job) -> Outcome:
     """Train, or go on from the folder's checkpoint, until the last step.
 
     Every ``checkpoint_every`` steps and on Ctrl-C, which ends the step first, the state
-    is written to ``folder/checkpoint.pt``, atomically. The weights returned are those of
+    is written to ``folder/checkpoint.pt``, atomically. Whatever else stops a step halfway,
+    a second Ctrl-C too, leaves the checkpoint before it. The weights returned are those of
     the best validation, or the last ones without validation.
 
     Raises:
-        ModelError: the loss is not finite, or the checkpoint cannot be used.
+        ModelError: the loss or its gradients are not finite, or the checkpoint cannot be used.
+        OutputError: the disk is full.
     """
-    cuda = job.device.startswith("cuda")
-    precision = ("bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed") if cuda else "32-true"
-    devices = [int(job.device.partition(":")[2] or 0)] if cuda else 1
-    fabric = Fabric(accelerator="cuda" if cuda else "cpu", devices=devices, precision=precision)
-    model, optimizer = fabric.setup(job.model, make_optimizer(job.model, job.optimizer))
-    state = _restore(job, optimizer, fabric.device)
+    machine = _set_up(job)
+    state = _restore(job, machine)
     epoch = len(job.batches)
     total = total_steps(job.training, epoch)
     for listener in job.listeners:
         listener.on_start(state["history"], total)
     loader = iter(step_loader(job.batches, state["step"], total, job.training.workers))
-    interrupt = Interrupt()
+    interrupt = Interrupt(job.listeners)
+    # Whether weights, optimiser, history and best step are all of one step.
+    whole = True
     try:
         while state["step"] < total:
             interrupt.check()
+            batch, whole = next(loader), False
             step = state["step"]
-            record = _step(job, fabric, model, optimizer, next(loader), step, total)
+            record = _step(job, machine, batch, step, total)
             record["epoch"] = (step + 1) / epoch
-            state["history"].append(record)
-            state["step"] = step + 1
             if job.evaluate and _due(step + 1, job.training.evaluate_every or epoch, total):
-                _evaluate(job, model, state, record)
+                _evaluate(job, machine.model, state, record)
+            state["history"].append(record)
+            state["step"], whole = step + 1, True
             for listener in job.listeners:
                 listener.on_step(record)
             if _due(step + 1, job.training.checkpoint_every or epoch, total):
-                _save(job, optimizer, state)
+                _save(job, machine, state)
         interrupt.check()
     except KeyboardInterrupt:
-        _save(job, optimizer, state)
+        if whole and not interrupt.at_once:
+            _save(job, machine, state)
         raise
     finally:
         interrupt.restore()
-    best = job.folder / BEST
-    weights = torch.load(best, weights_only=True)["model"] if best.exists() and job.evaluate else job.model.state_dict()
-    return Outcome(weights, state["best_step"] or total, state["best"], state["history"])
+    best = state["best_step"] if job.evaluate else None
+    weights = job.model.state_dict() if best is None else read_best(job.folder, best)
+    return Outcome(weights, best or total, state["best"], state["history"])
+
+
+def _set_up(job: Job) -> _Machine:
+    """The job on its device.
+
+    Fabric moves the network and takes the gradients, in full precision: its own mixed precision
+    would turn all that is handed to the network into half precision, target boxes too, which
+    torchvision's detectors refuse and which would round coordinates. Mixed precision is
+    torch's autocast around the loss instead, with a scaler for float16 alone.
+    """
+    cuda = job.device != "cpu"
+    devices = [int(job.device.partition(":")[2] or 0)] if cuda else 1
+    fabric = Fabric(accelerator="cuda" if cuda else "cpu", devices=devices, precision="32-true")
+    model, optimizer = fabric.setup(job.model, make_optimizer(job.model, job.optimizer))
+    kind = pick_precision(job.device, job.training.precision)
+    scaler = torch.amp.GradScaler(fabric.device.type, enabled=kind == "16-mixed")
+    return _Machine(fabric, model, optimizer, kind, scaler)
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -149,9 +179,8 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     return kind(groups, lr=settings.lr)
 
 
-def _step(
-    job: Job, fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, step: int, total: int
-) -> Record:
+def _step(job: Job, machine: _Machine, batch: Any, step: int, total: int) -> Record:
+    model, optimizer, scaler = machine.model, machine.optimizer, machine.scaler
     model.train()
     # Samplers inside detectors draw from the global generator: a seed per step makes
     # a resumed run draw what an undisturbed one would have drawn.
@@ -159,76 +188,92 @@ def _step(
     rate = learning_rate(job.optimizer, step, total)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    losses = job.loss(model, batch, fabric.device)
-    loss = torch.stack(list(losses.values())).sum()
+    with precision(job.device, machine.kind):
+        losses = job.loss(model, batch, machine.fabric.device)
+    loss = torch.stack([part.float() for part in losses.values()]).sum()
     value = float(loss.detach())
+    remedy = f"lower optimizer.lr (now {rate:g}) or raise warmup_steps"
     if not math.isfinite(value):
-        raise ModelError(f"step {step + 1}: the loss is {value}; lower optimizer.lr (now {rate:g}) or raise warmup_steps")
+        raise ModelError(f"step {step + 1}: the loss is {value}; {remedy}")
     optimizer.zero_grad(set_to_none=True)
-    fabric.backward(loss)
+    machine.fabric.backward(scaler.scale(loss))
     if job.optimizer.clip_norm:
-        fabric.clip_gradients(model, optimizer, max_norm=job.optimizer.clip_norm)
-    optimizer.step()
-    parts = {f"train/{k}": float(v.detach()) for k, v in losses.items()} if len(losses) > 1 else {}
-    return {"step": step + 1, "train/loss": value, **parts, "lr": rate}
+        scaler.unscale_(optimizer)
+        norm = machine.fabric.clip_gradients(model, optimizer, max_norm=job.optimizer.clip_norm, error_if_nonfinite=False)
+        if not scaler.is_enabled() and norm is not None and not math.isfinite(norm):
+            raise ModelError(f"step {step + 1}: the gradients are not finite, the loss is {value:g}; {remedy}")
+    # The scaler passes over a step whose gradients are not finite, and scales the next ones less.
+    scaler.step(optimizer)
+    scaler.update()
+    record = {"step": step + 1, "train/loss": value, "lr": rate}
+    record |= {f"train/{k}": float(v.detach()) for k, v in losses.items()} if len(losses) > 1 else {}
+    if scaler.is_enabled():
+        record["loss_scale"] = scaler.get_scale()
+        if record["loss_scale"] < 1:
+            raise ModelError(f"step {step + 1}: the gradients are not finite, unscaled too; {remedy}")
+    return record
 
 
 def _due(done: int, every: int, total: int) -> bool:
     return done % every == 0 or done == total
 
 
+def is_better(value: float, best: float | None) -> bool:
+    """Whether a validation beats the best one so far; what could not be measured is beaten by anything."""
+    return best is None or math.isnan(best) or value > best
+
+
 def _evaluate(job: Job, model: nn.Module, state: dict[str, Any], record: Record) -> None:
+    # In full precision: so the version will be measured too.
     model.eval()
     metrics = job.evaluate(job.model) if job.evaluate else {}
     record |= {f"val/{k}": v for k, v in metrics.items()}
     value = metrics.get(job.metric, math.nan)
-    if state["best"] is None or value > state["best"]:
+    if is_better(value, state["best"]):
+        save_best(job.model.state_dict(), job.folder, record["step"])
         state["best"], state["best_step"] = value, record["step"]
-        write_atomically({"model": job.model.state_dict()}, job.folder / BEST)
 
 
-def _save(job: Job, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    content = {"model": job.model.state_dict(), "optimizer": optimizer.state_dict(), **state}
-    content["history"] = json.dumps(state["history"])
+def _save(job: Job, machine: _Machine, state: dict[str, Any]) -> None:
+    content = {"model": job.model.state_dict(), "optimizer": machine.optimizer.state_dict(), **state}
+    content |= {"scaler": machine.scaler.state_dict(), "history": json.dumps(state["history"])}
     write_atomically(content, job.folder / CHECKPOINT)
+    keep_best(job.folder, state["best_step"])
     for listener in job.listeners:
         listener.on_checkpoint(state["history"])
 
 
-def _restore(job: Job, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Any]:
+def _restore(job: Job, machine: _Machine) -> dict[str, Any]:
     path = job.folder / CHECKPOINT
     if not path.exists():
         return {"step": 0, "best": None, "best_step": None, "history": []}
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        # Read on the CPU: the optimiser moves what belongs on the device, and counts its steps on the CPU.
+        content = torch.load(path, map_location="cpu", weights_only=True)
         job.model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
+        machine.optimizer.load_state_dict(content["optimizer"])
+        # Without one: written by 0.6.0, or in another precision.
+        if machine.scaler.is_enabled() and content.get("scaler"):
+            machine.scaler.load_state_dict(content["scaler"])
+        state = {**{k: content[k] for k in ("step", "best", "best_step")}, "history": json.loads(content["history"])}
     except Exception as error:
         raise ModelError(f"{path}: cannot be resumed from ({one_line(error)[:200]}); train with --fresh") from None
-    kept = {k: content[k] for k in ("step", "best", "best_step")}
-    return {**kept, "history": json.loads(content["history"])}
-
-
-def write_atomically(content: Any, path: Path) -> None:
-    """torch.save to a temporary file, flushed to disk, then renamed over ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as handle:
-        torch.save(content, handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    if state["best_step"] is not None:
+        read_best(job.folder, state["best_step"])
+    return state
 
 
 class Interrupt:
     """Holds Ctrl-C back until a step is whole: half a step saved could not be resumed to the bit.
 
-    A second Ctrl-C stops at once. Outside the main thread, or where somebody else
-    handles the signal, nothing is changed.
+    A second Ctrl-C stops at once (``at_once``), and nothing may be saved then. ``listeners``
+    that have an ``on_interrupt`` are told of the first one. Outside the main thread, or
+    where somebody else handles the signal, nothing is changed.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, listeners: Sequence[Listener] = ()) -> None:
+        self.asked = self.at_once = False
+        self._told = [listener.on_interrupt for listener in listeners if hasattr(listener, "on_interrupt")]
         ours = threading.current_thread() is threading.main_thread()
         self._installed = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if self._installed:
@@ -236,8 +281,11 @@ class Interrupt:
 
     def _note(self, number: int, frame: Any) -> None:
         if self.asked:
+            self.at_once = True
             raise KeyboardInterrupt
         self.asked = True
+        for tell in self._told:
+            tell()
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if it was asked for."""
@@ -266,9 +314,13 @@ def step_loader(batches: Batches, start: int, total: int, workers: int) -> torch
     remaining = _Remaining(batches, start, total)
     # A generator of its own: beginning to iterate draws a number, which would shift what the first step draws.
     own = torch.Generator()
-    return torch.utils.data.DataLoader(
-        remaining, batch_size=None, shuffle=False, num_workers=workers, collate_fn=_as_it_is, generator=own
-    )
+    more: dict[str, Any] = {"collate_fn": _as_it_is, "generator": own, "worker_init_fn": _ignore_ctrl_c}
+    return torch.utils.data.DataLoader(remaining, batch_size=None, shuffle=False, num_workers=workers, **more)
+
+
+def _ignore_ctrl_c(worker: int) -> None:
+    # A terminal sends it to these processes too; the step it is held back for still needs its batch.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

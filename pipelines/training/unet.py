@@ -77,7 +77,8 @@ def segmenter_loss(
 
     def loss(model: nn.Module, batch: tuple[np.ndarray, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
         crops, masks = batch
-        logits = model(normalise(crops, normalisation).to(device))
+        # Sums over all pixels of a batch are no work for half precision.
+        logits = model(normalise(crops, normalisation).to(device)).float()
         target = torch.from_numpy(masks)[:, None].to(device)
         parts = {"loss_bce": bce(logits, target)}
         if name == "bce_dice":

@@ -118,6 +118,11 @@ class RayRunner:
         )
 
 
+def device_in_actor(device: str) -> str:
+    """The job's device as an actor sees it: Ray shows each one a single GPU, which is number 0 there."""
+    return device.partition(":")[0]
+
+
 class _Actor:
     """Loads the model once, predicts a shard a call."""
 
@@ -131,8 +136,9 @@ class _Actor:
                 path = Path(folder) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
-            predictor = load_model(folder, settings.device, settings.tiling)
-        self.runner = LocalRunner(predictor, settings.device, settings.batch_size, settings.workers, settings.precision)
+            device = device_in_actor(settings.device)
+            predictor = load_model(folder, device, settings.tiling)
+        self.runner = LocalRunner(predictor, device, settings.batch_size, settings.workers, settings.precision)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         out: dict[str, list[Any]] = {"position": [], "results": []}

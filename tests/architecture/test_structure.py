@@ -95,14 +95,15 @@ def test_imports_are_declared(root):
 
 
 def test_extras_are_imported_on_use_alone(root):
-    # This one module holds hooks, and is itself imported on use.
-    allowed = {"pipelines/training/detectron2_hooks.py"}
+    # These modules hold hooks and steps of its trainer, and are themselves imported on use.
+    allowed = {"pipelines/training/detectron2_hooks.py", "pipelines/training/detectron2_precision.py"}
     for path in _sources(root):
         for node in ast.parse(path.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             if any(
-                n.split(".")[0] in ("detectron2", "rasterio", "ray", "s3fs") or n.endswith("detectron2_hooks")
+                n.split(".")[0] in ("detectron2", "rasterio", "ray", "s3fs")
+                or n.endswith(("detectron2_hooks", "detectron2_precision"))
                 for n in names
             ):
                 assert path.relative_to(root).as_posix() in allowed, path

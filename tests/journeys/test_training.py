@@ -105,7 +105,8 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(project, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on from this step" in said
+    assert "stops when this step is done and saved; Ctrl-C again stops at once" in said
+    assert "Stopped; the same command goes on from step" in said
     assert "Traceback" not in said
     run_id = json.loads(next(tmp_path.glob("*/run.json")).read_text())["run_id"]
     assert project.client.get_run(run_id).info.status == "KILLED"

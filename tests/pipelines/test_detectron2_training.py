@@ -94,6 +94,28 @@ def test_a_stopped_training_goes_on_to_the_same_weights(data, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_second_ctrl_c_stops_at_once_and_the_end_is_the_same(data, tmp_path):
+    train, _ = data
+    recipe = load_recipe("demo_detector_detectron2", [*SMALL, "SOLVER.MAX_ITER=5"])
+
+    class Twice(Recording):
+        def on_step(self, record):
+            super().on_step(record)
+            if record["step"] == self.stop_at:
+                signal.raise_signal(signal.SIGINT)
+
+    whole, _ = train_detectron2(recipe, train, None, tmp_path / "whole", "cpu")
+    with pytest.raises(KeyboardInterrupt):
+        train_detectron2(recipe, train, None, tmp_path / "parts", "cpu", [Twice(stop_at=3)])
+    assert sorted(p.name for p in (tmp_path / "parts").glob("model_*")) == ["model_0000001.pth"]
+    listener = Recording()
+    parts, _ = train_detectron2(recipe, train, None, tmp_path / "parts", "cpu", [listener])
+    assert listener.begun == (2, 5)
+    a, b = read_weights(whole), read_weights(parts)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_batch(data, tmp_path):
     train, val = data

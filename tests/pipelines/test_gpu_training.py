@@ -1,0 +1,63 @@
+"""Training with --device auto where there is a GPU, on one that is faked."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from models.torch_tools import pick_device
+from pipelines.data.opening import open_dataset
+from pipelines.recipe import load_recipe
+from pipelines.training.detector import train_detector
+from pipelines.training.loop import CHECKPOINT
+from pipelines.training.unet import train_unet
+from tests.gpu import fake_gpu
+
+SMALL = ["training.steps=2", "training.epochs=null", "training.checkpoint_every=1", "training.batch_size=2"]
+RECIPES = {
+    "demo_unet": ["architecture.crop_size=64"],
+    "demo_detector": ["window=128"],
+    "demo_maskrcnn": ["window=128"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(airfield):
+    test = open_dataset(str(airfield), "test")
+    return open_dataset(str(airfield), "train"), test.subset([test.samples[0].image_id], "val")
+
+
+def _train(name, data, folder, device, *more):
+    recipe = load_recipe(name, [*SMALL, *RECIPES[name], *more])
+    train = train_unet if recipe.task == "unet" else train_detector
+    return train(recipe, *data, folder, device)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_task_trains_on_a_gpu(name, capability, data, tmp_path, monkeypatch):
+    gpu = fake_gpu(monkeypatch, capability)
+    device = pick_device("auto")
+    assert device == "cuda"
+    saved, outcome = _train(name, data, tmp_path, device)
+    assert [r["step"] for r in outcome.history] == [1, 2]
+    assert all(math.isfinite(r["train/loss"]) for r in outcome.history)
+    assert ("loss_scale" in outcome.history[0]) == (capability < (8, 0))
+    assert saved.is_dir()
+    assert gpu.moved
+    assert gpu.pinned
+
+
+def test_what_a_gpu_left_is_ended_on_a_cpu(data, tmp_path, monkeypatch):
+    """Tensors in the files say that they come from a GPU, which is not there any more."""
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        first = _train("demo_unet", data, tmp_path, "cpu")[1]
+    assert (tmp_path / CHECKPOINT).exists()
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    again = _train("demo_unet", data, tmp_path, "cpu")[1]
+    assert again.history == first.history
+    assert all(torch.equal(v, again.weights[k]) for k, v in first.weights.items())
