@@ -268,27 +268,38 @@ def split_by_scene(dataset: Dataset, fraction: float, seed: int) -> tuple[Datase
     """Part a data set into training and validation without parting a scene.
 
     Scenes are ordered by a hash of (seed, scene), so that the split does not depend
-    on file order and adding a scene moves few others; scenes go to validation until
-    it holds ``fraction`` of the images. At least one scene stays in training.
+    on file order and adding a scene moves few others. In that order each scene goes to validation
+    that brings it nearer to ``fraction`` of the images; where none does, the smallest one goes. At least
+    one scene stays in training.
 
     Raises:
         DataError: a fraction above 0 of a single scene.
     """
-    scenes: dict[str, list[Sample]] = {}
-    for sample in dataset.samples:
-        scenes.setdefault(sample.scene, []).append(sample)
-    if fraction > 0 and len(scenes) < 2:
+    sizes = Counter(sample.scene for sample in dataset.samples)
+    if fraction > 0 and len(sizes) < 2:
         raise DataError(
             f"{dataset.name}: one scene cannot be parted into training and validation; set data.val_fraction to 0"
         )
-    order = sorted(scenes, key=lambda scene: hashlib.sha256(f"{seed}:{scene}".encode()).hexdigest())
-    wanted, chosen = fraction * len(dataset), []
-    for scene in order[:-1]:
-        if len(chosen) >= wanted:
-            break
-        chosen += [s.image_id for s in scenes[scene]]
-    rest = [s.image_id for s in dataset.samples if s.image_id not in set(chosen)]
-    return dataset.subset(rest, "train"), dataset.subset(chosen, "val")
+    order = sorted(sizes, key=lambda scene: hashlib.sha256(f"{seed}:{scene}".encode()).hexdigest())
+    chosen, left = set[str](), fraction * len(dataset)
+    for scene in order:
+        if len(chosen) + 1 < len(order) and abs(left - sizes[scene]) < left:
+            chosen.add(scene)
+            left -= sizes[scene]
+    if fraction > 0 and not chosen:
+        chosen.add(min(order, key=sizes.__getitem__))
+    train, val = ([s for s in dataset.samples if (s.scene in chosen) == part] for part in (False, True))
+    return replace(dataset, split="train", samples=tuple(train)), replace(dataset, split="val", samples=tuple(val))
+
+
+def _common_folder(folders: Sequence[str]) -> str:
+    """The folder that all lie below; a list may hold relative paths beside absolute ones, and URLs."""
+    if not any("://" in folder for folder in folders):
+        folders = [os.path.abspath(folder) for folder in folders]
+    try:
+        return os.path.commonpath(folders)
+    except ValueError:
+        return "/"
 
 
 def with_unique_ids(samples: Sequence[Sample], source: Path) -> tuple[Sample, ...]:
@@ -299,7 +310,7 @@ def with_unique_ids(samples: Sequence[Sample], source: Path) -> tuple[Sample, ..
     """
     counts = Counter(s.image_id for s in samples)
     if len(counts) < len(samples):
-        common = os.path.commonpath([str(s.path.parent) for s in samples])
+        common = _common_folder([str(s.path.parent) for s in samples])
         samples = [
             s if counts[s.image_id] == 1 else replace(s, image_id=Path(os.path.relpath(str(s.path), common)).as_posix())
             for s in samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,9 @@ from pipelines.data.coco import read_coco
 from pipelines.data.course import list_images, read_course
 from pipelines.data.dataset import Dataset, scene_of, with_unique_ids
 from pipelines.data.remote import AnyPath, is_url, list_remote, place
+
+# Folders of images that are splits even where nothing is annotated.
+USUAL_SPLITS = ("train", "val", "valid", "validation", "test")
 
 
 def open_dataset(
@@ -49,6 +53,7 @@ def open_dataset(
         for candidate in _annotation_files(path, split):
             if candidate.is_file():
                 return _read_json_file(candidate, split, category, scene_pattern, keep, path.resolve().name)
+        _check_split(path, split)
         folder = path / split if (path / split).is_dir() else path
         return _plain(list_images(folder), folder, split, category, scene_pattern)
     if path.is_file():
@@ -57,6 +62,32 @@ def open_dataset(
         files = sorted(Path(p) for p in glob.glob(str(where), recursive=True) if Path(p).is_file())
         return _plain(files, path, split, category, scene_pattern)
     raise DataError(f"{where}: no such file or folder")
+
+
+def splits_of(folder: Path) -> list[str]:
+    """The splits of a data set folder: those with annotations, and folders named like one; none of a plain folder."""
+    named = {
+        "{}_coco.json": folder.glob("*_coco.json"),
+        "instances_{}.json": folder.glob("annotations/instances_*.json"),
+        "{}.json": (p for p in folder.glob("*.json") if (folder / p.stem).is_dir()),
+    }
+    found = set()
+    for pattern, paths in named.items():
+        before, after = pattern.split("{}")
+        found |= {p.name.removeprefix(before).removesuffix(after).removesuffix("2017") for p in paths}
+    found |= {p.parent.name for p in folder.glob("*/_annotations.coco.json")}
+    usual = {p.name for p in folder.iterdir() if p.is_dir() and p.name in USUAL_SPLITS}
+    return sorted(found | usual)
+
+
+def _check_split(folder: Path, split: str) -> None:
+    """Raise DataError for a split that a data set folder has not; ``all`` and plain folders of images have none."""
+    known = splits_of(folder)
+    if known and split not in ("all", *known) and not (folder / split).is_dir():
+        hint = difflib.get_close_matches(split, known, 1)
+        raise DataError(
+            f"{folder}: no split {split!r}; it has: {', '.join(known)}" + (f"; did you mean {hint[0]}?" if hint else "")
+        )
 
 
 def check_exists(where: str | Path) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 
 from models.geometry import rle_text, xyxy_to_xywh
 from models.instances import Instances
-from pipelines.data.dataset import Dataset
+from pipelines.data.dataset import Dataset, Sample
 
 
 def write_results(found: Iterable[Instances], dataset: Dataset, path: Path) -> None:
     """Write COCO results; image and category ids are those of the source's COCO file.
 
-    Where the source has no ids, images are numbered from 1 in their order and
-    ``file_name`` tells which is which.
+    Where the source has no ids, or two images share one (of two splits, say), images are numbered from 1 in
+    their order and ``file_name`` tells which is which.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w") as handle:
@@ -28,14 +28,22 @@ def write_results(found: Iterable[Instances], dataset: Dataset, path: Path) -> N
     os.replace(temporary, path)
 
 
+def _named(sample: Sample) -> str:
+    """The file's name, below folders where only they tell it from others."""
+    folder, _, _ = sample.image_id.rpartition("/")
+    return f"{folder}/{sample.path.name}" if folder else sample.path.name
+
+
 def _entries(found: Iterable[Instances], dataset: Dataset) -> Iterator[dict[str, Any]]:
-    sources = {s.image_id: (i if s.number is None else s.number, s) for i, s in enumerate(dataset.samples, start=1)}
+    numbers = [s.number for s in dataset.samples]
+    own = None not in numbers and len(set(numbers)) == len(numbers)
+    sources = {s.image_id: (s.number if own else i, s) for i, s in enumerate(dataset.samples, start=1)}
     for one in found:
         number, sample = sources[one.image_id]
         for i, box in enumerate(xyxy_to_xywh(one.boxes)):
             entry = {
                 "image_id": number,
-                "file_name": sample.path.name,
+                "file_name": sample.path.name if own else _named(sample),
                 "category_id": dataset.category_id,
                 "bbox": [round(float(v), 3) for v in box],
                 "score": round(float(one.scores[i]), 6),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,7 @@ def write_submission(found: Iterable[Instances], dataset: Dataset, path: Path, c
     ``ImageId`` is the file name without its ending; an image without planes has one
     row with an empty list. Planes without a pixel have no row.
     """
+    names = submission_names(dataset)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
@@ -41,8 +43,22 @@ def write_submission(found: Iterable[Instances], dataset: Dataset, path: Path, c
             masks = () if one is None else one.masks or ()
             rows = [encode_mask(mask, convention) for mask in masks]
             for text in [row for row in rows if row] or [NOTHING]:
-                writer.writerow((sample.path.stem, text))
+                writer.writerow((names[sample.image_id], text))
     os.replace(temporary, path)
+
+
+def submission_names(dataset: Dataset) -> dict[str, str]:
+    """Image id -> ``ImageId``: the file name without its ending; the path below the common folder where two share one.
+
+    With its ending where even that is shared.
+    """
+    stems = Counter(s.path.stem for s in dataset.samples)
+    names = {
+        s.image_id: s.path.stem if stems[s.path.stem] == 1 else s.image_id.removesuffix(s.path.suffix)
+        for s in dataset.samples
+    }
+    counts = Counter(names.values())
+    return {image_id: name if counts[name] == 1 else image_id for image_id, name in names.items()}
 
 
 def encode_mask(rle: RLE, convention: Convention = "course") -> str:
@@ -104,7 +120,8 @@ def read_submission(path: Path, dataset: Dataset, convention: Convention = "cour
     Raises:
         DataError: another header, an image that the data does not have, or a row that cannot be read.
     """
-    samples = {s.path.stem: s for s in dataset.samples}
+    names = submission_names(dataset)
+    samples = {names[s.image_id]: s for s in dataset.samples}
     sizes: dict[str, tuple[int, int]] = {}
     masks: dict[str, list[RLE]] = {}
     for number, name, text in _rows(path):

@@ -48,4 +48,42 @@ def test_tiles_of_real_scenes_stay_together(dota):
     data = open_dataset(dota, "train", scene_pattern=r"^P(\d{4})")
     train, val = split_by_scene(data, 0.2, 0)
     assert {s.image_id[:5] for s in train.samples}.isdisjoint({s.image_id[:5] for s in val.samples})
-    assert len(val) >= 0.2 * len(data)
+    assert abs(len(val) - 0.2 * len(data)) <= 2
+
+
+def test_the_scenes_that_come_nearest_are_chosen():
+    """Scenes of 90 and 10 images, 0.15: the small one, in whatever order they come."""
+    for seed in range(6):
+        train, val = split_by_scene(_dataset(["a"] * 90 + ["b"] * 10), 0.15, seed)
+        assert (len(train), len(val)) == (90, 10)
+        _, val = split_by_scene(_dataset(["a"] * 70 + ["b"] * 18 + ["c"] * 8 + ["d"] * 4), 0.12, seed)
+        assert 8 <= len(val) <= 18
+        # Where all are too large, the smallest.
+        assert len(split_by_scene(_dataset(["a"] * 60 + ["b"] * 40), 0.1, seed)[1]) == 40
+
+
+def test_a_scene_more_moves_few_others():
+    scenes = [f"s{i}" for i in range(50)]
+    before = {s.scene for s in split_by_scene(_dataset(scenes), 0.2, 0)[1].samples}
+    after = {s.scene for s in split_by_scene(_dataset([*scenes, "new"]), 0.2, 0)[1].samples}
+    assert len(before ^ after) <= 2
+
+
+def test_the_split_is_linear_in_the_images():
+    """200,000 samples in seconds, where each was once looked for in a set made anew for it."""
+    few, many = (_dataset([f"s{i % 1000}" for i in range(n)]) for n in (2_000, 200_000))
+    split_by_scene(few, 0.2, 0)
+    counted = Counted(many.samples)
+    train, val = split_by_scene(replace(many, samples=counted), 0.2, 0)
+    assert len(train) + len(val) == 200_000
+    assert counted.passes <= 4
+
+
+class Counted(tuple):
+    """Samples that count how often all of them are gone through."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
