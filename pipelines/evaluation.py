@@ -19,6 +19,7 @@ from models.instances import RLE, Instances
 from pipelines.data.dataset import Dataset
 
 # The order in which COCOeval prints its twelve numbers.
+MASK_METRICS = ("IoU", "Dice", "IoU_min", "IoU_median", "IoU_above_75")
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
@@ -52,8 +53,10 @@ def evaluate_instances(
     """
     if not dataset.has_truth:
         raise DataError(f"{dataset.name}: no ground truth to evaluate against")
-    if kind == "segm" and not dataset.has_masks:
+    if kind == "segm" and not dataset.has_masks and dataset.planes:
         raise DataError(f"{dataset.name}: planes have no outlines, so masks cannot be evaluated")
+    planes = dataset.planes
+    dataset = dataset.for_masks() if kind == "segm" else dataset
     numbers = {s.image_id: i for i, s in enumerate(dataset.samples, start=1)}
     unknown = [p.image_id for p in predictions if p.image_id not in numbers]
     if unknown:
@@ -68,7 +71,8 @@ def evaluate_instances(
         "split": dataset.split,
         "digest": dataset.digest(),
         "images": len(dataset),
-        "planes": dataset.planes,
+        "planes": planes,
+        "ignored": planes - dataset.planes,
         "predictions": len(results),
     }
     if not results:
@@ -144,12 +148,12 @@ def instance_ious(dataset: Dataset, masks: Sequence[Sequence[RLE]]) -> np.ndarra
 
 
 def evaluate_masks(dataset: Dataset, masks: Sequence[Sequence[RLE]]) -> Evaluation:
-    """Mean IoU, mean Dice and the spread of IoU over planes, at the images' own resolution.
+    """Mean IoU, mean Dice and the spread of IoU over outlined planes, at the images' own resolution; NaN without any.
 
     Raises:
         DataError: the planes have no outlines.
     """
-    if not dataset.has_masks:
+    if not dataset.has_masks and dataset.planes:
         raise DataError(f"{dataset.name}: planes have no outlines (segmentation) to evaluate against")
     ious = instance_ious(dataset, masks)
     dice = 2 * ious / (1 + ious)
@@ -161,6 +165,8 @@ def evaluate_masks(dataset: Dataset, masks: Sequence[Sequence[RLE]]) -> Evaluati
         "images": len(dataset),
         "planes": len(ious),
     }
-    metrics = {"IoU": ious.mean(), "Dice": dice.mean(), "IoU_min": ious.min(), "IoU_median": np.median(ious)}
-    metrics["IoU_above_75"] = (ious >= 0.75).mean()
+    if not len(ious):
+        return Evaluation(dict.fromkeys(MASK_METRICS, math.nan), settings)
+    values = (ious.mean(), dice.mean(), ious.min(), np.median(ious), (ious >= 0.75).mean())
+    metrics = dict(zip(MASK_METRICS, values, strict=True))
     return Evaluation({k: float(v) for k, v in metrics.items()}, settings)

@@ -44,6 +44,7 @@ class ImageMatch:
 
 def match_image(sample: Sample, found: Instances, kind: Kind = "bbox") -> ImageMatch:
     """COCO's greedy matching at its ten IoU thresholds, at most 100 detections."""
+    sample = sample.for_masks() if kind == "segm" else sample
     count = min(len(found), MAX_DETS)
     overlaps = _overlaps(sample, found, count, kind)
     real, crowd = np.flatnonzero(~sample.crowd), np.flatnonzero(sample.crowd)
@@ -170,6 +171,7 @@ def diagnose(sample: Sample, found: Instances, masks: bool) -> Diagnosis:
     poorly localised where it overlaps a plane by 0.1 or more; else false. A plane is
     missed where it is neither hit nor the nearest of a poorly localised or outlined one.
     """
+    sample = sample.for_masks() if masks else sample
     real = np.flatnonzero(~sample.crowd)
     boxes = box_iou(found.boxes, sample.boxes[real])
     overlaps = boxes

@@ -54,6 +54,8 @@ class Measurement:
             RecipeError: this kind of model has no such metric.
         """
         if metric not in self.metrics:
+            if metric.startswith("mask_") and metric.removeprefix("mask_") in self.metrics and not self.dataset.has_masks:
+                return math.nan
             raise RecipeError(f"metric {metric}: not known here; known: {', '.join(self.metrics)}")
         return self.metrics[metric]
 

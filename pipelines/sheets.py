@@ -20,8 +20,8 @@ COURSE_THRESHOLD = 0.6
 
 def evaluate_with_sheet(
     saved: Path, dataset: Dataset, device: str, samples: int = 3
-) -> tuple[list[tuple[str, Evaluation]], np.ndarray]:
-    """Predict a data set with a saved folder: its evaluations, and a sheet of the first samples.
+) -> tuple[list[tuple[str, Evaluation]], np.ndarray | None]:
+    """Predict a data set with a saved folder: its evaluations, and a sheet of the first samples, if any.
 
     Detections are evaluated a second time at the course's score threshold, prefixed ``at_0.6_``.
     """
@@ -34,22 +34,24 @@ def evaluate_with_sheet(
         predictions.append(found)
         if len(shown) < samples and len(sample.boxes):
             shown.append((image, sample, found))
+    if not shown and len(dataset):
+        # Images without planes show at least what was found there.
+        shown.append((dataset.samples[0].read(), dataset.samples[0], predictions[0]))
     segmenter = is_segmenter(predictor)
     evaluations = evaluate_predictions(predictions, dataset, segmenter)
     if not segmenter:
         again = evaluate_predictions(predictions, dataset, segmenter, COURSE_THRESHOLD)
         evaluations += [(f"at_{COURSE_THRESHOLD:g}_{prefix}", e) for prefix, e in again]
-    return evaluations, _crops(shown) if segmenter else figures.image_sheet(shown)
+    sheet = _crops(shown) if segmenter else figures.image_sheet(shown) if shown else None
+    return evaluations, sheet
 
 
-def _crops(shown: Sequence[tuple[np.ndarray, Sample, Instances]], most: int = 12) -> np.ndarray:
+def _crops(shown: Sequence[tuple[np.ndarray, Sample, Instances]], most: int = 12) -> np.ndarray | None:
     rows = []
     for image, sample, found in shown:
         if not sample.has_masks or found.masks is None:
             continue
         one = Dataset("", sample.path, "", "", (sample,))
-        for box, truth, guess, iou in zip(
-            sample.boxes, sample.masks, found.masks, instance_ious(one, [found.masks]), strict=False
-        ):
-            rows.append((image, box, truth, guess, float(iou)))
-    return figures.crop_sheet(rows[:most])
+        for i, iou in zip(sample.outlined.tolist(), instance_ious(one, [found.masks]), strict=True):
+            rows.append((image, sample.boxes[i], sample.masks[i], found.masks[i], float(iou)))
+    return figures.crop_sheet(rows[:most]) if rows else None

@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 
 from models.errors import DataError, one_line
-from models.geometry import clip_boxes, rle_area, rle_boxes, rle_bytes, rle_from_polygons, rle_text, xywh_to_xyxy
+from models.geometry import box_iou, clip_boxes, rle_area, rle_boxes, rle_bytes, rle_from_polygons, rle_text, xywh_to_xyxy
 from models.instances import RLE
 from pipelines.data.dataset import Problems, Sample
 from pipelines.data.remote import AnyPath
 
 # Shared by all images without planes: a scoring may list millions.
 _NO_BOXES, _NO_CROWD = np.zeros((0, 4), np.float32), np.zeros(0, bool)
+
+
+# Least IoU of a plane's box and the box around its outline; a box around a rotated box may be twice as large.
+LEAST_OVERLAP = 0.1
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ def read_plane(entry: Mapping[str, Any], height: int, width: int, where: str, pr
             return None
         problems.add("boxes taken from the outline", where)
         box = rle_boxes([mask])[0]
+    elif mask is not None and box_iou(box, rle_boxes([mask]))[0, 0] < LEAST_OVERLAP:
+        # One of both is of something else; which one, nobody can tell: the box stays, as where there is no outline.
+        problems.add("outlines far from their box dropped", where)
+        mask = None
     clipped = clip_boxes(box, height, width)[0]
     if clipped[2] - clipped[0] <= 0 or clipped[3] - clipped[1] <= 0:
         problems.add("boxes outside their image dropped", where)

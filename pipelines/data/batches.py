@@ -101,7 +101,8 @@ class DetectorBatches:
 
     def _example(self, item: int, rng: np.random.Generator) -> Example:
         sample = self.dataset.samples[item]
-        real = np.flatnonzero(~sample.crowd)
+        # A plane without an outline is no target of a mask head; it has to be left out of the boxes too.
+        real = sample.outlined if self.masks else np.flatnonzero(~sample.crowd)
         boxes, image = sample.boxes[real], self._cache.read(sample)
         if self.window:
             image, affine = random_window(rng, image, boxes, self.augmentation, self.window, self.focus, self.zoom)
@@ -160,7 +161,7 @@ class SegmenterBatches:
         if not self.dataset.has_masks:
             raise DataError(f"{self.dataset.name}: planes have no outlines (segmentation) to train on")
         self._cache = ImageCache()
-        self._planes = [(i, j) for i, s in enumerate(self.dataset.samples) for j in range(len(s.boxes)) if not s.crowd[j]]
+        self._planes = [(i, j) for i, s in enumerate(self.dataset.samples) for j in s.outlined.tolist()]
         self._masks: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -189,6 +190,8 @@ class SegmenterBatches:
         linear = random_linear(rng, self.augmentation)
         if self.augmentation.rotation:
             rows, columns = np.nonzero(mask)
+            if not len(rows):
+                rows, columns = (np.array([v, v + 1]) for v in (int(box[1]), int(box[0])))
             points = cv2.convexHull(np.stack([columns, rows], axis=1).astype(np.float32))[:, 0] + 0.5
             pad = 0.5
         else:

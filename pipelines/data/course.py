@@ -39,7 +39,10 @@ def read_course(
         raise DataError(f"{path}: no category {category!r}; it has: {', '.join(sorted(names))}")
     grouped = _by_file(content, category, problems)
     folder = path.parent / path.stem
-    others = [p.name for p in list_images(folder) if p.name not in grouped] if folder.is_dir() else []
+    # A file_name may have a folder; what counts is whether the file is named.
+    named = {find_image(path.parent, name, split, path.stem) for name in grouped}
+    images = list_images(folder) if folder.is_dir() else []
+    others = [p.name for p in images if find_image(path.parent, p.name, split, path.stem) not in named]
     samples = []
     for file_name in [*grouped, *others]:
         file = find_image(path.parent, file_name, split, path.stem)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from models.errors import DataError
-from models.geometry import rle_area, xyxy_to_xywh
+from models.geometry import crop_window, rle_area, rle_paste, xyxy_to_xywh
 from models.image import image_size
 from models.instances import RLE
 from models.rendering import DEFAULT, Rendering
@@ -56,8 +56,28 @@ class Sample:
 
     @property
     def has_masks(self) -> bool:
-        """Whether every plane has an outline."""
-        return len(self.masks) > 0 and all(m is not None for m in self.masks)
+        """Whether any plane has an outline."""
+        return any(m is not None for m in self.masks)
+
+    @property
+    def outlined(self) -> np.ndarray:
+        """Indices, int64 (K,), of the planes that have an outline, crowds left out."""
+        known = np.array([m is not None for m in self.masks], bool)
+        return np.flatnonzero(known & ~self.crowd) if len(known) else np.zeros(0, np.int64)
+
+    def for_masks(self) -> Sample:
+        """As masks are judged: a plane without an outline is a crowd in its box, where no mask counts.
+
+        COCO matches no detection to a crowd, and counts none that lies in one.
+        """
+        without = [i for i, m in enumerate(self.masks) if m is None]
+        if not without:
+            return self
+        masks, crowd = list(self.masks), self.crowd.copy()
+        for i in without:
+            x1, y1, x2, y2 = crop_window(self.boxes[i], self.height, self.width)
+            masks[i], crowd[i] = rle_paste(np.ones((y2 - y1, x2 - x1), bool), x1, y1, self.height, self.width), True
+        return replace(self, masks=tuple(masks), crowd=crowd)
 
     @property
     def lost(self) -> bool:
@@ -145,8 +165,22 @@ class Dataset:
 
     @property
     def has_masks(self) -> bool:
-        """Whether every plane has an outline, and there is one."""
-        return any(len(s.masks) for s in self.samples) and all(s.has_masks for s in self.samples if len(s.masks))
+        """Whether any plane has an outline; those that have none are left out where masks are learnt or judged."""
+        return any(s.has_masks for s in self.samples)
+
+    @property
+    def without_outline(self) -> int:
+        """Number of planes, crowds left out, that have no outline."""
+        return sum(m is None and not c for s in self.samples for m, c in zip(s.masks, s.crowd, strict=True))
+
+    def for_masks(self) -> Dataset:
+        """The same images as masks are judged by, see `Sample.for_masks`; its digest is that of this data set."""
+        if not self.has_masks or all(m is not None for s in self.samples for m in s.masks):
+            return self
+        changed = replace(self, samples=tuple(s.for_masks() for s in self.samples))
+        changed._marks.extend(self._marks)
+        changed._digest.append(self.digest())
+        return changed
 
     def digest(self) -> str:
         """sha256 of the images and the annotations, 16 hex digits; paths and order do not count.
@@ -208,6 +242,8 @@ class Dataset:
         text = f"{self.name} {self.split}: {len(self)} images, {self.planes} planes"
         if not self.has_truth:
             text = f"{self.name} {self.split}: {len(self)} images, no ground truth"
+        elif self.has_masks and self.without_outline:
+            text += f" ({self.without_outline} of them without an outline: left out for masks)"
         problems = self.problems.summary()
         return f"{text}; {problems}" if problems else text
 

@@ -77,7 +77,7 @@ def validation_metrics(predictor: Predictor, val: Dataset, masks: bool) -> dict[
     """COCO's numbers of the boxes, and those of the masks prefixed ``mask_``."""
     found = list(predict_dataset(predictor, val))
     metrics = evaluate_instances(val, found).finite()
-    return metrics | (evaluate_instances(val, found, "segm").finite("mask_") if masks else {})
+    return metrics | (evaluate_instances(val, found, "segm").finite("mask_") if masks and val.has_masks else {})
 
 
 def detector_loss(model: nn.Module, batch: Sequence[Example], device: torch.device) -> Mapping[str, torch.Tensor]:
