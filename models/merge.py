@@ -161,33 +161,6 @@ def _ratio(both: np.ndarray, a: np.ndarray, b: np.ndarray, metric: Metric) -> np
     return np.divide(both, under, out=np.zeros_like(both), where=under > 0)
 
 
-def suppress(
-    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, threshold: float, metric: Metric = "iou"
-) -> np.ndarray:
-    """Non-maximum suppression within classes: indices of the survivors, int64, best first.
-
-    Of equal scores the earlier comes first.
-    """
-    order = np.argsort(-np.asarray(scores), kind="stable")
-    owner = owners(boxes, order, labels, threshold, metric)
-    return order[owner[order] == order]
-
-
-def join(
-    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, threshold: float, metric: Metric = "ios"
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Greedy non-maximum merging within classes, as SAHI's GREEDYNMM: what is suppressed widens the survivor's box.
-
-    Returns:
-        Survivors int64 (K,), best first; their boxes (K, 4), the hull of all that they took;
-        the survivor of each detection, int64 (N,).
-    """
-    order = np.argsort(-np.asarray(scores), kind="stable")
-    owner = owners(boxes, order, labels, threshold, metric)
-    survivors = order[owner[order] == order]
-    return survivors, _hulls(np.asarray(boxes, np.float64).reshape(-1, 4), owner)[survivors], owner
-
-
 def _hulls(boxes: np.ndarray, group: np.ndarray) -> np.ndarray:
     """The hull of the boxes of each group, (N, 4), at the index that is the group's number."""
     hulls = np.concatenate([np.full((len(boxes), 2), np.inf), np.full((len(boxes), 2), -np.inf)], axis=1)

@@ -127,6 +127,7 @@ def run_job(
     out: Path,
     settings: JobSettings,
     progress: Progress,
+    *,
     model: str = "",
     device: str = "cpu",
     runner: Runner | None = None,
@@ -147,15 +148,8 @@ def run_job(
     """
     folder = out / folder_name(label)
     claim_folder(folder)
-    tiling, batch_size = tiling_of(predictor), settings.batch_size or auto_batch(device)
-    decisive = {
-        "score_threshold": settings.score_threshold,
-        "batch_size": batch_size,
-        "tiling": tiling.model_dump() if tiling else None,
-        "device": device.partition(":")[0],
-        "precision": settings.precision,
-        "rendering": dataset.rendering.model_dump(mode="json"),
-    }
+    batch_size = settings.batch_size or auto_batch(device)
+    decisive = _decisive(predictor, dataset, settings, device)
     workers = settings.workers or auto_workers(device, dataset)
     runner = runner or LocalRunner(predictor, device, batch_size, workers, settings.precision)
     manifest = make_manifest(label, model, decisive, dataset, settings.shard_size)
@@ -180,6 +174,19 @@ def run_job(
             f"{folder}: cannot be written ({error.strerror or one_line(error)}); what is done is kept, call again"
         ) from None
     return job
+
+
+def _decisive(predictor: Predictor, dataset: Dataset, settings: JobSettings, device: str) -> dict[str, Any]:
+    """The settings that decide a job's rows, as the manifest keeps them."""
+    tiling = tiling_of(predictor)
+    return {
+        "score_threshold": settings.score_threshold,
+        "batch_size": settings.batch_size or auto_batch(device),
+        "tiling": tiling.model_dump() if tiling else None,
+        "device": device.partition(":")[0],
+        "precision": settings.precision,
+        "rendering": dataset.rendering.model_dump(mode="json"),
+    }
 
 
 def _try_again(

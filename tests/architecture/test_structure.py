@@ -32,6 +32,9 @@ def test_files_functions_and_parameters_stay_small(root):
         assert len(text.splitlines()) <= 400, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
+                # Of what a caller must get right by position; what is named explains itself.
+                by_position = [a.arg for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
+                assert len(by_position) <= 8, (path, node.name, by_position)
                 docstring = len((ast.get_docstring(node, clean=False) or "").splitlines())
                 assert node.end_lineno - node.lineno - docstring <= 45, (path, node.name)
 
