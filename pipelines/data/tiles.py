@@ -19,6 +19,7 @@ from models.instances import RLE
 from models.rendering import DEFAULT
 from models.tiling import Tiling, Window, tile_grid
 from pipelines.data.dataset import Dataset, Problems, Sample
+from pipelines.data.unreadable import Unreadable
 
 DONE = "tiles.json"
 
@@ -131,12 +132,15 @@ def clip_mask(part: tuple[np.ndarray, int, int], window: Window) -> RLE:
     return rle_paste(seen, max(left - x1, 0), max(top - y1, 0), y2 - y1, x2 - x1)
 
 
-def cached_tiles(tiles: Dataset, folder: Path, progress: Progress) -> Dataset:
+def cached_tiles(tiles: Dataset, folder: Path, progress: Progress, unreadable: Unreadable | None = None) -> Dataset:
     """The tiles as PNG files of ``folder``; those that an interrupted call has written are kept.
 
+    Tiles of an image that cannot be read have no file and stay as they were, noted as ``unreadable``.
+
     Raises:
-        DataError: an image that cannot be read, or a folder that cannot be written.
+        DataError: a folder that cannot be written.
     """
+    unreadable = unreadable or Unreadable()
     samples = tuple(
         replace(s, path=folder / f"{s.image_id.replace('/', '_')}.png", window=None, rendering=DEFAULT)
         for s in tiles.samples
@@ -145,21 +149,29 @@ def cached_tiles(tiles: Dataset, folder: Path, progress: Progress) -> Dataset:
     if not (done.is_file() and json.loads(done.read_text()) == names):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(tiles, samples, progress)
+            _write(tiles, samples, progress, unreadable)
             done.write_text(json.dumps(names))
         except OSError as error:
             raise DataError(f"{folder}: tiles cannot be written ({error.strerror or one_line(error)})") from None
-    return replace(tiles, samples=samples)
+    pairs = zip(tiles.samples, samples, strict=True)
+    return replace(tiles, samples=tuple(sample if sample.path.is_file() else tile for tile, sample in pairs))
 
 
-def _write(tiles: Dataset, samples: tuple[Sample, ...], progress: Progress) -> None:
+def _write(tiles: Dataset, samples: tuple[Sample, ...], progress: Progress, unreadable: Unreadable) -> None:
     from pipelines.data.cache import ImageCache
 
     cache = ImageCache()
     targets = {tile.image_id: sample.path for tile, sample in zip(tiles.samples, samples, strict=True)}
     for tile in progress(tiles.samples, len(tiles), "cutting tiles"):
         path = targets[tile.image_id]
-        if not path.is_file():
-            temporary = path.with_suffix(".tmp")
-            Image.fromarray(cache.read(tile)).save(temporary, format="PNG", compress_level=1)
-            os.replace(temporary, path)
+        if path.is_file() or tile in unreadable:
+            continue
+        try:
+            pixels = cache.read(tile)
+        except Exception as error:
+            # A decoder may raise anything on a damaged file.
+            unreadable.add(tile, error)
+            continue
+        temporary = path.with_suffix(".tmp")
+        Image.fromarray(pixels).save(temporary, format="PNG", compress_level=1)
+        os.replace(temporary, path)
