@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.errors import DataError, one_line
+from models.file_ends import check_filled, seems_cut
 from models.raster import WindowedImage, is_raster, is_tiff, tiff_layout
 from models.rendering import DEFAULT, Block, Rendering, chosen_bands, find_bounds, oriented, oriented_size, to_uint8
 
@@ -66,6 +67,7 @@ def read_image(source: Source | bytes, rendering: Rendering = DEFAULT) -> np.nda
             _check_size(*image.size, name)
             if image.format == "PNG" and start[24:25] == b"\x10":
                 return _sixteen_bit_png(content, image, rendering, name)
+            check_filled(image, content, name)
             return _to_rgb(ImageOps.exif_transpose(image), rendering, name)
 
 
@@ -143,20 +145,63 @@ def _fetched(source: RemoteFile) -> bytes:
     raise AssertionError
 
 
+class Header(NamedTuple):
+    """What is known of an image file before it is decoded.
+
+    height, width: as its pixels lie in the file; orientation: EXIF's 1 to 8; cut: it seems to end early,
+    and only decoding it tells whether it does.
+    """
+
+    height: int
+    width: int
+    orientation: int
+    cut: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) as `read_image` would return it."""
+        return oriented_size(self.height, self.width, self.orientation)
+
+
 def image_size(path: Source) -> tuple[int, int]:
     """(height, width) as `read_image` would return it, from the file's header alone.
 
     Raises:
         DataError: not readable or not an image.
     """
-    with _told(str(path)), open(path, "rb") if isinstance(path, (str, os.PathLike)) else path.open("rb") as stream:
-        start = stream.read(16)
-        stream.seek(0)
-        if is_tiff(start):
-            return oriented_size(*tiff_layout(stream))
-        with Image.open(stream) as image:
-            width, height = image.size
-            return oriented_size(height, width, image.getexif().get(0x0112, 1))
+    with _told(str(path)), _stream(path) as stream:
+        return oriented_size(*_layout(stream, str(path)))
+
+
+def image_header(path: Source) -> Header:
+    """A file's size and orientation, and whether it seems to end early, from its first and last bytes.
+
+    Raises:
+        DataError: not readable or not an image.
+    """
+    with _told(str(path)), _stream(path) as stream:
+        height, width, orientation = _layout(stream, str(path))
+        return Header(height, width, orientation, seems_cut(stream))
+
+
+def _stream(path: Source) -> IO[bytes]:
+    return open(path, "rb") if isinstance(path, (str, os.PathLike)) else path.open("rb")
+
+
+def _layout(stream: IO[bytes], name: str) -> tuple[int, int, int]:
+    """(height, width, orientation) as they stand in the file."""
+    start = stream.read(16)
+    stream.seek(0)
+    if is_tiff(start):
+        return tiff_layout(stream)
+    # Not closed: Pillow would close the stream with it, of which more is read.
+    image = Image.open(stream)
+    # The orientation of a PNG may stand after its pixels: Pillow decodes them to look for it.
+    decoded = image.format == "PNG" and "exif" not in image.info
+    orientation = image.getexif().get(0x0112, 1)
+    if decoded:
+        check_filled(image, stream, name)
+    return image.size[1], image.size[0], orientation
 
 
 def _to_rgb(image: Image.Image, rendering: Rendering, name: str) -> np.ndarray:

@@ -137,13 +137,15 @@ def coco_results(
 def instance_ious(dataset: Dataset, masks: Sequence[Sequence[RLE]]) -> np.ndarray:
     """IoU of each annotated plane (crowds left out) with the mask predicted in its box, float64 (N,).
 
-    ``masks[i][j]`` belongs to box j of image i.
+    ``masks[i][j]`` belongs to box j of image i; where image i could not be predicted there are none, and
+    its planes have an IoU of 0.
     """
     values = []
     for sample, predicted in zip(dataset.samples, masks, strict=True):
-        for truth, guess, crowd in zip(sample.masks, predicted, sample.crowd, strict=True):
+        guesses = predicted or [None] * len(sample.masks)
+        for truth, guess, crowd in zip(sample.masks, guesses, sample.crowd, strict=True):
             if truth is not None and not crowd:
-                values.append(float(rle_iou([guess], [truth])[0, 0]))
+                values.append(0.0 if guess is None else float(rle_iou([guess], [truth])[0, 0]))
     return np.array(values)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from models.errors import DataError
+from models.batches import out_of_memory
+from models.errors import DataError, PlanesError, one_line
 from models.instances import Instances
 from models.predictor import Predictor
 from pipelines.data.dataset import Dataset, Sample
@@ -39,10 +41,54 @@ def predict_image(predictor: Predictor, image: np.ndarray, sample: Sample) -> In
     return Instances.make(sample.image_id, sample.height, sample.width, sample.boxes, ones, None, masks)
 
 
-def predict_dataset(predictor: Predictor, dataset: Dataset) -> Iterator[Instances]:
-    """Predict the images of a data set one after the other."""
+def image_failure(error: Exception, predictor: Predictor, sample: Sample) -> DataError | None:
+    """An error of reading or predicting an image as one that names the image, if it may be the image's fault.
+
+    None where the model cannot work at all, or the GPU is broken: whatever comes after would fail too.
+    """
+    path = str(sample.path)
+    if isinstance(error, PlanesError):
+        # A crop segmenter without boxes to segment in.
+        if not isinstance(error, DataError) or (is_segmenter(predictor) and not sample.truth):
+            return None
+        what = one_line(error)
+        return error if path in what else DataError(f"{path}: {what}", error.kind)
+    if os.environ.get("PLANES_TRACEBACK") or "CUDA error" in str(error):
+        return None
+    what = f"{path}: {type(error).__name__}: {one_line(error)[:200]}"
+    return DataError(what, "too large" if out_of_memory(error) else "prediction")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What was found in the images of a data set; ``failed``: image id -> why nothing could be looked for in it."""
+
+    found: list[Instances] = field(default_factory=list)
+    failed: dict[str, DataError] = field(default_factory=dict)
+
+
+def predict_dataset(predictor: Predictor, dataset: Dataset) -> Predictions:
+    """Predict the images of a data set one after the other; those that cannot be read or predicted are failures.
+
+    Raises:
+        DataError: nothing could be predicted.
+        Exception: the model cannot work at all.
+    """
+    done = Predictions()
     for sample in dataset.samples:
-        yield predict_image(predictor, sample.read(), sample)
+        try:
+            done.found.append(predict_image(predictor, sample.read(), sample))
+        except Exception as error:
+            failure = image_failure(error, predictor, sample)
+            if failure is None:
+                raise
+            done.failed[sample.image_id] = failure
+    if dataset.samples and not done.found:
+        raise DataError(
+            f"{dataset.name}/{dataset.split}: none of its {len(dataset)} images could be predicted; "
+            f"the first: {next(iter(done.failed.values()))}"
+        )
+    return done
 
 
 def evaluate_predictions(

@@ -13,6 +13,7 @@ import numpy as np
 
 from models.errors import DataError, one_line
 from models.geometry import box_iou, clip_boxes, rle_area, rle_boxes, rle_bytes, rle_from_polygons, rle_text, xywh_to_xyxy
+from models.image import Header, image_header, read_image
 from models.instances import RLE
 from pipelines.data.dataset import Problems, Sample
 from pipelines.data.remote import AnyPath
@@ -128,6 +129,26 @@ def _polygons(value: Any, height: int, width: int, where: str, problems: Problem
             continue
         good.append(points)
     return rle_from_polygons(good, height, width) if good else None
+
+
+def checked_header(file: AnyPath) -> Header:
+    """The header of an annotated image; a file that seems to end early is decoded to see whether it does.
+
+    Raises:
+        DataError: not readable, not an image, or truncated.
+    """
+    try:
+        header = image_header(file)
+        if header.cut:
+            read_image(file)
+    except DataError as error:
+        # A large TIFF is read by windows, and what is missing of it shows only then.
+        if error.kind != "too large":
+            raise
+    except Exception as error:
+        # A decoder may raise anything on a damaged file.
+        raise DataError(f"{file}: cannot be decoded ({type(error).__name__}: {one_line(error)[:160]})", "damaged") from None
+    return header
 
 
 def lost_sample(found: AnyPath | None, expected: AnyPath, where: str, problems: Problems, keep: bool) -> list[Sample]:

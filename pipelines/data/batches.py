@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -23,7 +23,8 @@ from pipelines.data.augment import (
     warp,
 )
 from pipelines.data.cache import ImageCache
-from pipelines.data.dataset import Dataset
+from pipelines.data.dataset import Dataset, Sample
+from pipelines.data.unreadable import Unreadable
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -63,7 +64,8 @@ class DetectorBatches:
 
     With ``window`` pixels set, random windows are cut; else whole images are used, both
     scaled by ``zoom``, and where ``edges`` is given brought to one of those shorter sides,
-    at most ``max_edge`` long. ``masks``: make masks too.
+    at most ``max_edge`` long. ``masks``: make masks too. ``unreadable``: images that are found
+    to be, in whose place others stand.
     """
 
     dataset: Dataset
@@ -77,6 +79,7 @@ class DetectorBatches:
     masks: bool = False
     edges: tuple[int, ...] = (0,)
     max_edge: int = 0
+    unreadable: Unreadable = field(default_factory=Unreadable)
 
     def __post_init__(self) -> None:
         if not self.dataset.planes:
@@ -100,10 +103,12 @@ class DetectorBatches:
         return [self._example(item, np.random.default_rng([self.seed, 2, step, i])) for i, item in mine]
 
     def _example(self, item: int, rng: np.random.Generator) -> Example:
-        sample = self.dataset.samples[item]
+        samples = self.dataset.samples
+        item, image = self.unreadable.first_readable(item, len(samples), samples.__getitem__, self._cache.read)
+        sample = samples[item]
         # A plane without an outline is no target of a mask head; it has to be left out of the boxes too.
         real = sample.outlined if self.masks else np.flatnonzero(~sample.crowd)
-        boxes, image = sample.boxes[real], self._cache.read(sample)
+        boxes = sample.boxes[real]
         if self.window:
             image, affine = random_window(rng, image, boxes, self.augmentation, self.window, self.focus, self.zoom)
         else:
@@ -148,7 +153,10 @@ def _with_masks(image: np.ndarray, masks: list[np.ndarray]) -> Example:
 
 @dataclass
 class SegmenterBatches:
-    """Batch ``step`` -> (RGB uint8 crops (B, S, S, 3), coverage masks float32 (B, S, S))."""
+    """Batch ``step`` -> (RGB uint8 crops (B, S, S, 3), coverage masks float32 (B, S, S)).
+
+    ``unreadable``: images that are found to be, for whose planes others stand.
+    """
 
     dataset: Dataset
     augmentation: Augmentation
@@ -156,6 +164,7 @@ class SegmenterBatches:
     batch_size: int
     box_jitter: float
     seed: int
+    unreadable: Unreadable = field(default_factory=Unreadable)
 
     def __post_init__(self) -> None:
         if not self.dataset.has_masks:
@@ -173,14 +182,18 @@ class SegmenterBatches:
         pairs = [self._example(item, np.random.default_rng([self.seed, 3, step, i])) for i, item in enumerate(items)]
         return np.stack([p[0] for p in pairs]), np.stack([p[1] for p in pairs])
 
+    def _sample_of(self, item: int) -> Sample:
+        return self.dataset.samples[self._planes[item][0]]
+
     def _example(self, item: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        item, whole = self.unreadable.first_readable(item, len(self._planes), self._sample_of, self._cache.read)
         i, j = self._planes[item]
         sample, size = self.dataset.samples[i], self.architecture.crop_size
         # The surroundings are enough for any turn of the crop.
         x1, y1, x2, y2 = crop_window(sample.boxes[j], sample.height, sample.width, 0.8)
         if item not in self._masks:
             self._masks[item] = rle_decode(sample.masks[j])[y1:y2, x1:x2].astype(np.uint8)
-        image, mask = self._cache.read(sample)[y1:y2, x1:x2], self._masks[item]
+        image, mask = whole[y1:y2, x1:x2], self._masks[item]
         affine = self._crop_affine(rng, sample.boxes[j] - np.array([x1, y1, x1, y1]), mask, size)
         crop = jitter_light(rng, warp(image, affine, size), self.augmentation)
         return crop, warp(mask * 255, affine, size).astype(np.float32) / 255

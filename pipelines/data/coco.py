@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import DataError
-from models.image import image_size
-from pipelines.data.annotations import lost_sample, make_sample, read_json, read_plane
+from pipelines.data.annotations import checked_header, lost_sample, make_sample, read_json, read_plane
 from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
 from pipelines.data.remote import AnyPath
 
@@ -122,7 +121,7 @@ def _by_image(
 
 def _size(entry: Mapping[str, Any], file: Path, where: str, problems: Problems) -> tuple[int, int] | None:
     try:
-        size = image_size(file)
+        size = checked_header(file).size
     except DataError:
         return None
     stated = (entry.get("height"), entry.get("width"))

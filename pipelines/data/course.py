@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import DataError
-from models.image import IMAGE_SUFFIXES, image_size
-from pipelines.data.annotations import lost_sample, make_sample, read_json, read_plane
+from models.image import IMAGE_SUFFIXES
+from pipelines.data.annotations import checked_header, lost_sample, make_sample, read_json, read_plane
 from pipelines.data.coco import find_image
 from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
 from pipelines.data.remote import AnyPath
@@ -47,7 +47,7 @@ def read_course(
     for file_name in [*grouped, *others]:
         file = find_image(path.parent, file_name, split, path.stem)
         try:
-            size = None if file is None else image_size(file)
+            size = None if file is None else checked_header(file).size
         except DataError:
             size = None
         if file is None or size is None:

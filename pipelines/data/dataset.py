@@ -207,15 +207,15 @@ class Dataset:
         for sample, content in sorted(zip(self.samples, file_digests, strict=True), key=lambda p: p[0].image_id):
             if sample.lost:
                 continue
-            planes = [
-                [*(round(float(v), 2) for v in box), bool(crowd), None if mask is None else mask["counts"]]
-                for box, crowd, mask in zip(sample.boxes, sample.crowd, sample.masks, strict=True)
-            ]
-            part = [sample.image_id, content, sample.truth, planes]
-            digest.update(separator + json.dumps(part).encode())
+            digest.update(separator + _described(sample, content))
             separator = b", "
         digest.update(b"]")
         return digest.hexdigest()[:16]
+
+    def sample_digests(self) -> list[str]:
+        """sha256 of each image with its annotations, 16 hex digits, in the samples' order."""
+        pairs = zip(self.samples, self.file_digests(), strict=True)
+        return [hashlib.sha256(_described(*pair)).hexdigest()[:16] for pair in pairs]
 
     def subset(self, image_ids: Iterable[str], split: str) -> Dataset:
         """The samples with these ids, in the order they have here."""
@@ -261,6 +261,15 @@ class Dataset:
                     entry["segmentation"] = mask
                 annotations.append(entry)
         return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": self.category}]}
+
+
+def _described(sample: Sample, content: str) -> bytes:
+    """An image and its annotations for a digest; ``content``: digest of the file."""
+    planes = [
+        [*(round(float(v), 2) for v in box), bool(crowd), None if mask is None else mask["counts"]]
+        for box, crowd, mask in zip(sample.boxes, sample.crowd, sample.masks, strict=True)
+    ]
+    return json.dumps([sample.image_id, content, sample.truth, planes]).encode()
 
 
 def _file_digest(path: AnyPath) -> str:

@@ -19,6 +19,7 @@ from models.instances import RLE
 from models.rendering import DEFAULT
 from models.tiling import Tiling, Window, tile_grid
 from pipelines.data.dataset import Dataset, Problems, Sample
+from pipelines.data.unreadable import Unreadable
 from pipelines.locking import clear_temporaries, held, lock_of, write_whole
 
 DONE = "tiles.json"
@@ -140,16 +141,19 @@ def cache_folder(work: Path, tiles: TileSettings, min_visible: float, seed: int,
     return work / f"tiles-{hashlib.sha256(cut.encode()).hexdigest()[:12]}"
 
 
-def cached_tiles(tiles: Dataset, folder: Path, progress: Progress) -> Dataset:
+def cached_tiles(tiles: Dataset, folder: Path, progress: Progress, unreadable: Unreadable | None = None) -> Dataset:
     """The tiles as PNG files of ``folder``; those that an earlier call has written whole are kept.
 
     One process at a time cuts; others wait for it. ``tiles.json`` says how many bytes each
     tile has: one that is missing or cut short is made again.
 
+    Tiles of an image that cannot be read have no file and stay as they were, noted as ``unreadable``.
+
     Raises:
-        DataError: an image that cannot be read, or a folder that cannot be written.
+        DataError: a folder that cannot be written.
         OutputError: the folder's lock cannot be written.
     """
+    unreadable = unreadable or Unreadable()
     # Quoted, so that the names of "a/b" and "a_b" differ.
     samples = tuple(
         replace(s, path=folder / f"{quote(s.image_id, safe='')}.png", window=None, rendering=DEFAULT) for s in tiles.samples
@@ -162,13 +166,14 @@ def cached_tiles(tiles: Dataset, folder: Path, progress: Progress) -> Dataset:
             pairs = zip(tiles.samples, samples, strict=True)
             missing = {t.image_id: s.path for t, s in pairs if not _is_whole(s, known.get(s.path.name))}
             if missing:
-                _write([t for t in tiles.samples if t.image_id in missing], missing, progress)
-            sizes = {s.path.name: s.path.stat().st_size for s in samples}
+                _write([t for t in tiles.samples if t.image_id in missing], missing, progress, unreadable)
+            sizes = {s.path.name: s.path.stat().st_size for s in samples if s.path.is_file()}
             if sizes != known:
                 write_whole(folder / DONE, lambda handle: handle.write(json.dumps(sizes).encode()))
         except OSError as error:
             raise DataError(f"{folder}: tiles cannot be written ({error.strerror or one_line(error)})") from None
-    return replace(tiles, samples=samples)
+    pairs = zip(tiles.samples, samples, strict=True)
+    return replace(tiles, samples=tuple(sample if sample.path.is_file() else tile for tile, sample in pairs))
 
 
 def _known(path: Path) -> dict[str, int]:
@@ -192,10 +197,18 @@ def _is_whole(tile: Sample, size: int | None) -> bool:
         return False
 
 
-def _write(tiles: Sequence[Sample], targets: Mapping[str, Path], progress: Progress) -> None:
+def _write(tiles: Sequence[Sample], targets: Mapping[str, Path], progress: Progress, unreadable: Unreadable) -> None:
     from pipelines.data.cache import ImageCache
 
     cache = ImageCache()
     for tile in progress(tiles, len(tiles), "cutting tiles"):
-        image = Image.fromarray(cache.read(tile))
+        if tile in unreadable:
+            continue
+        try:
+            image = Image.fromarray(cache.read(tile))
+        except Exception as error:
+            # A decoder may raise anything on a damaged file.
+            unreadable.add(tile, error)
+            targets[tile.image_id].unlink(missing_ok=True)
+            continue
         write_whole(targets[tile.image_id], lambda handle, made=image: made.save(handle, format="PNG", compress_level=1))

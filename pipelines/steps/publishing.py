@@ -12,6 +12,7 @@ import click
 import mlflow
 import numpy as np
 
+from models.errors import DataError
 from models.geometry import crop_window
 from models.predictor import read_spec
 from models.saved_files import WEIGHTS_FILE
@@ -95,7 +96,18 @@ def weights_digest(folder: Path) -> str:
 
 
 def example_image(kind: str, dataset: Dataset) -> np.ndarray:
-    """A small input: a plane's crop for a segmenter, a corner with a plane for a detector."""
-    sample = next(s for s in dataset.samples if len(s.boxes))
-    x1, y1, x2, y2 = crop_window(sample.boxes[0], sample.height, sample.width, 0.0 if kind == "segmenter" else 0.5)
-    return sample.read()[y1:y2, x1:x2]
+    """A small input: a plane's crop for a segmenter, a corner with a plane for a detector.
+
+    Raises:
+        DataError: no image with a plane can be read.
+    """
+    for sample in dataset.samples:
+        if len(sample.boxes):
+            margin = 0.0 if kind == "segmenter" else 0.5
+            x1, y1, x2, y2 = crop_window(sample.boxes[0], sample.height, sample.width, margin)
+            try:
+                return sample.read()[y1:y2, x1:x2]
+            except Exception:
+                # A decoder may raise anything on a damaged file, and whoever evaluates says what is wrong with it.
+                continue
+    raise DataError(f"{dataset.name}/{dataset.split}: no image with a plane can be read")

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -21,6 +21,7 @@ from pipelines import figures, registry, tracking
 from pipelines.data.dataset import Dataset, split_by_scene
 from pipelines.data.opening import open_dataset
 from pipelines.data.tiles import cache_folder, cached_tiles, cut_tiles
+from pipelines.data.unreadable import Unreadable
 from pipelines.locking import clear_temporaries, held, lock_of, write_whole
 from pipelines.prediction import MAIN_METRIC
 from pipelines.recipe import load_recipe
@@ -29,6 +30,7 @@ from pipelines.steps.edge import ProgressListener, show_progress
 from pipelines.steps.options import TrainingRequest
 from pipelines.steps.publishing import Publication, example_image, publish
 from pipelines.training.detector import train_detector
+from pipelines.training.inputs import Inputs, find_earlier, write_inputs
 from pipelines.training.loop import Listener, Outcome
 from pipelines.training.unet import train_unet
 
@@ -63,6 +65,7 @@ class Plan:
     data: TrainingData
     key: str
     folder: Path
+    inputs: Inputs
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,22 @@ def plan_training(request: TrainingRequest) -> Plan:
         raise RecipeError("--num-gpus: several GPUs are used by the Detectron2 engine only")
     data = _data(request, recipe)
     key = recipe.key(data.train.digest(), data.val.digest() if data.val else "", source_digest(), *more)
-    return Plan(request, recipe, device, data, key, Path(request.work_dir) / f"{request.register_as}-{key}")
+    inputs = Inputs.of(recipe.key(source_digest(), *more), data.train, data.val)
+    plan = Plan(request, recipe, device, data, key, Path(request.work_dir) / f"{request.register_as}-{key}", inputs)
+    return plan if plan.folder.exists() or request.fresh else _continued(plan)
+
+
+def _continued(plan: Plan) -> Plan:
+    """The plan as that of a training that was begun with unreadable images too, where these have been removed since."""
+    request, data = plan.request, plan.data
+    earlier = find_earlier(plan.folder.parent, request.register_as, plan.inputs)
+    if earlier is None:
+        return plan
+    every = replace(data.train, samples=(*data.train.samples, *(data.val.samples if data.val else ())))
+    train, val = every.subset(earlier.train, data.train.split), every.subset(earlier.val, "val")
+    click.echo(f"goes on in {earlier.folder}, begun with {earlier.removed} more images, which cannot be read")
+    key = earlier.folder.name.removeprefix(f"{request.register_as}-")
+    return replace(plan, data=replace(data, train=train, val=val if len(val) else None), key=key, folder=earlier.folder)
 
 
 def _data(request: TrainingRequest, recipe: Recipe) -> TrainingData:
@@ -173,6 +191,7 @@ def _run_held(plan: Plan) -> Trained:
         if earlier and earlier != run_id:
             mlflow.set_tag("resumed_from", earlier)
         write_whole(noted, lambda handle: handle.write(json.dumps({"run_id": run_id}).encode()))
+        write_inputs(folder, plan.inputs)
         _log_inputs(plan)
         progress = ProgressListener(request.register_as)
         started = time.monotonic()
@@ -184,12 +203,22 @@ def _run_held(plan: Plan) -> Trained:
         finally:
             progress.close()
         mlflow.log_metrics({"wall_seconds": time.monotonic() - started, "best_step": outcome.step})
+        _tell_unreadable(folder)
         mlflow.log_figure(figures.loss_figure(outcome.history, title), "figures/loss.png")
         trained = _publish(plan, saved, run_id)
     (folder / DONE_FILE).write_text(str(trained.version))
     for left in (*folder.glob("checkpoint.pt"), *folder.glob("model_*.pth"), folder / "last_checkpoint"):
         left.unlink(missing_ok=True)
     return trained
+
+
+def _tell_unreadable(folder: Path) -> None:
+    """Say and log how many images turned out unreadable while training."""
+    messages = Unreadable(folder).messages()
+    mlflow.log_metric("images_unreadable", len(messages))
+    if messages:
+        click.echo(f"{len(messages)} images could not be read or predicted (first: {next(iter(messages.values()))})")
+        mlflow.log_text("\n".join(messages.values()) + "\n", "unreadable_images.txt")
 
 
 def _log_inputs(plan: Plan) -> None:
@@ -246,7 +275,7 @@ def _training_tiles(plan: Plan) -> Dataset:
         return tiles
     content = f"{train.digest()}{train.rendering.model_dump_json()}"
     folder = cache_folder(Path(plan.request.work_dir), settings, plan.recipe.min_visible, seed, content)
-    return cached_tiles(tiles, folder, show_progress)
+    return cached_tiles(tiles, folder, show_progress, Unreadable(plan.folder))
 
 
 def _publish(plan: Plan, saved: Path, run_id: str) -> Trained:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.instances import Instances
 from models.predictor import Predictor, save_model
 from models.tiling import by_tiles
 from models.torch_tools import channels_last
@@ -18,7 +17,9 @@ from models.torchvision_engine import TorchvisionDetector, detector_spec
 from models.torchvision_network import build_detector
 from pipelines.data.batches import DetectorBatches, Example
 from pipelines.data.dataset import Dataset
+from pipelines.data.unreadable import Unreadable
 from pipelines.evaluation import evaluate_instances
+from pipelines.prediction import Predictions, predict_dataset
 from pipelines.settings import DetectorRecipe, MaskRecipe
 from pipelines.training.loop import Job, Listener, Outcome, run
 
@@ -50,11 +51,12 @@ def train_detector(
         # With a size given, the network scales the images itself.
         recipe.architecture.zoom if recipe.architecture.min_size is None else 1.0,
         masks,
+        unreadable=Unreadable(folder),
     )
 
     def validate(network: nn.Module) -> dict[str, float]:
         predictor = by_tiles(TorchvisionDetector(network, device), recipe.prediction, device)
-        return validation_metrics(predictor, val, masks) if val else {}
+        return validation_metrics(predictor, val, masks, batches.unreadable) if val else {}
 
     job = Job(
         model,
@@ -73,11 +75,23 @@ def train_detector(
     return save_model(folder / "model", spec, outcome.weights), outcome
 
 
-def validation_metrics(predictor: Predictor, val: Dataset, masks: bool) -> dict[str, float]:
-    """COCO's numbers of the boxes, and those of the masks prefixed ``mask_``."""
-    found = list(predict_dataset(predictor, val))
-    metrics = evaluate_instances(val, found).finite()
-    return metrics | (evaluate_instances(val, found, "segm").finite("mask_") if masks and val.has_masks else {})
+def validation_metrics(predictor: Predictor, val: Dataset, masks: bool, unreadable: Unreadable) -> dict[str, float]:
+    """COCO's numbers of the boxes, those of the masks prefixed ``mask_``, and how many images failed, if any.
+
+    Those count as images without detections, and are noted as ``unreadable``.
+    """
+    predictions = predict_dataset(predictor, val)
+    metrics = evaluate_instances(val, predictions.found).finite()
+    metrics |= evaluate_instances(val, predictions.found, "segm").finite("mask_") if masks and val.has_masks else {}
+    return metrics | failures_of(predictions, val, unreadable)
+
+
+def failures_of(predictions: Predictions, val: Dataset, unreadable: Unreadable) -> dict[str, float]:
+    """The metric ``images_failed`` of a validation, if there are any, each noted and said once."""
+    for sample in val.samples:
+        if sample.image_id in predictions.failed:
+            unreadable.add(sample, predictions.failed[sample.image_id], "counts as an image without detections")
+    return {"images_failed": float(len(predictions.failed))} if predictions.failed else {}
 
 
 def detector_loss(model: nn.Module, batch: Sequence[Example], device: torch.device) -> Mapping[str, torch.Tensor]:
@@ -91,9 +105,3 @@ def detector_loss(model: nn.Module, batch: Sequence[Example], device: torch.devi
         if example.masks is not None:
             targets[-1]["masks"] = torch.from_numpy(example.masks).to(device)
     return model(images, targets)
-
-
-def predict_dataset(predictor: Predictor, dataset: Dataset) -> Iterator[Instances]:
-    """Predict the images of a data set one by one, named by their image ids."""
-    for sample in dataset.samples:
-        yield predictor.predict([sample.read()])[0].named(sample.image_id)

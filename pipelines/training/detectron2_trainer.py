@@ -21,6 +21,7 @@ from models.predictor import save_model
 from models.tiling import by_tiles
 from pipelines.data.batches import DetectorBatches, Example
 from pipelines.data.dataset import Dataset
+from pipelines.data.unreadable import Unreadable
 from pipelines.settings import Detectron2Recipe
 from pipelines.training.checkpoints import read_best
 from pipelines.training.detector import validation_metrics
@@ -149,7 +150,7 @@ def _work(
     told = listeners if comm.is_main_process() else ()
     interrupt = Interrupt(told) if comm.get_world_size() == 1 else None
     try:
-        trainer = _make_trainer(cfg, batches, _evaluation(recipe, cfg, val), told, interrupt)
+        trainer = _make_trainer(cfg, batches, _evaluation(recipe, cfg, val, batches.unreadable), told, interrupt)
         if trainer.checkpointer.has_checkpoint():
             try:
                 trainer.resume_or_load(resume=True)
@@ -190,14 +191,14 @@ def _bare(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _evaluation(
-    recipe: Detectron2Recipe, cfg: Any, val: Dataset | None
+    recipe: Detectron2Recipe, cfg: Any, val: Dataset | None, unreadable: Unreadable
 ) -> Callable[[torch.nn.Module], dict[str, float]] | None:
     if val is None or not val.planes:
         return None
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         predictor = by_tiles(Detectron2Predictor(_bare(model), cfg), recipe.prediction, cfg.MODEL.DEVICE)
-        return validation_metrics(predictor, val, has_masks(cfg))
+        return validation_metrics(predictor, val, has_masks(cfg), unreadable)
 
     return evaluate
 
@@ -218,6 +219,7 @@ def _batches(recipe: Detectron2Recipe, cfg: Any, train: Dataset) -> DetectorBatc
         has_masks(cfg),
         edges,
         cfg.INPUT.MAX_SIZE_TRAIN,
+        Unreadable(Path(cfg.OUTPUT_DIR)),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,14 +11,16 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 
-from models.instances import RLE
 from models.predictor import save_model
 from models.torch_tools import channels_last
 from models.unet import CropSegmenter, build_segmenter, normalise, segmenter_spec
 from pipelines.data.batches import SegmenterBatches
 from pipelines.data.dataset import Dataset
+from pipelines.data.unreadable import Unreadable
 from pipelines.evaluation import evaluate_masks
+from pipelines.prediction import predict_dataset
 from pipelines.settings import UNetRecipe
+from pipelines.training.detector import failures_of
 from pipelines.training.loop import Job, Listener, Outcome, run
 
 
@@ -44,11 +46,16 @@ def train_unet(
         recipe.training.batch_size,
         recipe.box_jitter,
         recipe.seed,
+        Unreadable(folder),
     )
 
     def validate(network: nn.Module) -> dict[str, float]:
-        segmenter = CropSegmenter(network, recipe.architecture, device)
-        return evaluate_masks(val, list(segment_dataset(segmenter, val))).finite() if val else {}
+        if not val:
+            return {}
+        predictions = predict_dataset(CropSegmenter(network, recipe.architecture, device), val)
+        masks = {f.image_id: f.masks or () for f in predictions.found}
+        metrics = evaluate_masks(val, [masks.get(s.image_id, ()) for s in val.samples]).finite()
+        return metrics | failures_of(predictions, val, batches.unreadable)
 
     job = Job(
         model,
@@ -86,9 +93,3 @@ def segmenter_loss(
         return parts
 
     return loss
-
-
-def segment_dataset(segmenter: CropSegmenter, dataset: Dataset) -> Iterator[list[RLE]]:
-    """Masks in the annotated boxes of each image, one list per image."""
-    for sample in dataset.samples:
-        yield segmenter.masks_in_boxes([sample.read()], [sample.boxes])[0]

@@ -11,8 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from models.batches import out_of_memory, predict_parted
-from models.errors import DataError, PlanesError, one_line
+from models.batches import predict_parted
+from models.errors import one_line
 from models.instances import Instances
 from models.predictor import Predictor
 from models.stages import measured, seconds_since
@@ -20,7 +20,7 @@ from models.tiling import tiling_of
 from models.torch_tools import Precision, precision
 from models.windows import AnyImage
 from pipelines.data.dataset import Dataset, Sample
-from pipelines.prediction import is_segmenter, predict_image
+from pipelines.prediction import image_failure, is_segmenter, predict_image
 from scoring.reader import MOST_BYTES, Failure, failure, read_ahead, size_in_bytes
 from scoring.runners.runner import Scored
 
@@ -122,20 +122,10 @@ class LocalRunner:
                 found = predict_parted(self.predictor, [r.image for r in batch])
             return [(r.index, f.named(r.sample.image_id)) for r, f in zip(batch, found, strict=True)]
         except Exception as error:
-            if not self._of_the_image(error):
+            # A large file is read while it is predicted, and may turn out damaged only then.
+            failed = image_failure(error, self.predictor, batch[0].sample)
+            if failed is None:
                 raise
             if len(batch) > 1:
                 return [result for one in batch for result in self._predict([one])]
-            # A large file is read while it is predicted, and may turn out damaged only then.
-            kind = error.kind if isinstance(error, DataError) else "prediction"
-            if out_of_memory(error):
-                kind = "too large"
-            what = one_line(error) if isinstance(error, DataError) else f"{type(error).__name__}: {one_line(error)[:200]}"
-            path = str(batch[0].sample.path)
-            return [(batch[0].index, failure(batch[0].sample, kind, what if path in what else f"{path}: {what}"))]
-
-    def _of_the_image(self, error: Exception) -> bool:
-        """Whether it may be the image's fault; a model that cannot work at all, or a broken GPU, ends the job."""
-        if isinstance(error, PlanesError):
-            return isinstance(error, DataError) and not is_segmenter(self.predictor)
-        return not os.environ.get("PLANES_TRACEBACK") and "CUDA error" not in str(error)
+            return [(batch[0].index, failure(batch[0].sample, failed.kind, one_line(failed)))]
