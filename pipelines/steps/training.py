@@ -125,8 +125,10 @@ def _continued(plan: Plan) -> Plan:
     earlier = find_earlier(plan.folder.parent, request.register_as, plan.inputs)
     if earlier is None:
         return plan
-    every = replace(data.train, samples=(*data.train.samples, *(data.val.samples if data.val else ())))
-    train, val = every.subset(earlier.train, data.train.split), every.subset(earlier.val, "val")
+    every = {s.image_id: s for s in (*data.train.samples, *(data.val.samples if data.val else ()))}
+    # In the order that they had: batches go by it.
+    parts = [tuple(every[i] for i in ids if i in every) for ids in (earlier.train, earlier.val)]
+    train, val = replace(data.train, samples=parts[0]), replace(data.train, split="val", samples=parts[1])
     click.echo(f"goes on in {earlier.folder}, begun with {earlier.removed} more images, which cannot be read")
     key = earlier.folder.name.removeprefix(f"{request.register_as}-")
     return replace(plan, data=replace(data, train=train, val=val if len(val) else None), key=key, folder=earlier.folder)
