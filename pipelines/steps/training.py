@@ -148,7 +148,7 @@ def open_test(where: str, category: str, scene_pattern: str | None) -> Dataset |
     if not Path(where).is_dir():
         return None
     try:
-        test = open_dataset(where, "test", category, scene_pattern)
+        test = open_dataset(where, "test", category, scene_pattern, keep=True)
     except DataError as error:
         click.echo(f"no test set: {error}")
         return None
