@@ -98,8 +98,10 @@ def _without_predictions(annotations: Sequence[Mapping[str, Any]]) -> list[float
 def coco_tables(evaluation: Evaluation) -> str:
     """The numbers in per cent as Detectron2 prints them, six of AP and six of AR, under the settings they were made at."""
     settings = evaluation.settings
+    failed = f" ({settings['images_failed']} failed, taken for empty)" if settings.get("images_failed") else ""
     title = (
-        f"Evaluation results for {settings['kind']}: {settings['data']} {settings['split']}, {settings['images']} images, "
+        f"Evaluation results for {settings['kind']}: {settings['data']} {settings['split']}, "
+        f"{settings['images']} images{failed}, "
         f"score >= {settings['score_threshold']:g}, maxDets {settings['max_dets'][-1]}"
     )
     tables = [

@@ -130,7 +130,7 @@ def image_sheet(rows: Sequence[tuple[np.ndarray, Sample, Instances]], width: int
         panels = [image, draw_truth(image, sample, line), draw_instances(image, found.above(0.5), line)]
         height = round(width * image.shape[0] / image.shape[1])
         lines.append(np.hstack([_panel(p, width, height) for p in panels]))
-    sheet = np.vstack(lines)
+    sheet = np.vstack(lines or [np.full((26, 3 * width, 3), 255, np.uint8)])
     return _with_header(sheet, ["image", "truth", "prediction"], width)
 
 
@@ -150,7 +150,8 @@ def crop_sheet(
         cells.append(cell)
     while len(cells) % across:
         cells.append(np.full_like(cells[0], 255))
-    sheet = np.vstack([np.hstack(cells[i : i + across]) for i in range(0, len(cells), across)])
+    lines = [np.hstack(cells[i : i + across]) for i in range(0, len(cells), across)]
+    sheet = np.vstack(lines or [np.full((26, 3 * side * across, 3), 255, np.uint8)])
     return _with_header(sheet, ["image", "truth", "prediction"] * across, side)
 
 

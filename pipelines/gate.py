@@ -176,6 +176,11 @@ def judge(gates: Gates, main: str, candidate: Measurement, present: Measurement 
     if gates.min_planes:
         planes = candidate.dataset.planes
         checks.append(Check("planes", where, f">= {gates.min_planes}", str(planes), "-", planes >= gates.min_planes))
+    failed = [None if m is None else len(m.failed) for m in (candidate, present)]
+    if any(failed):
+        # They count in every metric; no gate of its own.
+        shown = ["-" if count is None else str(count) for count in failed]
+        checks.append(Check("images that failed", where, "taken for empty", *shown, True))
     for metric, gate in gates.metrics.items():
         checks += _judge_metric(metric, gate, where, candidate, present)
     for title, part in gates.slices.items():
@@ -183,7 +188,7 @@ def judge(gates: Gates, main: str, candidate: Measurement, present: Measurement 
         checks.append(_against(f"{title}: {main}", where, -part.max_loss, ours, theirs))
     if gates.max_slowdown is not None:
         ratio = 1.0 if present is None else slowdown(candidate, present)
-        shown = "-" if present is None else f"{ratio:.2f} times"
+        shown = "-" if present is None else f"{ratio:.2f} times" if math.isfinite(ratio) else "cannot be measured"
         checks.append(Check("time", where, f"<= {gates.max_slowdown:g} times", shown, "-", ratio <= gates.max_slowdown))
     return checks
 

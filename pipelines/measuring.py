@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from models.errors import RecipeError
+from models.errors import DataError, RecipeError
 from models.geometry import rle_area
 from models.instances import Instances, from_rows, to_rows
 from models.predictor import Predictor
@@ -21,7 +21,7 @@ from models.rendering import Rendering
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.evaluation import Evaluation, instance_ious
 from pipelines.matching import IOUS, Ranked, rank, resampled
-from pipelines.prediction import evaluate_predictions, is_segmenter, predict_image
+from pipelines.prediction import evaluate_predictions, image_failure, is_segmenter, predict_image
 
 SCORE = 0.05
 # COCO's size classes, by the area of a plane in pixels.
@@ -33,19 +33,25 @@ Progress = Callable[[Iterable[Sample], int, str], Iterable[Sample]]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One version on one data set: all metrics, what was found, and the seconds that each image took."""
+    """One version on one data set: all metrics, what was found, and the seconds that each image took.
+
+    failed: image id -> why it could not be read or predicted; such an image counts as one without
+    detections, and its seconds are NaN.
+    """
 
     dataset: Dataset
     segmenter: bool
     found: list[Instances]
     seconds: list[float]
     metrics: dict[str, float] = field(default_factory=dict)
+    failed: Mapping[str, DataError] = field(default_factory=dict)
 
     @property
     def evaluation(self) -> Evaluation:
         """The metrics with the settings they were made at."""
         settings = {"score_threshold": SCORE, "digest": self.dataset.digest(), "split": self.dataset.split}
-        return Evaluation(self.metrics, {**settings, "data": self.dataset.name, "images": len(self.dataset)})
+        settings |= {"data": self.dataset.name, "images": len(self.dataset), "images_failed": len(self.failed)}
+        return Evaluation({**self.metrics, "images_failed": float(len(self.failed))}, settings)
 
     def at(self, metric: str) -> float:
         """A metric's value, NaN where there is no truth for it.
@@ -94,15 +100,19 @@ def measure(
 ) -> dict[str, Measurement]:
     """Predict every image with every version, one after the other, so that a busy machine slows all of them.
 
+    An image that a version cannot take, or that cannot be read, fails for that version alone.
+
     Args:
         kept: file in which results are kept image by image; a measurement that was
             interrupted goes on from it.
         renderings: how each version reads image files, by label; the data set's own without it.
 
     Raises:
-        DataError: an image that cannot be read.
+        DataError: a version could predict no image at all.
+        Exception: a version cannot work at all.
     """
     known = _read_kept(kept) if kept else {}
+    failed: dict[str, dict[str, DataError]] = {label: {} for label in predictors}
     labels = list(predictors)
     title = f"evaluating {' and '.join(labels)}"
     for number, sample in enumerate(progress(dataset.samples, len(dataset), title)):
@@ -112,20 +122,39 @@ def measure(
             if (label, sample.image_id) in known:
                 continue
             rendering = (renderings or {}).get(label, sample.rendering)
-            if rendering not in images:
-                images[rendering] = replace(sample, rendering=rendering).read()
-            started = time.perf_counter()
-            found = predict_image(predictors[label], images[rendering], sample)
+            try:
+                if rendering not in images:
+                    images[rendering] = replace(sample, rendering=rendering).read()
+                started = time.perf_counter()
+                found = predict_image(predictors[label], images[rendering], sample)
+            except Exception as error:
+                failure = image_failure(error, predictors[label], sample)
+                if failure is None:
+                    raise
+                # Not kept: a call that goes on from here tries again.
+                failed[label][sample.image_id] = failure
+                continue
             known[label, sample.image_id] = found, time.perf_counter() - started
             if kept:
                 _keep(kept, label, *known[label, sample.image_id])
-    result = {}
-    for label, predictor in predictors.items():
-        found = [known[label, s.image_id][0] for s in dataset.samples]
-        seconds = [known[label, s.image_id][1] for s in dataset.samples]
-        segmenter = is_segmenter(predictor)
-        result[label] = Measurement(dataset, segmenter, found, seconds, all_metrics(found, dataset, segmenter))
-    return result
+    return {k: _measured(k, is_segmenter(p), dataset, known, failed[k]) for k, p in predictors.items()}
+
+
+def _measured(
+    label: str,
+    segmenter: bool,
+    dataset: Dataset,
+    known: Mapping[tuple[str, str], tuple[Instances, float]],
+    failed: Mapping[str, DataError],
+) -> Measurement:
+    """The measurement of one version, of its results by (label, image id)."""
+    results = [known.get((label, s.image_id)) for s in dataset.samples]
+    found = [result[0] for result in results if result is not None]
+    if not found and failed:
+        first = next(iter(failed.values()))
+        raise DataError(f"{label}: none of {len(dataset)} images could be predicted; the first: {first}")
+    seconds = [math.nan if result is None else result[1] for result in results]
+    return Measurement(dataset, segmenter, found, seconds, all_metrics(found, dataset, segmenter), failed)
 
 
 def _keep(kept: Path, label: str, found: Instances, seconds: float) -> None:
@@ -151,9 +180,13 @@ def _read_kept(kept: Path) -> dict[tuple[str, str], tuple[Instances, float]]:
 
 
 def slowdown(candidate: Measurement, present: Measurement) -> float:
-    """How many times as long the candidate takes: median over images, the first (warming up) left out."""
-    first = 1 if len(candidate.seconds) > 1 else 0
-    return float(np.median(np.array(candidate.seconds[first:]) / np.array(present.seconds[first:])))
+    """How many times as long the candidate takes: median over images, the first (warming up) left out.
+
+    Images that failed for one of the two say nothing; NaN where no other is left.
+    """
+    ratios = np.array(candidate.seconds) / np.array(present.seconds)
+    ratios = ratios[np.isfinite(ratios)]
+    return float(np.median(ratios[1 if len(ratios) > 1 else 0 :])) if len(ratios) else math.nan
 
 
 def gain_confidence(metric: str, least: float, candidate: Measurement, present: Measurement) -> float:

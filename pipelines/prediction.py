@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -67,8 +68,13 @@ class Predictions:
     failed: dict[str, DataError] = field(default_factory=dict)
 
 
-def predict_dataset(predictor: Predictor, dataset: Dataset) -> Predictions:
+def predict_dataset(
+    predictor: Predictor, dataset: Dataset, seen: Callable[[np.ndarray, Sample, Instances], None] | None = None
+) -> Predictions:
     """Predict the images of a data set one after the other; those that cannot be read or predicted are failures.
+
+    Args:
+        seen: is shown each image with what was found in it.
 
     Raises:
         DataError: nothing could be predicted.
@@ -77,12 +83,17 @@ def predict_dataset(predictor: Predictor, dataset: Dataset) -> Predictions:
     done = Predictions()
     for sample in dataset.samples:
         try:
-            done.found.append(predict_image(predictor, sample.read(), sample))
+            image = sample.read()
+            found = predict_image(predictor, image, sample)
         except Exception as error:
             failure = image_failure(error, predictor, sample)
             if failure is None:
                 raise
             done.failed[sample.image_id] = failure
+            continue
+        done.found.append(found)
+        if seen is not None:
+            seen(image, sample, found)
     if dataset.samples and not done.found:
         raise DataError(
             f"{dataset.name}/{dataset.split}: none of its {len(dataset)} images could be predicted; "
@@ -92,13 +103,33 @@ def predict_dataset(predictor: Predictor, dataset: Dataset) -> Predictions:
 
 
 def evaluate_predictions(
-    predictions: list[Instances], dataset: Dataset, segmenter: bool, score_threshold: float = 0.05
+    predictions: list[Instances],
+    dataset: Dataset,
+    segmenter: bool,
+    score_threshold: float = 0.05,
+    failed: Collection[str] | None = None,
 ) -> list[tuple[str, Evaluation]]:
     """All numbers that the predictions allow, as (metric prefix, Evaluation).
 
     Boxes have no prefix, masks of detected planes ``mask_``; a crop segmenter is
     measured by the IoU in its boxes.
+
+    Args:
+        failed: ids of images that could not be read or predicted, None where that is not known. They count as
+            images without detections; how many they are stands in the settings, and as the metric ``images_failed``.
     """
+    results = _evaluations(predictions, dataset, segmenter, score_threshold)
+    if failed is None:
+        return results
+    count = len(set(failed) & {s.image_id for s in dataset.samples})
+    results = [(p, replace(e, settings={**e.settings, "images_failed": count})) for p, e in results]
+    prefix, first = results[0]
+    return [(prefix, replace(first, metrics={**first.metrics, "images_failed": float(count)})), *results[1:]]
+
+
+def _evaluations(
+    predictions: list[Instances], dataset: Dataset, segmenter: bool, score_threshold: float
+) -> list[tuple[str, Evaluation]]:
     if segmenter:
         by_id = {p.image_id: list(p.masks or ()) for p in predictions}
         return [("", evaluate_masks(dataset, [by_id.get(s.image_id, []) for s in dataset.samples]))]

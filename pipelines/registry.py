@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,9 +164,25 @@ def set_alias(name: str, alias: str, version: str) -> None:
         raise RegistryError(f"{name}: {written} cannot be moved ({one_line(error)[:200]})") from None
 
 
+def set_tags(version: ModelVersion, tags: Mapping[str, str]) -> None:
+    """Set tags of a version that differ from those it has.
+
+    Raises:
+        RegistryError: the store refuses.
+    """
+    try:
+        for key, value in tags.items():
+            if version.tags.get(key) != value:
+                MlflowClient().set_model_version_tag(version.name, str(version.version), key, value)
+    except mlflow.MlflowException as error:
+        raise RegistryError(f"{version.name}/{version.version}: cannot be tagged ({one_line(error)[:200]})") from None
+
+
 def find_trained(name: str, key: str) -> ModelVersion | None:
     """The newest version that was trained with this key (recipe, data, code), if any."""
     matching = [v for v in versions_of(name) if v.tags.get("training_key") == key and v.status == "READY"]
+    # One whose evaluation failed is evaluated again, not reused.
+    matching = [v for v in matching if v.tags.get("evaluation", "complete") == "complete"]
     return max(matching, key=lambda v: int(v.version), default=None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from models.predictor import load_model, read_spec
 from pipelines import figures
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.evaluation import Evaluation, instance_ious
-from pipelines.prediction import evaluate_predictions, is_segmenter, predict_image
+from pipelines.prediction import evaluate_predictions, is_segmenter, predict_dataset
 
 # Solutions of the course evaluate at this score, which cuts the precision-recall curve short.
 COURSE_THRESHOLD = 0.6
@@ -27,20 +28,24 @@ def evaluate_with_sheet(
     """
     predictor, dataset = load_model(saved, device), dataset.rendered(read_spec(saved).rendering)
     shown: list[tuple[np.ndarray, Sample, Instances]] = []
-    predictions = []
-    for sample in dataset.samples:
-        image = sample.read()
-        found = predict_image(predictor, image, sample)
-        predictions.append(found)
-        if len(shown) < samples and len(sample.boxes):
+
+    def show(image: np.ndarray, sample: Sample, found: Instances) -> None:
+        # Images without planes are shown only where there are no others.
+        if shown and not len(shown[0][1].boxes) and len(sample.boxes):
+            shown.clear()
+        if not shown or (len(shown) < samples and len(sample.boxes)):
             shown.append((image, sample, found))
-    if not shown and len(dataset):
-        # Images without planes show at least what was found there.
-        shown.append((dataset.samples[0].read(), dataset.samples[0], predictions[0]))
-    segmenter = is_segmenter(predictor)
-    evaluations = evaluate_predictions(predictions, dataset, segmenter)
+
+    done, segmenter = predict_dataset(predictor, dataset, show), is_segmenter(predictor)
+    evaluations = evaluate_predictions(done.found, dataset, segmenter, failed=done.failed)
+    for message in list(done.failed.values())[:1]:
+        logging.getLogger(__name__).warning(
+            "%s/%s: %d of %d images failed and count as images without detections (first: %s)",
+            *(dataset.name, dataset.split, len(done.failed), len(dataset), message),
+        )
     if not segmenter:
-        again = evaluate_predictions(predictions, dataset, segmenter, COURSE_THRESHOLD)
+        # How many failed is said once.
+        again = evaluate_predictions(done.found, dataset, segmenter, COURSE_THRESHOLD)
         evaluations += [(f"at_{COURSE_THRESHOLD:g}_{prefix}", e) for prefix, e in again]
     sheet = _crops(shown) if segmenter else figures.image_sheet(shown) if shown else None
     return evaluations, sheet

@@ -14,7 +14,7 @@ from models.errors import DataError, RegistryError, one_line
 from pipelines.data.dataset import Dataset
 from pipelines.data.opening import open_dataset
 from scoring.compare import Candidate, Scored, check_same_data
-from scoring.evaluate import read_predictions
+from scoring.evaluate import failed_images, read_predictions
 from scoring.job import JobResult
 from scoring.writers.parquet import read_instances
 
@@ -37,7 +37,7 @@ def data_of(runs: Sequence[Scored]) -> Dataset:
     except DataError as error:
         raise DataError(f"{error}{_difference(runs)}") from None
     first = runs[0]
-    dataset = open_dataset(first.source, first.data.rpartition("/")[2], first.category)
+    dataset = open_dataset(first.source, first.data.rpartition("/")[2], first.category, keep=True)
     if dataset.digest() != first.digest:
         raise DataError(f"{first.source}: changed since {first.label} was scored (digest {first.digest}); give --data")
     return dataset
@@ -47,7 +47,7 @@ def _difference(runs: Sequence[Scored]) -> str:
     """Which images differ, where both data sets are still to be had."""
     other = next(r for r in runs[1:] if r.digest != runs[0].digest)
     try:
-        sets = [open_dataset(r.source, r.data.rpartition("/")[2], r.category) for r in (runs[0], other)]
+        sets = [open_dataset(r.source, r.data.rpartition("/")[2], r.category, keep=True) for r in (runs[0], other)]
     except DataError:
         return ""
     first, second = ({s.image_id for s in d.samples} for d in sets)
@@ -68,13 +68,13 @@ def from_run(run_id: str, scored: Scored) -> Candidate:
         raise RegistryError(f"run {run_id}: its instance table cannot be fetched ({one_line(error)[:160]})") from None
     speed = scored.images / scored.seconds if scored.seconds else math.nan
     found = read_instances(Path(local))
-    return Candidate(scored.label, found, scored.score_threshold, speed, scored.megabytes)
+    return Candidate(scored.label, found, scored.score_threshold, speed, scored.megabytes, scored.failed)
 
 
 def from_job(job: JobResult) -> Candidate:
     """What a job has just written."""
     found = read_instances(job.folder / "instances.parquet")
-    return Candidate(job.label, found, job.score_threshold, job.images / job.seconds, job.megabytes)
+    return Candidate(job.label, found, job.score_threshold, job.images / job.seconds, job.megabytes, job.failures)
 
 
 def is_file_of_predictions(target: str) -> bool:
@@ -95,7 +95,10 @@ def from_file(target: str, dataset: Dataset) -> Candidate:
         DataError: neither, damaged, or over other images.
     """
     path = file_of(target)
-    return Candidate(path.parent.name if path.stem == "instances" else path.name, read_predictions(path, dataset))
+    found = read_predictions(path, dataset)
+    failed = failed_images(path, dataset, found)
+    label = path.parent.name if path.stem == "instances" else path.name
+    return Candidate(label, found, failed=None if failed is None else len(failed))
 
 
 def gather(

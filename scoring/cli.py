@@ -260,7 +260,7 @@ def _evaluate(predictions: str, data: str, split: str, score_threshold: float, r
     from scoring.evaluate import category_of_file, evaluate_file
 
     known = category_of_file(Path(predictions)) or PLANE
-    dataset = open_dataset(data, split, known if category == AUTO else category)
+    dataset = open_dataset(data, split, known if category == AUTO else category, keep=True)
     for evaluation in evaluate_file(Path(predictions), dataset, score_threshold, rle):
         click.echo(coco_tables(evaluation))
 

@@ -34,7 +34,20 @@ from scoring.runners.local import auto_batch, auto_workers
 from scoring.runners.runner import Runner
 
 # What the terminal shows of the table; the CSV and the page hold all.
-SHOWN = ("model", "AP", "AP50", "mask_AP", "mask_AP50", "matched_IoU", "correct", "missed", "false", "images/s", "MB")
+SHOWN = (
+    "model",
+    "failed",
+    "AP",
+    "AP50",
+    "mask_AP",
+    "mask_AP50",
+    "matched_IoU",
+    "correct",
+    "missed",
+    "false",
+    "images/s",
+    "MB",
+)
 
 
 @dataclass(frozen=True)
@@ -61,12 +74,17 @@ def run_comparison(request: ComparisonRequest) -> None:
     runs = {t: track.load_scored(t) for t in request.targets if is_run(t)}
     if request.data is None and not runs:
         raise DataError("give --data: only scoring runs know what they were made on")
+    for run in runs.values():
+        if run.leaves_out:
+            told = "was scored by a release that left them out of its metrics; score it anew to have metrics of its own"
+            click.echo(f"{run.label}: {run.failed} images failed, and it {told}")
     if runs and len(runs) == len(request.targets):
         click.echo(render(comparison_table(list(runs.values()))) if _same(list(runs.values())) else "")
         if any("IoU" in r.metrics for r in runs.values()):
             return
     category = _category(request, runs)
-    dataset = open_dataset(request.data, request.split, category) if request.data else data_of(list(runs.values()))
+    opened = open_dataset(request.data, request.split, category, keep=True) if request.data else None
+    dataset = opened or data_of(list(runs.values()))
     if not dataset.has_truth or not dataset.planes:
         raise DataError(f"{dataset.name}/{dataset.split}: no annotated planes to compare against")
     click.echo(dataset.summary())
@@ -226,7 +244,8 @@ def score_version(
         job.unlogged = one_line(error)[:200]
         click.echo(f"   outputs in {job.folder}; NOT LOGGED: {job.unlogged}")
     name = f"{dataset.name}/{dataset.split}"
-    scored = Scored(job.label, name, dataset.digest(), job.metrics, job.images, job.seconds, category=dataset.category)
+    measured = (job.metrics, job.images, job.seconds)
+    scored = Scored(job.label, name, dataset.digest(), *measured, category=dataset.category, failed=job.failures)
     return scored, job
 
 
@@ -262,6 +281,7 @@ def _as_it_is(items: Iterable[Any], *_: object) -> Iterator[Any]:
 
 def _tell(job: JobResult) -> None:
     errors = f", {job.failures} unreadable (see errors.parquet)" if job.failures else ""
+    errors += " that count as images without detections" if job.failures and job.evaluations else ""
     errors += f", {job.resumed} of them scored before" if job.resumed else ""
     speed = f"{job.seconds:.1f} s, {job.images / job.seconds:.3g} images/s"
     click.echo(f"{job.label}: {job.instances} planes in {job.images} images{errors}, {speed}")

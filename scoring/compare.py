@@ -22,7 +22,10 @@ ORDER = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "mask_AP", "mask_AP
 
 @dataclass(frozen=True)
 class Scored:
-    """One column of the comparison: what was scored, on which data, with which result."""
+    """One column of the comparison: what was scored, on which data, with which result.
+
+    failed: images that could not be read or predicted; leaves_out: whether its metrics are without them.
+    """
 
     label: str
     data: str
@@ -34,6 +37,8 @@ class Scored:
     score_threshold: float = 0.05
     megabytes: float = math.nan
     category: str = "plane"
+    failed: int = 0
+    leaves_out: bool = False
 
 
 def check_same_data(runs: Sequence[Scored]) -> None:
@@ -58,12 +63,12 @@ def comparison_table(runs: Sequence[Scored]) -> pd.DataFrame:
         DataError: the runs are over different images.
     """
     check_same_data(runs)
-    present = {k for r in runs for k in r.metrics}
-    columns = [k for k in ORDER if k in present]
+    known = [{} if r.leaves_out else r.metrics for r in runs]
+    columns = [k for k in ORDER if any(k in r.metrics for r in runs)]
     rows = []
-    for run in runs:
-        row: dict[str, object] = {"model": run.label, **{k: run.metrics.get(k, math.nan) for k in columns}}
-        row["images"] = run.images
+    for run, metrics in zip(runs, known, strict=True):
+        row: dict[str, object] = {"model": run.label, **{k: metrics.get(k, math.nan) for k in columns}}
+        row |= {"images": run.images, **({"failed": run.failed} if any(r.failed for r in runs) else {})}
         row["images/s"] = run.images / run.seconds if run.seconds else math.nan
         rows.append(row)
     return pd.DataFrame(rows)
@@ -80,13 +85,17 @@ SHOWN_SCORE = 0.5
 
 @dataclass(frozen=True)
 class Candidate:
-    """Predictions that take part; the score below which none were kept, speed and size where known."""
+    """Predictions that take part; the score below which none were kept, speed and size where known.
+
+    failed: how many images could not be read or predicted, None where that is not known.
+    """
 
     label: str
     found: Sequence[Instances]
     score_threshold: float = 0.05
     images_per_second: float = math.nan
     megabytes: float = math.nan
+    failed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +148,8 @@ class Comparison:
         rows = []
         for one in candidates:
             row: dict[str, object] = {"model": one.label}
+            if any(c.failed for c in candidates):
+                row["failed"] = one.failed
             for kind in self.kinds:
                 prefix = "mask_" if kind == "segm" else ""
                 row |= {prefix + k: v for k, v in self.metrics[kind][one.label].items()}
@@ -181,6 +192,7 @@ def compare(dataset: Dataset, candidates: Sequence[Candidate], resamples: int = 
         "data": f"{dataset.name}/{dataset.split}", "digest": dataset.digest(), "images": len(dataset),
         "planes": dataset.planes, "score_threshold": threshold, "max_dets": 100, "resamples": resamples,
         "errors_at_score": SHOWN_SCORE,
+        "images_failed": ", ".join(f"{c.label} {c.failed}" for c in candidates if c.failed) or "none known",
     }  # fmt: skip
     matched = {k: float(np.mean(v)) if v else math.nan for k, v in overlaps.items()}
     images = _rank_images(dataset, kept, said, masks)

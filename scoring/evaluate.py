@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from models.errors import DataError
@@ -10,8 +12,9 @@ from pipelines.data.dataset import Dataset
 from pipelines.evaluation import Evaluation, evaluate_instances
 from pipelines.prediction import evaluate_predictions
 from scoring.plan import MANIFEST, read_manifest
+from scoring.shards import ERRORS
 from scoring.writers.kaggle import Convention, read_submission
-from scoring.writers.parquet import read_instances
+from scoring.writers.parquet import read_failures, read_instances
 
 
 def read_predictions(path: Path, dataset: Dataset, convention: Convention = "course") -> list[Instances]:
@@ -41,10 +44,24 @@ def evaluate_file(path: Path, dataset: Dataset, score_threshold: float, conventi
         DataError: predictions or truth that cannot be used.
     """
     found = read_predictions(path, dataset, convention)
+    count = len(failed_images(path, dataset, found) or ())
     if path.suffix.lower() == ".csv":
-        return [evaluate_instances(dataset, found, "segm", score_threshold)]
-    evaluations = [e for _, e in evaluate_predictions(found, dataset, False, score_threshold)]
-    if not found and dataset.has_masks:
+        evaluations = [evaluate_instances(dataset, found, "segm", score_threshold)]
+    else:
+        evaluations = [e for _, e in evaluate_predictions(found, dataset, False, score_threshold)]
+    if not found and dataset.has_masks and len(evaluations) == 1 and path.suffix.lower() == ".parquet":
         # An empty table does not tell whether masks were looked for.
         evaluations.append(evaluate_instances(dataset, found, "segm", score_threshold))
-    return evaluations
+    return [replace(e, settings={**e.settings, "images_failed": count}) for e in evaluations]
+
+
+def failed_images(path: Path, dataset: Dataset, found: Sequence[Instances]) -> set[str] | None:
+    """Ids of the images that failed for a file of predictions: those in the table of errors beside it, and lost ones.
+
+    None where neither is known. They count as images without detections, as all do that have no row.
+    """
+    listed = {f.image_id for f in found}
+    lost = {s.image_id for s in dataset.samples if s.lost and s.image_id not in listed}
+    if not (path.parent / MANIFEST).is_file() or not (path.parent / ERRORS).is_file():
+        return lost or None
+    return lost | ({f.image_id for f in read_failures(path.parent / ERRORS)} & {s.image_id for s in dataset.samples})

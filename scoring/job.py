@@ -280,17 +280,18 @@ def _write(job: JobResult, dataset: Dataset, has_masks: bool, settings: JobSetti
     if not dataset.has_truth:
         return
     failed = {f.image_id for f in parquet.read_failures(job.folder / ERRORS)} if job.failures else set()
-    truth = dataset.subset([s.image_id for s in dataset.samples if s.image_id not in failed], dataset.split)
-    if truth.planes:
+    if dataset.planes:
         found = list(table)
         listed = {f.image_id for f in found}
-        # Images without a plane have no row; that masks were looked for there counts.
+        # Images without a plane have no row; that masks were looked for there counts. Nor have those that failed, and
+        # what is not found in them is missed.
         empty = [
             Instances.make(s.image_id, s.height, s.width, [], [], [], [] if has_masks else None)
-            for s in truth.samples
+            for s in dataset.samples
             if s.image_id not in listed
         ]
-        job.evaluations = evaluate_predictions([*found, *empty], truth, job.segmenter, settings.score_threshold)
+        how = (job.segmenter, settings.score_threshold, failed)
+        job.evaluations = evaluate_predictions([*found, *empty], dataset, *how)
         content = [{"prefix": p, "metrics": e.finite(), "settings": e.settings} for p, e in job.evaluations]
         write_text(job.folder / "metrics.json", json.dumps(content, indent=2) + "\n")
 

@@ -190,9 +190,9 @@ def read_inputs(folder: Path, manifest: Manifest) -> Dataset:
 
 
 def _inputs(dataset: Dataset) -> pa.Table:
-    columns: dict[str, list[Any]] = {
-        name: [getattr(s, name) for s in dataset.samples] for name in ("image_id", "height", "width", "number")
-    }
+    columns: dict[str, list[Any]] = {name: [getattr(s, name) for s in dataset.samples] for name in ("image_id", "number")}
+    # The size of a lost image is a guess, and nothing is drawn into it.
+    columns |= {name: [0 if s.lost else getattr(s, name) for s in dataset.samples] for name in ("height", "width")}
     columns["path"] = [absolute(s.path) for s in dataset.samples]
     columns["digest"] = dataset.file_digests()
     return pa.Table.from_pydict(columns, schema=INPUT_SCHEMA)

@@ -14,7 +14,6 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from models.errors import DataError
 from models.instances import Instances
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.evaluation import COCO_METRICS
@@ -113,7 +112,8 @@ def _pictures(comparison: Comparison, candidates: Sequence[Candidate], dataset: 
         sample = samples[difference.image_id]
         try:
             image = sample.read()
-        except DataError:
+        except Exception:
+            # A decoder may raise anything on a damaged file; a picture less must not cost the page.
             continue
         entries.append({"difference": difference, "rows": _rows(image, sample, difference, by_id, comparison.labels)})
     return entries

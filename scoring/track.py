@@ -70,6 +70,7 @@ def load_scored(run_id: str) -> Scored:
         raise RegistryError(f"run {run_id!r}: not a scoring run; {recent_runs()}")
     prefix = run.data.tags.get("metric_prefix", "test/")
     metrics = {k.removeprefix(prefix): v for k, v in run.data.metrics.items() if k.startswith(prefix)}
+    failed = int(run.data.metrics.get("errors", 0))
     data = next((i.dataset for i in run.inputs.dataset_inputs), None)
     return Scored(
         run.data.tags.get("version", run_id),
@@ -83,6 +84,9 @@ def load_scored(run_id: str) -> Scored:
         run.data.metrics.get("model_megabytes", math.nan),
         # Releases before 0.6.1 measured every version against planes.
         run.data.params.get("category", PLANE),
+        failed,
+        # They left failed images out of their metrics, too.
+        leaves_out=bool(failed and metrics and "images_failed" not in metrics),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from models.image import Header, image_header, read_image
 from models.instances import RLE
 from pipelines.data.dataset import Problems, Sample
 from pipelines.data.remote import AnyPath
+
+MOST_SIDE = 100_000
 
 # Shared by all images without planes: a scoring may list millions.
 _NO_BOXES, _NO_CROWD = np.zeros((0, 4), np.float32), np.zeros(0, bool)
@@ -131,32 +133,60 @@ def _polygons(value: Any, height: int, width: int, where: str, problems: Problem
     return rle_from_polygons(good, height, width) if good else None
 
 
-def checked_header(file: AnyPath) -> Header:
-    """The header of an annotated image; a file that seems to end early is decoded to see whether it does.
+@dataclass(frozen=True)
+class Looked:
+    """What a look at an annotated image's file says: its header, None without one; why it is lost, and in which words."""
 
-    Raises:
-        DataError: not readable, not an image, or truncated.
+    header: Header | None
+    lost: str = ""
+    why: str = ""
+
+
+def look_at(file: AnyPath | None) -> Looked:
+    """Whether an annotated image's file is there and can be used, ``None``: it was not found.
+
+    A file that seems to end early is decoded to see whether it does.
     """
+    if file is None:
+        return Looked(None, "missing")
+    header = None
     try:
         header = image_header(file)
         if header.cut:
             read_image(file)
-    except DataError as error:
-        # A large TIFF is read by windows, and what is missing of it shows only then.
-        if error.kind != "too large":
-            raise
     except Exception as error:
-        # A decoder may raise anything on a damaged file.
-        raise DataError(f"{file}: cannot be decoded ({type(error).__name__}: {one_line(error)[:160]})", "damaged") from None
-    return header
+        # A decoder may raise anything on a damaged file. A large TIFF is read by windows, and what is missing of it
+        # shows only then.
+        if header is None or not isinstance(error, DataError) or error.kind != "too large":
+            return Looked(header, "cut" if header else "unreadable", one_line(error)[:160])
+    return Looked(header)
 
 
-def lost_sample(found: AnyPath | None, expected: AnyPath, where: str, problems: Problems, keep: bool) -> list[Sample]:
-    """Count an annotated image that is missing or cannot be read; with ``keep`` its `Sample.lost`, else nothing."""
-    kind = "missing images" if found is None else "unreadable images"
+def note_lost(lost: str, keep: bool, where: str, problems: Problems) -> None:
+    """Count an annotated image whose file cannot be used; ``lost``: why, as in `Sample`."""
+    kind = {"missing": "missing images", "other size": "images of another size"}.get(lost, "unreadable images")
     problems.add(f"{kind}, kept as errors" if keep else f"{kind} left out", where)
-    file = found or expected
-    return [make_sample(file.stem, file, (0, 0), file.stem, [])] if keep else []
+
+
+def extent(entries: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """(height, width) that annotations of an image fit into, of which nothing else is known."""
+    height, width = 1.0, 1.0
+    for entry in entries:
+        box = _box(entry.get("bbox"))
+        if box is not None:
+            width, height = max(width, float(box[2])), max(height, float(box[3]))
+        outline = entry.get("segmentation")
+        try:
+            if isinstance(outline, dict):
+                rows, columns = (int(v) for v in outline["size"])
+                height, width = max(height, rows), max(width, columns)
+            for polygon in outline if isinstance(outline, list) else ():
+                width, height = max(width, *map(float, polygon[0::2])), max(height, *map(float, polygon[1::2]))
+        except (TypeError, ValueError, KeyError):
+            # Whoever reads the outline counts it.
+            continue
+    # A size that no raster has would be a slip of the pen.
+    return math.ceil(min(height, MOST_SIDE)), math.ceil(min(width, MOST_SIDE))
 
 
 def make_sample(
@@ -167,6 +197,7 @@ def make_sample(
     planes: list[Plane],
     truth: bool = True,
     number: int | None = None,
+    lost: str = "",
 ) -> Sample:
     """Build a Sample from checked planes."""
     return Sample(
@@ -180,4 +211,5 @@ def make_sample(
         np.array([p.crowd for p in planes], bool) if planes else _NO_CROWD,
         truth,
         number,
+        lost=lost,
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from models.errors import DataError
-from pipelines.data.annotations import checked_header, lost_sample, make_sample, read_json, read_plane
+from pipelines.data.annotations import MOST_SIDE, Looked, extent, look_at, make_sample, note_lost, read_json, read_plane
 from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
 from pipelines.data.remote import AnyPath
 
@@ -22,7 +22,7 @@ def read_coco(
 ) -> Dataset:
     """Read a COCO file; images are looked for beside it, in ``<split>/`` and in ``images/``.
 
-    Images that cannot be read are left out; with ``keep`` they stay as `Sample.lost`.
+    Images that cannot be read are left out; with ``keep`` they stay as `Sample.lost`, with their planes.
     The category is chosen by name (any case), never by number. An image entry may name its
     ``scene``. What is wrong is counted in ``problems``.
 
@@ -39,18 +39,20 @@ def read_coco(
     samples = []
     for key, entry in images.items():
         file = find_image(path.parent, str(entry["file_name"]), split, path.stem)
-        where = f"{path.name} image {entry['file_name']}"
-        size = None if file is None else _size(entry, file, where, problems)
-        if file is None or size is None:
-            samples += lost_sample(file, path.parent / str(entry["file_name"]), where, problems, keep)
-            continue
-        planes = [
-            read_plane(a, *size, f"{path.name} annotation {a.get('id', '?')}", problems) for a in annotations.get(key, [])
-        ]
+        where, mine = f"{path.name} image {entry['file_name']}", annotations.get(key, [])
+        looked = look_at(file)
+        if looked.lost:
+            note_lost(looked.lost, keep, f"{where}: {looked.why}" if looked.why else where, problems)
+            if not keep:
+                continue
+        file = path.parent / str(entry["file_name"]) if file is None else file
+        size = _size(entry, looked, mine, where, problems)
+        planes = [read_plane(a, *size, f"{path.name} annotation {a.get('id', '?')}", problems) for a in mine]
         scene = str(entry.get("scene") or scene_of(file.stem, scene_pattern))
         known_truth = isinstance(content.get("annotations"), list)
         number = key if isinstance(key, int) else None
-        samples.append(make_sample(file.stem, file, size, scene, [p for p in planes if p], known_truth, number))
+        kept = [p for p in planes if p]
+        samples.append(make_sample(file.stem, file, size, scene, kept, known_truth, number, looked.lost))
     if all(s.lost for s in samples):
         raise DataError(f"{path}: none of its {len(images)} images was found under {path.parent}")
     chosen = with_unique_ids(samples, path)
@@ -119,12 +121,23 @@ def _by_image(
     return grouped
 
 
-def _size(entry: Mapping[str, Any], file: Path, where: str, problems: Problems) -> tuple[int, int] | None:
-    try:
-        size = checked_header(file).size
-    except DataError:
-        return None
-    stated = (entry.get("height"), entry.get("width"))
-    if None not in stated and tuple(stated) != size:
+def _size(
+    entry: Mapping[str, Any], looked: Looked, annotations: Sequence[Mapping[str, Any]], where: str, problems: Problems
+) -> tuple[int, int]:
+    """(height, width) of the file; where it has none, the stated one, or one that the annotations fit into."""
+    stated = _stated(entry)
+    if looked.header is None:
+        return stated or extent(annotations)
+    size = looked.header.size
+    if stated and stated != size:
         problems.add("image sizes corrected from the file", f"{where}: {stated[1]}x{stated[0]}")
     return size
+
+
+def _stated(entry: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) that an image entry states, None where it states none that an image may have."""
+    try:
+        height, width = int(entry["height"]), int(entry["width"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return (height, width) if 1 <= height <= MOST_SIDE and 1 <= width <= MOST_SIDE else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from models.errors import DataError
 from models.image import IMAGE_SUFFIXES
-from pipelines.data.annotations import checked_header, lost_sample, make_sample, read_json, read_plane
+from pipelines.data.annotations import extent, look_at, make_sample, note_lost, read_json, read_plane
 from pipelines.data.coco import find_image
 from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
 from pipelines.data.remote import AnyPath
@@ -25,7 +25,7 @@ def read_course(
     """Read ``train.json``: each entry has file_name, category_name, bbox xywh, segmentation polygons.
 
     Images of the folder without any annotation count as images without planes. Those that
-    cannot be read are left out; with ``keep`` they stay as `Sample.lost`.
+    cannot be read are left out; with ``keep`` they stay as `Sample.lost`, with their planes.
 
     Raises:
         DataError: not such a list, category unknown, or no image found.
@@ -46,17 +46,16 @@ def read_course(
     samples = []
     for file_name in [*grouped, *others]:
         file = find_image(path.parent, file_name, split, path.stem)
-        try:
-            size = None if file is None else checked_header(file).size
-        except DataError:
-            size = None
-        if file is None or size is None:
-            samples += lost_sample(file, path.parent / file_name, file_name, problems, keep)
-            continue
-        planes = [
-            read_plane(e, *size, f"{path.name} annotation {e.get('id', '?')}", problems) for e in grouped.get(file_name, [])
-        ]
-        samples.append(make_sample(file.stem, file, size, scene_of(file.stem, scene_pattern), [p for p in planes if p]))
+        looked, mine = look_at(file), grouped.get(file_name, [])
+        if looked.lost:
+            note_lost(looked.lost, keep, f"{file_name}: {looked.why}" if looked.why else file_name, problems)
+            if not keep:
+                continue
+        file = path.parent / file_name if file is None else file
+        size = looked.header.size if looked.header else extent(mine)
+        planes = [read_plane(e, *size, f"{path.name} annotation {e.get('id', '?')}", problems) for e in mine]
+        scene, kept = scene_of(file.stem, scene_pattern), [p for p in planes if p]
+        samples.append(make_sample(file.stem, file, size, scene, kept, lost=looked.lost))
     if all(s.lost for s in samples):
         raise DataError(f"{path}: none of its images was found under {path.parent}")
     samples.sort(key=lambda s: s.image_id)

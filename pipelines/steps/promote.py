@@ -160,7 +160,7 @@ def _datasets(request: PromotionRequest, file: GateFile, category: str) -> list[
     wanted = [RequiredData(path=p, split=request.split or "test") for p in request.data] or file.data
     if not wanted:
         raise RegistryError(f"{request.model}: its gates name no data; give --data, a data set with ground truth")
-    datasets = [open_dataset(d.path, request.split or d.split, category) for d in wanted]
+    datasets = [open_dataset(d.path, request.split or d.split, category, keep=True) for d in wanted]
     for dataset in datasets:
         click.echo(dataset.summary())
     return datasets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +13,19 @@ import click
 import mlflow
 import numpy as np
 
-from models.errors import DataError
+from models.errors import DataError, one_line
 from models.geometry import crop_window
 from models.predictor import read_spec
 from models.saved_files import WEIGHTS_FILE
-from pipelines import tracking
+from pipelines import registry, tracking
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation import Evaluation, coco_tables
 from pipelines.registration import log_and_register
 from pipelines.sheets import evaluate_with_sheet
 from pipelines.training_images import TrainingImages, images_of
+
+# Tag of run and version: "complete", or what went wrong when it was evaluated.
+EVALUATION = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -50,17 +54,12 @@ def publish(what: Publication, run_id: str, device: str) -> tuple[str | None, di
         The version (None where it is not registered) and the test metrics.
 
     Raises:
-        PlanesError: the store refuses, or a model that cannot be loaded.
+        PlanesError: the store refuses; or, once the version is registered, its evaluation failed.
     """
-    results: list[tuple[str, Evaluation, Dataset]] = []
-    for dataset, prefix in ((what.val, "val/best_"), (what.test, "test/")):
-        if dataset is not None:
-            evaluations, sheet = evaluate_with_sheet(what.saved, dataset, device)
-            results += [(prefix + p, e, dataset) for p, e in evaluations]
-            mlflow.log_image(sheet, f"figures/{dataset.split}_samples.png")
+    results, failed = _evaluate(what, device)
     tested = [(p.removeprefix("test/"), e) for p, e, d in results if d is what.test]
     metrics = {prefix + k: v for prefix, e in tested for k, v in e.finite().items()}
-    tags = {**_tags(what, metrics), **what.tags}
+    tags = {**_tags(what, metrics), **what.tags, EVALUATION: failed or "complete"}
     trained_on = what.trained_on or (images_of(what.train, what.val) if what.train else None)
     version, model_id = log_and_register(
         what.saved, what.name, what.example, tags, run_id, what.register, trained_on=trained_on
@@ -71,8 +70,34 @@ def publish(what: Publication, run_id: str, device: str) -> tuple[str | None, di
         if "max_dets" in evaluation.settings:
             click.echo(coco_tables(evaluation))
     number = str(version.version) if version else None
-    mlflow.set_tag("version", f"{what.name}/{number}" if number else model_id)
+    label = f"{what.name}/{number}" if number else model_id
+    mlflow.set_tags({"version": label, EVALUATION: failed or "complete"})
+    if version is not None:
+        # One that an earlier call registered, whose evaluation failed then, has other numbers now.
+        registry.set_tags(version, {key: tags[key] for key in ("metrics", EVALUATION)})
+    if failed:
+        raise DataError(f"{label} is registered, but its evaluation failed ({failed}); the same command evaluates it again")
     return number, metrics
+
+
+def _evaluate(what: Publication, device: str) -> tuple[list[tuple[str, Evaluation, Dataset]], str]:
+    """(metric prefix, evaluation, data set) of validation and test, and what went wrong, in a line."""
+    results: list[tuple[str, Evaluation, Dataset]] = []
+    failed = []
+    for dataset, prefix in ((what.val, "val/best_"), (what.test, "test/")):
+        if dataset is None:
+            continue
+        try:
+            evaluations, sheet = evaluate_with_sheet(what.saved, dataset, device)
+            results += [(prefix + p, e, dataset) for p, e in evaluations]
+            if sheet is not None:
+                mlflow.log_image(sheet, f"figures/{dataset.split}_samples.png")
+        except Exception as error:
+            # Whatever it is, hours of training must not be lost for it.
+            if os.environ.get("PLANES_TRACEBACK"):
+                raise
+            failed.append(f"{dataset.name}/{dataset.split}: {one_line(error)[:300]}")
+    return results, "; ".join(failed)
 
 
 def _tags(what: Publication, metrics: dict[str, float]) -> dict[str, str]:

@@ -142,7 +142,17 @@ def _data(request: TrainingRequest, recipe: Recipe) -> TrainingData:
         raise DataError(f"{where}: no annotated planes to train on (expected train_coco.json or train.json)")
     train, val = split_by_scene(full, settings.val_fraction, recipe.seed)
     test = open_test(where, settings.category, settings.scene_pattern)
-    return TrainingData(train, val if len(val) else None, test and test.rendered(settings.rendering))
+    test = test and test.rendered(settings.rendering)
+    parts = [_measurable(part, recipe, what) for part, what in ((val if len(val) else None, "validation"), (test, "test"))]
+    return TrainingData(train, *parts)
+
+
+def _measurable(dataset: Dataset | None, recipe: Recipe, what: str) -> Dataset | None:
+    """A data set that this training can be measured on; None, said with its reason before the training, else."""
+    if dataset is not None and isinstance(recipe, UNetRecipe) and not dataset.has_masks:
+        click.echo(f"no {what} metrics: {dataset.name}/{dataset.split} has no planes with outlines")
+        return None
+    return dataset
 
 
 def open_test(where: str, category: str, scene_pattern: str | None) -> Dataset | None:
@@ -150,7 +160,7 @@ def open_test(where: str, category: str, scene_pattern: str | None) -> Dataset |
     if not Path(where).is_dir():
         return None
     try:
-        test = open_dataset(where, "test", category, scene_pattern)
+        test = open_dataset(where, "test", category, scene_pattern, keep=True)
     except DataError as error:
         click.echo(f"no test set: {error}")
         return None

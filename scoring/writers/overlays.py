@@ -9,7 +9,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from models.errors import DataError
 from models.geometry import rescaled, rescaled_mask
 from models.instances import Instances
 from models.windows import open_image, shrunk
@@ -35,10 +34,14 @@ def write_overlays(table: Iterable[Instances], dataset: Dataset, folder: Path, m
     for sample in spread:
         if drawn == most:
             break
+        # The planes of a lost image lie in pixels that nobody has.
+        if sample.lost:
+            continue
         try:
             opened = open_image(sample.path, sample.rendering)
             image = shrunk(opened, MOST_PIXELS)
-        except DataError:
+        except Exception:
+            # A decoder may raise anything on a damaged file; the table of errors says what is wrong with it.
             continue
         # Planes of a shrunken image are small: thick lines and large numbers would hide them.
         line = 1 if image.shape[0] < opened.shape[0] else None

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from models.errors import DataError
+from models.instances import Instances
 from pipelines.data.augment import Augmentation
 from pipelines.data.batches import DetectorBatches, SegmenterBatches
 from pipelines.data.dataset import Dataset
@@ -223,6 +224,58 @@ def test_a_training_whose_unreadable_images_were_removed_goes_on(tmp_path):
     assert find_earlier(begun.parent, "planes-det", _inputs(fewer.subset(["s0", "s2", "s4", "s5"], ""))) is None
     Image.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8)).save(folder / "train" / "s0.png")
     assert find_earlier(begun.parent, "planes-det", _inputs(open_dataset(folder, "train"))) is None
+
+
+class _Blind:
+    """Takes any image but one that is 2 pixels wide."""
+
+    def predict(self, images):
+        if images[0].shape[1] == 2:
+            raise MemoryError("out of memory")
+        return [Instances.make("0", *image.shape[:2], [[10, 10, 30, 30]], [0.9]) for image in images]
+
+
+def test_a_validation_counts_what_fails_and_says_it_once(tmp_path, caplog):
+    from pipelines.training.detector import validation_metrics
+
+    folder = _set(tmp_path / "a")
+    _end_early(folder / "train" / "s1.png")
+    val, unreadable = open_dataset(folder, "train"), Unreadable(tmp_path / "t")
+    with caplog.at_level(logging.WARNING):
+        metrics = [validation_metrics(_Blind(), val, False, unreadable) for _ in range(2)]
+    assert metrics[0] == metrics[1]
+    assert metrics[0]["images_failed"] == 1
+    assert metrics[0]["AP50"] == pytest.approx(5 / 6, abs=0.01)
+    assert [r.message.endswith("; counts as an image without detections") for r in caplog.records] == [True]
+    assert "images_failed" not in validation_metrics(_Blind(), val.subset(["s0", "s2"], "val"), False, unreadable)
+
+
+def test_a_model_that_takes_no_image_at_all_is_an_error(tmp_path):
+    from pipelines.prediction import predict_dataset
+
+    folder = _set(tmp_path / "a", count=2)
+    for i in range(2):
+        Image.fromarray(np.zeros((64, 2, 3), np.uint8)).save(folder / "train" / f"s{i}.png")
+    with pytest.raises(
+        DataError, match=r"/all: none of its 2 images could be predicted; the first: .*s0\.png: MemoryError"
+    ):
+        predict_dataset(_Blind(), open_dataset(folder / "train"))
+
+
+def test_a_sheet_and_an_example_are_made_of_what_can_be_read(tmp_path, monkeypatch):
+    from pipelines import sheets
+    from pipelines.steps.publishing import example_image
+
+    folder = _set(tmp_path / "a", count=3)
+    _end_early(folder / "train" / "s0.png")
+    data = open_dataset(folder, "train")
+    monkeypatch.setattr(sheets, "load_model", lambda *_: _Blind())
+    monkeypatch.setattr(sheets, "read_spec", lambda _: type("Spec", (), {"rendering": data.rendering}))
+    evaluations, sheet = sheets.evaluate_with_sheet(tmp_path, data, "cpu")
+    assert evaluations[0][1].metrics["images_failed"] == 1
+    assert [p for p, e in evaluations if "images_failed" in e.metrics] == [""]
+    assert sheet.shape[0] > 600
+    assert 38 <= example_image("detector", data).min() <= 48
 
 
 def test_the_plan_of_a_training_stays_the_same_when_its_unreadable_image_is_removed(tmp_path, capsys):

@@ -1,0 +1,97 @@
+"""Trained weights are registered whatever becomes of their evaluation; what it would refuse is said before training."""
+
+from __future__ import annotations
+
+import json
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow.tracking import MlflowClient
+
+from models.errors import DataError
+from models.predictor import save_model
+from models.unet import SegmenterArchitecture, build_segmenter, segmenter_spec
+from pipelines import registry, tracking
+from pipelines.data.opening import open_dataset
+from pipelines.steps import publishing
+from pipelines.steps.options import TrainingRequest
+from pipelines.steps.training import plan_training
+from tests.pipelines.test_outlines import _write
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """A saved segmenter, and a store in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
+    monkeypatch.delenv("PLANES_TRACEBACK", raising=False)
+    tracking.connect()
+    architecture = SegmenterArchitecture(network="skipnet", crop_size=64)
+    yield save_model("m", segmenter_spec(architecture, ["plane"]), build_segmenter(architecture).state_dict())
+    mlflow.set_tracking_uri(None)
+
+
+def test_an_evaluation_that_fails_loses_no_weights(saved, tmp_path, monkeypatch):
+    train = _write(tmp_path / "d", split="train")
+    what = publishing.Publication(saved, "kept", np.zeros((64, 64, 3), np.uint8), train, test=_write(tmp_path / "d"))
+    real = publishing.evaluate_with_sheet
+
+    def breaks(*_):
+        raise ZeroDivisionError("odd data")
+
+    with tracking.tracked_run("a run", {}) as run:
+        monkeypatch.setattr(publishing, "evaluate_with_sheet", breaks)
+        with pytest.raises(DataError, match=r"kept/1 is registered, but its evaluation failed \(d/test: odd data\)"):
+            publishing.publish(what, run.info.run_id, "cpu")
+        version = MlflowClient().get_model_version("kept", "1")
+        assert version.tags["evaluation"] == "d/test: odd data"
+        assert json.loads(version.tags["metrics"]) == {}
+        assert registry.find_trained("kept", "none") is None
+        # The same command, the same run: evaluated now, and no second version.
+        monkeypatch.setattr(publishing, "evaluate_with_sheet", real)
+        number, metrics = publishing.publish(what, run.info.run_id, "cpu")
+    version = MlflowClient().get_model_version("kept", number)
+    assert (number, version.tags["evaluation"]) == ("1", "complete")
+    assert json.loads(version.tags["metrics"])["IoU"] == pytest.approx(metrics["IoU"], abs=1e-4)
+
+
+def test_a_version_that_was_not_evaluated_is_not_reused(saved, monkeypatch):
+    what = publishing.Publication(saved, "reused", np.zeros((64, 64, 3), np.uint8), tags={"training_key": "k"})
+    with tracking.tracked_run("a run", {}) as run:
+        publishing.publish(what, run.info.run_id, "cpu")
+    assert registry.find_trained("reused", "k") is not None
+    MlflowClient().set_model_version_tag("reused", "1", "evaluation", "d/test: odd data")
+    assert registry.find_trained("reused", "k") is None
+
+
+def test_images_without_planes_end_no_publication(saved, tmp_path):
+    empty = _write(tmp_path / "d", planes=0)
+    what = publishing.Publication(saved, "empty", np.zeros((64, 64, 3), np.uint8), test=empty)
+    with tracking.tracked_run("a run", {}) as run:
+        number, metrics = publishing.publish(what, run.info.run_id, "cpu")
+    assert (number, {k for k in metrics if k in ("IoU", "AP")}) == ("1", set())
+
+
+@pytest.mark.parametrize(("recipe", "kept"), [("unet_scratch", False), ("detector_scratch", True)])
+def test_data_that_a_training_cannot_be_measured_on_is_said_before_it(recipe, kept, tmp_path, capsys):
+    _write(tmp_path, split="train")
+    _write(tmp_path, spoilt=set(range(8)))
+    task = "unet" if "unet" in recipe else "detector"
+    request = TrainingRequest(
+        task, recipe, str(tmp_path), "m", "cpu", ("data.val_fraction=0",), work_dir=str(tmp_path / "w")
+    )
+    plan = plan_training(request)
+    assert (plan.data.test is not None) == kept
+    said = "no test metrics: " in capsys.readouterr().out
+    assert said != kept
+
+
+def test_some_outlines_are_enough(tmp_path):
+    _write(tmp_path, split="train", spoilt={0})
+    _write(tmp_path, spoilt={1, 2})
+    request = TrainingRequest(
+        "unet", "unet_scratch", str(tmp_path), "m", "cpu", ("data.val_fraction=0",), work_dir=str(tmp_path / "w")
+    )
+    assert plan_training(request).data.test.planes == 8
+    assert open_dataset(tmp_path, "test").without_outline == 2

@@ -1,0 +1,188 @@
+"""An image that fails counts as one without detections, the same in score, evaluate, compare and promotion."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from models.errors import DataError
+from models.geometry import rle_encode
+from models.instances import Instances
+from pipelines.data.opening import open_dataset
+from pipelines.measuring import measure
+from scoring.candidates import from_file, from_job
+from scoring.compare import Candidate, compare
+from scoring.evaluate import evaluate_file
+from scoring.job import JobSettings, run_job
+from scoring.report import write_report
+from tests.conftest import write_image
+
+BOX = [10.0, 10.0, 40.0, 40.0]
+OUTLINE = [10, 10, 40, 10, 40, 40, 10, 40]
+
+
+class Finder:
+    """Finds the plane of every image but those of the widths in ``blind``; those in ``broken`` it cannot take."""
+
+    def __init__(self, blind=(), broken=(), error=MemoryError):
+        self.blind, self.broken, self.error = blind, broken, error
+
+    def predict(self, images):
+        found = []
+        for i, image in enumerate(images):
+            height, width = image.shape[:2]
+            if width in self.broken:
+                raise self.error("out of memory")
+            boxes = [] if width in self.blind else [BOX]
+            mask = np.zeros((height, width), bool)
+            mask[10:40, 10:40] = True
+            found.append(
+                Instances.make(str(i), height, width, boxes, [0.9] * len(boxes), None, [rle_encode(mask)] * len(boxes))
+            )
+        return found
+
+
+class Crops(Finder):
+    """The same as a segmenter of given boxes."""
+
+    def masks_in_boxes(self, images, boxes):
+        return [list(one.masks) for one in self.predict(images)]
+
+
+def _set(folder, count=5):
+    """Images of 80, 81, ... pixels' width with a plane each."""
+    images, annotations = [], []
+    for i in range(count):
+        write_image(folder / "test" / f"{i}.png", 60, 80 + i, i)
+        images.append({"id": i + 1, "file_name": f"{i}.png", "height": 60, "width": 80 + i})
+        annotations.append(
+            {"id": i + 1, "image_id": i + 1, "category_id": 1, "bbox": [10, 10, 30, 30], "segmentation": [OUTLINE]}
+        )
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "plane"}]}
+    (folder / "test_coco.json").write_text(json.dumps(content))
+    return folder
+
+
+def _open(folder):
+    return open_dataset(folder, "test", keep=True)
+
+
+def _score(folder, out, predictor, label="m/1"):
+    return run_job(predictor, label, _open(folder), out, JobSettings(overlays=2), lambda items, *_: items)
+
+
+def _everywhere(folder, out, predictor):
+    """AP of boxes and masks by score, evaluate, compare and promotion."""
+    job, dataset = _score(folder, out, predictor), _open(folder)
+    file = evaluate_file(job.folder / "instances.parquet", dataset, 0.05, "course")
+    csv = evaluate_file(job.folder / "kaggle.csv", dataset, 0.05, "course")
+    other = Candidate("other", [], failed=0)
+    by_job, by_file = (compare(dataset, [one, other]) for one in (from_job(job), from_file(str(job.folder), dataset)))
+    measured = measure({"m": predictor}, dataset, lambda items, *_: items)["m"]
+    boxes = [job.metrics["AP"], file[0].metrics["AP"], measured.metrics["AP"]]
+    boxes += [c.metrics["bbox"][c.labels[0]]["AP"] for c in (by_job, by_file)]
+    masks = [job.metrics["mask_AP"], file[1].metrics["AP"], csv[0].metrics["AP"], measured.metrics["mask_AP"]]
+    failed = [int(job.metrics["images_failed"]), job.failures, len(measured.failed)]
+    failed += [e.settings["images_failed"] for e in (*file, *csv, measured.evaluation)]
+    assert len(set(failed)) == 1, failed
+    rows = [c.table([one, other])["failed"].tolist() if failed[0] else [] for c, one in ((by_job, from_job(job)),)]
+    assert rows == ([[failed[0], 0]] if failed[0] else [[]])
+    return boxes, masks, failed[0]
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, DataError])
+def test_images_that_fail_count_as_images_that_are_missed(tmp_path, error):
+    folder = _set(tmp_path / "data")
+    missed = _everywhere(folder, tmp_path / "missed", Finder(blind=(81, 83)))
+    failed = _everywhere(folder, tmp_path / "failed", Finder(broken=(81, 83), error=error))
+    assert missed[2] == 0
+    assert failed[2] == 2
+    assert failed[:2] == missed[:2]
+    assert len(set(failed[0])) == len(set(failed[1])) == 1
+    assert failed[0][0] == pytest.approx(0.604, abs=0.01)
+
+
+def test_two_images_that_fail_cost_what_two_missed_ones_do(tmp_path):
+    folder = _set(tmp_path / "data")
+    missed = _score(folder, tmp_path / "missed", Finder(blind=(81, 83)))
+    failed = _score(folder, tmp_path / "failed", Finder(broken=(81, 83)))
+    assert failed.metrics["AP"] == missed.metrics["AP"] == pytest.approx(0.604, abs=0.01)
+
+
+@pytest.mark.parametrize("damage", ["removed", "text", "cut", "cut header"])
+def test_images_that_cannot_be_read_count_the_same(tmp_path, damage):
+    folder = _set(tmp_path / "data")
+    expected = _everywhere(folder, tmp_path / "missed", Finder(blind=(81, 83)))
+    for name in ("1.png", "3.png"):
+        path = folder / "test" / name
+        content = path.read_bytes()
+        cut = {"removed": None, "text": b"no image", "cut": content[: len(content) * 2 // 3], "cut header": content[:20]}[
+            damage
+        ]
+        path.unlink()
+        if cut is not None:
+            path.write_bytes(cut)
+    boxes, masks, failed = _everywhere(folder, tmp_path / "failed", Finder())
+    assert failed == 2
+    assert (boxes, masks) == expected[:2]
+    lost = [s for s in _open(folder).samples if s.lost]
+    assert [(s.height, s.width, len(s.boxes), s.has_masks) for s in lost] == [(60, 81, 1, True), (60, 83, 1, True)]
+
+
+def test_a_segmenters_failed_image_has_an_iou_of_0(tmp_path):
+    folder = _set(tmp_path / "data", 4)
+    job = _score(folder, tmp_path / "out", Crops(broken=(81,)))
+    assert (job.metrics["IoU"], job.metrics["IoU_min"], job.metrics["images_failed"]) == (0.75, 0.0, 1.0)
+    (folder / "test" / "2.png").unlink()
+    measured = measure({"m": Crops(broken=(81,))}, _open(folder), lambda items, *_: items)["m"]
+    assert (measured.metrics["IoU"], len(measured.failed)) == (0.5, 2)
+    assert measured.of_size("small", "IoU") == 0.5
+
+
+def test_how_many_failed_stands_in_the_files_and_on_the_page(tmp_path):
+    folder = _set(tmp_path / "data")
+    (folder / "test" / "2.png").unlink()
+    jobs = [
+        _score(folder, tmp_path / "out", Finder(broken=(84,)), "a/1"),
+        _score(folder, tmp_path / "out", Finder(), "b/2"),
+    ]
+    content = json.loads((jobs[0].folder / "metrics.json").read_text())
+    assert [c["settings"]["images_failed"] for c in content] == [2, 2]
+    assert content[0]["metrics"]["images_failed"] == 2
+    candidates = [from_job(job) for job in jobs]
+    comparison = compare(_open(folder), candidates)
+    page = write_report(comparison, candidates, _open(folder), tmp_path / "report.html").read_text()
+    assert "count as images without detections: a/1 2, b/2 1." in page
+    assert {c.missed for c in comparison.images if c.image_id == "2"} == {(1, 1)}
+
+
+def test_a_course_set_keeps_the_planes_of_its_lost_images(tmp_path):
+    folder = _set(tmp_path / "data", 3)
+    entries = [
+        {"id": i, "file_name": f"{i}.png", "category_name": "plane", "bbox": [10, 10, 30, 30], "segmentation": [OUTLINE]}
+        for i in range(3)
+    ]
+    (folder / "test_coco.json").unlink()
+    (folder / "test.json").write_text(json.dumps(entries))
+    (folder / "test" / "1.png").unlink()
+    dataset = _open(folder)
+    (lost,) = [s for s in dataset.samples if s.lost]
+    assert (lost.height, lost.width, lost.masks[0] is not None) == (40, 40, True)
+    assert dataset.planes == 3
+    assert len(open_dataset(folder, "test")) == 2
+
+
+def test_a_job_of_an_earlier_release_over_lost_images_is_gone_on_with(tmp_path):
+    """Its digest left out what was missing or unreadable, and counted what was cut."""
+    folder = _set(tmp_path / "data")
+    whole = open_dataset(folder, "test")
+    rest = whole.subset(["0", "2", "3", "4"], "test")
+    assert rest.digest() != whole.digest()
+    (folder / "test" / "1.png").unlink()
+    assert _open(folder).digest() == rest.digest()
+    (folder / "test" / "1.png").write_bytes(b"no image")
+    assert _open(folder).digest() == rest.digest()
+    _score(folder, tmp_path / "out", Finder())
+    assert _score(folder, tmp_path / "out", Finder()).resumed == 5
