@@ -288,6 +288,11 @@ def _tell(job: JobResult) -> None:
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sorted(job.stages.items(), key=lambda s: -s[1]))
     peaks = ", ".join(f"peak {kind.replace('_', ' ')} {megabytes:,.0f} MB" for kind, megabytes in job.peaks.items())
     click.echo(f"   {stages or 'no stages measured'}; {peaks}")
+    if job.little:
+        click.echo(
+            f"   {job.little} images fill less than an eighth of the range that they are read with (first: "
+            f"{job.first_little}): too dark or pale for the model? See --range"
+        )
     for _, evaluation in job.evaluations:
         if "max_dets" in evaluation.settings:
             click.echo(coco_tables(evaluation))

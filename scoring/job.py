@@ -71,7 +71,8 @@ class JobResult:
 
     resumed: how many of the images had been scored by an earlier, interrupted call; stages:
     seconds by stage, of all threads together; peaks: highest memory in MB by kind; unlogged: why
-    the tracking store did not take it.
+    the tracking store did not take it; little: how many images fill little of the range that they are
+    read with, and the first of them.
     """
 
     label: str
@@ -88,6 +89,8 @@ class JobResult:
     stages: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
     unlogged: str | None = None
+    little: int = 0
+    first_little: str = ""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -168,6 +171,7 @@ def run_job(
             job = JobResult(label, folder, totals.images, totals.instances, totals.failures, totals.seconds)
             job.segmenter, job.score_threshold, job.resumed = is_segmenter(predictor), settings.score_threshold, resumed
             job.stages, job.peaks = totals.stages, runner.peak_megabytes()
+            job.little, job.first_little = totals.little, totals.first_little
             _write(job, dataset, totals.masks, settings)
     except OSError as error:
         raise OutputError(
@@ -239,7 +243,7 @@ def _make_missing(
             del collected[position]
             now, stages = time.monotonic(), runner.stages()
             spent = {stage: seconds - counted.get(stage, 0.0) for stage, seconds in stages.items()}
-            writer.submit(write_shard, folder, missing[position], results, now - begun, spent)
+            writer.submit(write_shard, folder, missing[position], results, now - begun, spent, runner.little(position))
             begun, counted = now, stages
     return len(dataset) - total
 

@@ -53,7 +53,8 @@ def part_again(folder: Path, manifest: Manifest, dataset: Dataset, totals: Total
             results.append(nothing if found is None else found)
         # What the whole job took stands in the first shard.
         seconds, stages = (totals.seconds, totals.stages) if number == 0 else (0.0, {})
-        write_shard(folder, number, results, seconds, stages)
+        little = [totals.first_little] * totals.little if number == 0 else []
+        write_shard(folder, number, results, seconds, stages, little)
     # Until here a stop changes nothing: shards beside a finished job are removed.
     (folder / DONE).unlink()
 
@@ -74,4 +75,4 @@ def replace_in_shard(
     for position, sample in enumerate(samples):
         known = found.get(sample.image_id) or failures.get(sample.image_id) or _nothing(sample, notes["masks"])
         results.append(again.get(position, known))
-    write_shard(folder, number, results, notes["seconds"] + seconds, notes["stages"])
+    write_shard(folder, number, results, notes["seconds"] + seconds, notes["stages"], notes.get("little", []))

@@ -24,7 +24,8 @@ INSTANCES, ERRORS, NOTES = "instances.parquet", "errors.parquet", "shard.json"
 class Totals:
     """What all shards hold: images predicted, planes, images that failed, seconds of work, whether masks were made.
 
-    stages: seconds by stage, of all threads together.
+    stages: seconds by stage, of all threads together; little: how many images fill little of the range that
+    they are read with, first_little the id of the first.
     """
 
     images: int
@@ -33,6 +34,8 @@ class Totals:
     seconds: float
     masks: bool
     stages: dict[str, float] = field(default_factory=dict)
+    little: int = 0
+    first_little: str = ""
 
 
 def shard_folder(folder: Path, number: int) -> Path:
@@ -52,12 +55,18 @@ def finished(folder: Path) -> set[int]:
 
 
 def write_shard(
-    folder: Path, number: int, results: Sequence[Instances | Failure], seconds: float, stages: Mapping[str, float]
+    folder: Path,
+    number: int,
+    results: Sequence[Instances | Failure],
+    seconds: float,
+    stages: Mapping[str, float],
+    little: Sequence[str] = (),
 ) -> None:
     """Write one shard, in place of an earlier one: temporary folder, fsync, rename.
 
     Args:
         seconds: that its images took, stages: the same by stage; the time of writing is added here.
+        little: ids of its images that fill little of their range.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
@@ -76,6 +85,7 @@ def write_shard(
             flush(temporary / name)
         notes = {"images": len(found), "instances": sum(map(len, found)), "failures": len(failures), "seconds": seconds}
         notes["masks"] = any(f.masks is not None for f in found)
+        notes["little"] = list(little)
         notes["stages"] = {**stages, "write": time.perf_counter() - started}
         (temporary / NOTES).write_text(json.dumps(notes))
         for path in (temporary / NOTES, temporary):
@@ -115,5 +125,8 @@ def join_shards(folder: Path, count: int) -> None:
     stages: defaultdict[str, float] = defaultdict(float)
     for stage, seconds in (item for n in notes for item in n["stages"].items()):
         stages[stage] += seconds
-    totals = Totals(*counts, any(n["masks"] for n in notes), dict(stages))
+    # Shards of 0.6.0 have no such list.
+    little = [image_id for n in notes for image_id in n.get("little", [])]
+    first = little[0] if little else ""
+    totals = Totals(*counts, any(n["masks"] for n in notes), dict(stages), len(little), first)
     write_durably(folder / DONE, lambda path: path.write_text(json.dumps(asdict(totals)) + "\n"))

@@ -39,6 +39,7 @@ def log_job(
         tracking.log_dataset(dataset, "scoring")
         model_id = tracking.link_model(resolved.model_id)
         counts = {"images": job.images, "instances": job.instances, "errors": job.failures}
+        counts |= {"images_filling_little_of_their_range": job.little} if job.little else {}
         if not math.isnan(megabytes):
             mlflow.log_metric("model_megabytes", megabytes)
         mlflow.log_metrics({**counts, "seconds": job.seconds, "images_per_second": job.images / job.seconds})

@@ -18,7 +18,7 @@ from models.predictor import Predictor
 from models.stages import measured, seconds_since
 from models.tiling import tiling_of
 from models.torch_tools import Precision, precision
-from models.windows import AnyImage
+from models.windows import AnyImage, fills_little
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.prediction import image_failure, is_segmenter, predict_image
 from scoring.reader import MOST_BYTES, Failure, failure, read_ahead, size_in_bytes
@@ -71,6 +71,7 @@ class LocalRunner:
         self.batch_size, self.workers, self.kind = batch_size, workers, kind
         self._before = seconds_since()
         self._tiled = tiling_of(predictor) is not None
+        self._little: dict[int, list[str]] = {}
 
     def stages(self) -> dict[str, float]:
         """See `Runner`."""
@@ -84,6 +85,10 @@ class LocalRunner:
 
             peaks["gpu_memory"] = torch.cuda.max_memory_allocated(self.device) / 1e6
         return peaks
+
+    def little(self, position: int) -> list[str]:
+        """See `Runner`."""
+        return self._little.pop(position, [])
 
     def results(self, shards: Sequence[Sequence[Sample]]) -> Iterator[Scored]:
         """See `Runner`. Images of one size share a batch; tiles of all images do.
@@ -100,6 +105,8 @@ class LocalRunner:
                 if isinstance(image, Failure):
                     yield position, index, image
                     continue
+                if fills_little(image):
+                    self._little.setdefault(position, []).append(sample.image_id)
                 size = None if self._tiled else image.shape
                 waiting.setdefault(size, []).append(_Read(index, sample, image))
                 if len(waiting[size]) < self.batch_size and not self._too_many(waiting):

@@ -65,6 +65,7 @@ class RayRunner:
         self.folder, self.settings = folder, settings
         self._stages: dict[str, float] = {}
         self._peaks: dict[str, float] = {}
+        self._little: dict[int, list[str]] = {}
 
     def stages(self) -> dict[str, float]:
         """See `Runner`; of the actors."""
@@ -73,6 +74,10 @@ class RayRunner:
     def peak_megabytes(self) -> dict[str, float]:
         """See `Runner`; of the actor with the most."""
         return dict(self._peaks)
+
+    def little(self, position: int) -> list[str]:
+        """See `Runner`."""
+        return self._little.pop(position, [])
 
     def results(self, shards: Sequence[Sequence[Sample]]) -> Iterator[Scored]:
         """See `Runner`. A lost actor is started anew, and its shards are predicted again.
@@ -87,7 +92,8 @@ class RayRunner:
             packed = ray.cloudpickle.dumps(content)
             for start in range(0, len(shards), MOST_BLOCKS):
                 for row in self._dataset(packed, shards[start : start + MOST_BLOCKS]).iter_rows():
-                    results, stages, peaks = pickle.loads(row["results"])
+                    results, stages, peaks, little = pickle.loads(row["results"])
+                    self._little[start + row["position"]] = little
                     for stage, seconds in stages.items():
                         self._stages[stage] = self._stages.get(stage, 0.0) + seconds
                     for kind, megabytes in peaks.items():
@@ -147,7 +153,7 @@ class _Actor:
             results = list(self.runner.results([pickle.loads(samples)]))
             stages = {k: v - before.get(k, 0.0) for k, v in self.runner.stages().items()}
             out["position"].append(int(position))
-            out["results"].append(pickle.dumps((results, stages, self.runner.peak_megabytes())))
+            out["results"].append(pickle.dumps((results, stages, self.runner.peak_megabytes(), self.runner.little(0))))
         return out
 
 

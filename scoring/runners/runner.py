@@ -20,6 +20,10 @@ class Runner(Protocol):
         """Results in any order; what they are depends on nothing but the image's shard."""
         ...
 
+    def little(self, position: int) -> list[str]:
+        """Ids of the images of a shard , predicted by now, that fill little of their range; asked once."""
+        ...
+
     def stages(self) -> dict[str, float]:
         """Seconds by stage of the results so far, all threads and processes together."""
         ...

@@ -115,3 +115,22 @@ def test_the_cache_lets_go_of_files_that_are_read_by_windows(tmp_path, monkeypat
     for sample in open_dataset(tmp_path).samples:
         cache.read(sample)
     assert len(cache._held) == MOST_OPEN
+
+
+def test_images_that_fill_little_of_their_range_are_counted_once(rasters, tmp_path):
+    deep = Rendering(range="depth")
+    job = _job(tmp_path / "deep", rasters, deep, shard_size=1)
+    assert (job.little, job.first_little) == (2, "0")
+    assert _job(tmp_path / "deep", rasters, deep, shard_size=1).little == 2
+    assert _job(tmp_path / "auto", rasters, Rendering()).little == 0
+
+    def stopping(results, *_):
+        for number, result in enumerate(results):
+            if number == 1:
+                raise KeyboardInterrupt
+            yield result
+
+    dataset, settings = open_dataset(rasters).rendered(deep), JobSettings(score_threshold=0.0, overlays=0, shard_size=1)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(Brightness(), "m/1", dataset, tmp_path / "half", settings, stopping)
+    assert run_job(Brightness(), "m/1", dataset, tmp_path / "half", settings, lambda r, *_: r).little == 2
