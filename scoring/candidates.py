@@ -14,7 +14,7 @@ from models.errors import DataError, RegistryError, one_line
 from pipelines.data.dataset import Dataset
 from pipelines.data.opening import open_dataset
 from scoring.compare import Candidate, Scored, check_same_data
-from scoring.evaluate import failed_images, read_predictions
+from scoring.evaluate import checked_sizes, failed_images, read_predictions
 from scoring.job import JobResult
 from scoring.writers.parquet import read_instances
 
@@ -56,18 +56,19 @@ def _difference(runs: Sequence[Scored]) -> str:
     return f": {', '.join(parts)}" if parts else ": the same names, but other pixels or annotations"
 
 
-def from_run(run_id: str, scored: Scored) -> Candidate:
+def from_run(run_id: str, scored: Scored, dataset: Dataset) -> Candidate:
     """A scoring run's instance table.
 
     Raises:
         RegistryError: its outputs are gone.
+        DataError: its images were of other sizes than the data set's.
     """
     try:
         local = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="scoring/instances.parquet")
     except (mlflow.MlflowException, OSError) as error:
         raise RegistryError(f"run {run_id}: its instance table cannot be fetched ({one_line(error)[:160]})") from None
     speed = scored.images / scored.seconds if scored.seconds else math.nan
-    found = read_instances(Path(local))
+    found = checked_sizes(read_instances(Path(local)), dataset, f"run {run_id}")
     return Candidate(scored.label, found, scored.score_threshold, speed, scored.megabytes, scored.failed)
 
 
@@ -117,7 +118,7 @@ def gather(
                 raise DataError(
                     f"run {target}: was made on {runs[target].data} (digest {runs[target].digest}), not on {data}"
                 )
-            candidates.append(from_run(target, runs[target]))
+            candidates.append(from_run(target, runs[target], dataset))
         elif is_file_of_predictions(target):
             candidates.append(from_file(target, dataset))
         else:

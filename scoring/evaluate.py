@@ -26,8 +26,23 @@ def read_predictions(path: Path, dataset: Dataset, convention: Convention = "cou
     if path.suffix.lower() == ".csv":
         return read_submission(path, dataset, convention)
     if path.suffix.lower() == ".parquet":
-        return read_instances(path)
+        return checked_sizes(read_instances(path), dataset, str(path))
     raise DataError(f"{path}: expected an instances.parquet or a Kaggle .csv")
+
+
+def checked_sizes(found: list[Instances], dataset: Dataset, name: str) -> list[Instances]:
+    """The predictions, if they were made on images of the data set's sizes.
+
+    Raises:
+        DataError: one was not; ``name`` is where the predictions come from.
+    """
+    samples = {s.image_id: s for s in dataset.samples}
+    for one in found:
+        sample = samples.get(one.image_id)
+        if sample is not None and sample.height and not sample.lost and (one.height, one.width) != sample.size():
+            sizes = f"{one.width}x{one.height}, in {dataset.name}/{dataset.split} it is {sample.width}x{sample.height}"
+            raise DataError(f"{name}: image {one.image_id!r} is {sizes}; score the data set's own images")
+    return found
 
 
 def category_of_file(path: Path) -> str | None:

@@ -94,7 +94,7 @@ def _mask(value: Any, height: int, width: int, where: str, problems: Problems) -
     if value is None or value == []:
         return None
     try:
-        mask = _rle(value, height, width) if isinstance(value, dict) else _polygons(value, height, width, where, problems)
+        mask = rle_of(value, height, width) if isinstance(value, dict) else _polygons(value, height, width, where, problems)
     except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
         problems.add("unusable outlines dropped", f"{where}: {one_line(error)[:80]}")
         return None
@@ -104,7 +104,12 @@ def _mask(value: Any, height: int, width: int, where: str, problems: Problems) -
     return mask
 
 
-def _rle(value: Mapping[str, Any], height: int, width: int) -> RLE:
+def rle_of(value: Mapping[str, Any], height: int, width: int) -> RLE:
+    """A raw COCO RLE, compressed or a list of runs, as RLE with text counts.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: of another size, or no runs that fill the image.
+    """
     from pycocotools import mask as coco_mask
 
     if [int(v) for v in value["size"]] != [height, width]:

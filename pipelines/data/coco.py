@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from models.errors import DataError
-from pipelines.data.annotations import MOST_SIDE, Looked, extent, look_at, make_sample, note_lost, read_json, read_plane
+from pipelines.data.annotations import MOST_SIDE, look_at, make_sample, note_lost, read_json, read_plane
 from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
 from pipelines.data.remote import AnyPath
+from pipelines.data.sizes import fitted, note_fit
 
 
 def read_coco(
@@ -40,21 +41,24 @@ def read_coco(
     for key, entry in images.items():
         file = find_image(path.parent, str(entry["file_name"]), split, path.stem)
         where, mine = f"{path.name} image {entry['file_name']}", annotations.get(key, [])
-        looked = look_at(file)
+        looked, lying = fitted(look_at(file), _stated(entry), mine)
         if looked.lost:
             note_lost(looked.lost, keep, f"{where}: {looked.why}" if looked.why else where, problems)
             if not keep:
                 continue
         file = path.parent / str(entry["file_name"]) if file is None else file
-        size = _size(entry, looked, mine, where, problems)
-        planes = [read_plane(a, *size, f"{path.name} annotation {a.get('id', '?')}", problems) for a in mine]
+        note_fit(lying, where, problems)
+        planes = [
+            read_plane(lying.carried(a), *lying.size, f"{path.name} annotation {a.get('id', '?')}", problems) for a in mine
+        ]
         scene = str(entry.get("scene") or scene_of(file.stem, scene_pattern))
         known_truth = isinstance(content.get("annotations"), list)
         number = key if isinstance(key, int) else None
         kept = [p for p in planes if p]
-        samples.append(make_sample(file.stem, file, size, scene, kept, known_truth, number, looked.lost))
+        samples.append(make_sample(file.stem, file, lying.size, scene, kept, known_truth, number, looked.lost))
     if all(s.lost for s in samples):
-        raise DataError(f"{path}: none of its {len(images)} images was found under {path.parent}")
+        told = f": {problems.summary()}" if problems.counts else ""
+        raise DataError(f"{path}: none of its {len(images)} images was found under {path.parent}{told}")
     chosen = with_unique_ids(samples, path)
     first = min((i for i in wanted if isinstance(i, int)), default=1)
     return Dataset(name or path.parent.resolve().name, path, split, category, chosen, problems, first)
@@ -119,19 +123,6 @@ def _by_image(
         seen.add(entry.get("id"))
         grouped.setdefault(entry["image_id"], []).append(entry)
     return grouped
-
-
-def _size(
-    entry: Mapping[str, Any], looked: Looked, annotations: Sequence[Mapping[str, Any]], where: str, problems: Problems
-) -> tuple[int, int]:
-    """(height, width) of the file; where it has none, the stated one, or one that the annotations fit into."""
-    stated = _stated(entry)
-    if looked.header is None:
-        return stated or extent(annotations)
-    size = looked.header.size
-    if stated and stated != size:
-        problems.add("image sizes corrected from the file", f"{where}: {stated[1]}x{stated[0]}")
-    return size
 
 
 def _stated(entry: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -8,10 +8,11 @@ from typing import Any
 
 from models.errors import DataError
 from models.image import IMAGE_SUFFIXES
-from pipelines.data.annotations import extent, look_at, make_sample, note_lost, read_json, read_plane
+from pipelines.data.annotations import look_at, make_sample, note_lost, read_json, read_plane
 from pipelines.data.coco import find_image
 from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
 from pipelines.data.remote import AnyPath
+from pipelines.data.sizes import fitted, note_fit
 
 
 def read_course(
@@ -46,18 +47,22 @@ def read_course(
     samples = []
     for file_name in [*grouped, *others]:
         file = find_image(path.parent, file_name, split, path.stem)
-        looked, mine = look_at(file), grouped.get(file_name, [])
+        mine = grouped.get(file_name, [])
+        looked, lying = fitted(look_at(file), None, mine)
         if looked.lost:
             note_lost(looked.lost, keep, f"{file_name}: {looked.why}" if looked.why else file_name, problems)
             if not keep:
                 continue
         file = path.parent / file_name if file is None else file
-        size = looked.header.size if looked.header else extent(mine)
-        planes = [read_plane(e, *size, f"{path.name} annotation {e.get('id', '?')}", problems) for e in mine]
+        note_fit(lying, file_name, problems)
+        planes = [
+            read_plane(lying.carried(e), *lying.size, f"{path.name} annotation {e.get('id', '?')}", problems) for e in mine
+        ]
         scene, kept = scene_of(file.stem, scene_pattern), [p for p in planes if p]
-        samples.append(make_sample(file.stem, file, size, scene, kept, lost=looked.lost))
+        samples.append(make_sample(file.stem, file, lying.size, scene, kept, lost=looked.lost))
     if all(s.lost for s in samples):
-        raise DataError(f"{path}: none of its images was found under {path.parent}")
+        told = f": {problems.summary()}" if problems.counts else ""
+        raise DataError(f"{path}: none of its images was found under {path.parent}{told}")
     samples.sort(key=lambda s: s.image_id)
     return Dataset(name or path.parent.resolve().name, path, split, category, with_unique_ids(samples, path), problems)
 

@@ -186,3 +186,19 @@ def test_a_job_of_an_earlier_release_over_lost_images_is_gone_on_with(tmp_path):
     assert _open(folder).digest() == rest.digest()
     _score(folder, tmp_path / "out", Finder())
     assert _score(folder, tmp_path / "out", Finder()).resumed == 5
+
+
+def test_predictions_on_another_size_are_refused(tmp_path):
+    folder = _set(tmp_path / "data")
+    job = _score(folder, tmp_path / "out", Finder())
+    path = folder / "test" / "1.png"
+    write_image(path, 120, 162)
+    dataset = _open(folder)
+    assert dataset.samples[1].boxes.tolist() == [[20, 20, 80, 80]]
+    message = r"instances\.parquet: image '1' is 81x60, in data/test it is 162x120; score the data set's own images"
+    with pytest.raises(DataError, match=message):
+        evaluate_file(job.folder / "instances.parquet", dataset, 0.05, "course")
+    with pytest.raises(DataError, match=message):
+        from_file(str(job.folder), dataset)
+    path.unlink()
+    assert evaluate_file(job.folder / "instances.parquet", _open(folder), 0.05, "course")[0].metrics["AP"] > 0.99
