@@ -218,7 +218,7 @@ def _against(gate: str, where: str, least: float, ours: float | None, theirs: fl
     assert ours is not None
     asked = f"> {least:+g}" if strict and least == 0 else f">= {least:+g}"
     if theirs is None:
-        return Check(gate, where, asked, _shown(ours), "-", True)
+        return Check(gate, where, asked, _shown(ours), "-", math.isfinite(ours))
     gain = ours - theirs
     passed = gain > least if strict and least == 0 else gain >= least - 1e-12
     return Check(

@@ -36,14 +36,14 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking import MlflowClient
 
 from models.errors import RegistryError, one_line
-from pipelines.registry import JOURNAL_OF
+from pipelines.registry import JOURNAL, JOURNAL_OF
 from pipelines.tracking import denied
 
-JOURNAL = "planes-journal"
 # Journals of 0.6.0, one a model.
 SUFFIX = "-journal"
 # Tag of a registered model for each move of its aliases, ended by the entry's token: "state digest".
-MOVE_TAG = "planes_move_"
+# MLflow's pages do not show tags that begin with its own name.
+MOVE_TAG = "mlflow.planes.move."
 # What a first move follows.
 FIRST = "0"
 LONGEST = 1000
@@ -122,7 +122,17 @@ def read_journal(name: str) -> list[Entry]:
         state, _, digest = proofs.get(token, "").partition(" ")
         if state and digest == _digest(version.tags):
             entries.append(_entry(version, token, state))
-    return _judged(entries)
+    return _judged(_frozen(entries))
+
+
+def _frozen(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries without those that 0.6.0 added to its own journal after an alias was moved through this one."""
+    begun = {e.move.alias: e.move.after for e in reversed(entries) if e.token}
+    return [
+        e
+        for e in entries
+        if e.token or e.move.alias not in begun or not begun[e.move.alias].isdigit() or e.number <= int(begun[e.move.alias])
+    ]
 
 
 def _quoted(name: str) -> str:

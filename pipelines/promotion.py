@@ -119,10 +119,20 @@ def finish(name: str, entry: Entry) -> Entry:
         registry.set_alias(name, alias, later[-1].move.to)
         return finish(name, later[-1])
     if place == len(entries) or entries[place].state == "abandoned":
+        _undo(name, entry, [e for e in entries[:place] if e.state != "abandoned"])
         raise RegistryError(f"{name}: {alias} was moved past planes-registry meanwhile, and so was this move: decide again")
     _follow(name, entry)
     journal.mark(name, entry, "done")
     return entry
+
+
+def _undo(name: str, entry: Entry, earlier: Sequence[Entry]) -> None:
+    """Put an alias back that was moved for an entry which had been abandoned meanwhile."""
+    back = earlier[-1].move.to if earlier else entry.move.origin
+    if back is not None:
+        registry.set_alias(name, entry.move.alias, back)
+    else:
+        _drop_alias(name, entry.move.alias)
 
 
 def settle(name: str, alias: str) -> Entry | None:
@@ -207,14 +217,18 @@ def mirror_stage(name: str, alias: str, version: str) -> bool:
     return True
 
 
-def before(entries: Sequence[Entry], alias: str) -> str | None:
+def before(entries: Sequence[Entry], alias: str, stands: str | None = None) -> str | None:
     """The version that a rollback goes to: promotions pile up, a rollback takes the last one off.
+
+    ``stands`` is where the alias stands, if that is known: it may have been moved past the journal.
 
     >>> def entry(n, kind, to, origin, state="done"):
     ...     return Entry(n, Move("production", kind, to, origin, str(n - 1), ""), "a", "t", state)
     >>> moves = [entry(1, "promote", "2", None), entry(2, "promote", "5", "2"), entry(3, "promote", "7", "5")]
     >>> before(moves, "production"), before([*moves, entry(4, "rollback", "5", "7")], "production")
     ('5', '2')
+    >>> before(moves, "production", "9")
+    '7'
     """
     pile: list[str] = []
     for entry in journal.counting(entries, alias):
@@ -227,6 +241,8 @@ def before(entries: Sequence[Entry], alias: str) -> str | None:
             del pile[len(pile) - pile[::-1].index(entry.move.to) :]
         elif not pile or pile[-1] != entry.move.to:
             pile.append(entry.move.to)
+    if stands is not None and pile and pile[-1] != stands:
+        pile.append(stands)
     return pile[-2] if len(pile) > 1 else None
 
 
@@ -236,7 +252,7 @@ def rollback_target(at: Standing) -> str:
     Raises:
         RegistryError: nothing stood there before.
     """
-    target = before(journal.read_journal(at.name), at.alias)
+    target = before(journal.read_journal(at.name), at.alias, at.present)
     if target is None and at.alias == PRODUCTION:
         # Promoted by releases that kept no journal.
         target = registry.find_alias(at.name, PREVIOUS)

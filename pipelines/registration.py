@@ -25,7 +25,7 @@ import models
 from models.errors import RegistryError, one_line
 from models.instances import to_rows
 from models.predictor import folder_digest, load_model
-from pipelines.registry import DIGEST, logged_model_id
+from pipelines.registry import DIGEST, JOURNAL, logged_model_id
 from pipelines.training_images import TRAINING_IMAGES_FILE, TrainingImages
 
 PACKAGE = Path(models.__file__).parent
@@ -89,6 +89,8 @@ def log_and_register(
         RegistryError: the store refuses.
     """
     client = MlflowClient()
+    if name == JOURNAL:
+        raise RegistryError(f"{name}: is the journal of promotions; give the model another name")
     try:
         for version in client.search_model_versions(f"run_id = '{run_id}'"):
             if version.name == name:

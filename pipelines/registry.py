@@ -20,6 +20,8 @@ from models.saved_files import SPEC_FILE, check_folder, check_names
 
 # Tag of a version: digest of its saved folder.
 DIGEST = "digest"
+# Registered model that holds every move of an alias, see pipelines.journal.
+JOURNAL = "planes-journal"
 # Tag of what is no model but the journal of one, see pipelines.journal.
 JOURNAL_OF = "planes_journal_of"
 MAX_ENTRIES = 20

@@ -193,8 +193,7 @@ def _check(
     trained_on = registry.version_of(candidate).tags.get("data_digest", "unknown")
     required = file.data if datasets else []
     checks = judge_data(required, [d.digest() for d in datasets])
-    known = [lineage.read_training_images(v) for v in versions] if datasets else []
-    checks += judge_images(datasets, *known, data_digest=trained_on)
+    checks += _image_checks(versions, datasets, trained_on)
     checks += judge_size(gates, sizes[0], None if present is None else sizes[1])
     main = MAIN_METRIC.get(read_spec(folders[candidate.label]).kind, "AP")
     predictors = {label: load_model(folder, device) for label, folder in folders.items()} if datasets else {}
@@ -209,6 +208,17 @@ def _check(
         theirs: Measurement | None = None if present is None else found[present.label]
         checks += judge(gates, main, found[candidate.label], theirs)
     return checks
+
+
+def _image_checks(versions: Sequence[Resolved], datasets: Sequence[Dataset], trained_on: str) -> list[Check]:
+    """The gates on training images; a list that cannot be read is a failed one."""
+    if not datasets:
+        return []
+    try:
+        known = [lineage.read_training_images(v) for v in versions]
+    except RegistryError as error:
+        return [Check("images", "-", "a list that can be read", one_line(error), "-", False)]
+    return judge_images(datasets, *known, data_digest=trained_on)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from pipelines.training.detector import train_detector
 from pipelines.training.inputs import Inputs, find_earlier, write_inputs
 from pipelines.training.loop import Listener, Outcome
 from pipelines.training.unet import train_unet
+from pipelines.training_images import TrainingImages, images_of
 
 RUN_FILE = "run.json"
 DONE_FILE = "registered"
@@ -301,9 +302,17 @@ def _publish(plan: Plan, saved: Path, run_id: str) -> Trained:
         data.test,
         {"training_key": plan.key, "recipe": plan.recipe.name},
         request.register,
+        _training_images(plan),
     )
     number, metrics = publish(what, run_id, plan.device)
     return Trained(request.register_as, number, run_id, metrics, request.task)
+
+
+def _training_images(plan: Plan) -> TrainingImages:
+    """What the version is trained on; of weights of one's own, where it starts from some, nothing is known."""
+    own = plan.recipe.weights
+    unknown = [f"weights {own}"] if "/" in own or Path(own).suffix else []
+    return images_of(plan.data.train, plan.data.val).model_copy(update={"unknown": unknown})
 
 
 def report(trained: Trained) -> None:

@@ -44,7 +44,8 @@ def _entries(found: Iterable[Instances], dataset: Dataset) -> Iterator[dict[str,
             entry = {
                 "image_id": number,
                 "file_name": sample.path.name if own else _named(sample),
-                "category_id": dataset.category_id,
+                # A model's classes are numbered from 0; where there is truth, it has but one.
+                "category_id": dataset.category_id + int(one.labels[i]),
                 "bbox": [round(float(v), 3) for v in box],
                 "score": round(float(one.scores[i]), 6),
             }

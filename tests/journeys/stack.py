@@ -129,6 +129,18 @@ class MlflowServer(Process):
                 client.assign_role(name, role)
         return {"MLFLOW_TRACKING_USERNAME": name, "MLFLOW_TRACKING_PASSWORD": password}
 
+    def grant(self, user: str, kind: str, what: str, permission: str) -> None:
+        """Give a user a right on one thing (registered_model, planes-det, EDIT)."""
+        from mlflow.server import get_app_client
+
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in self.admin.items():
+                patch.setenv(key, value)
+            client = get_app_client("basic-auth", self.uri)
+            role = client.create_role("default", f"{permission} of {what} for {user}").id
+            client.add_role_permission(role, kind, what, permission)
+            client.assign_role(user, role)
+
 
 def _postgres_program(name: str) -> str | None:
     found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda p: int(p.parts[-3].split(".")[0]))

@@ -64,7 +64,7 @@ def test_a_table_evaluates_to_what_the_job_said(composed):
 def test_it_is_promoted_by_its_masks(composed):
     project, _ = composed
     done = project.step("promote", "--model", "planes-inst/1", "--data", str(project.data))
-    assert "planes-inst/1 is production now: 2 gates passed: mask_AP" in done.stdout
+    assert "planes-inst/1 is production now: 3 gates passed: mask_AP" in done.stdout
 
 
 def test_parts_that_do_not_fit_end_in_one_line(project):

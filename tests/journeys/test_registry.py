@@ -253,7 +253,7 @@ def test_rollback_history_and_what_is_shown(team):
         (("show", "gated/9"), "no version, alias or stage '9'"),
         (("history", "nobody"), "nobody"),
         (("promote", "gated/3", "--to", "latest"), "alias 'latest': has a meaning of its own"),
-        (("show", "gated-journal/1"), "is the journal of gated, not a model"),
+        (("show", "planes-journal/1"), "is the journal of gated, not a model"),
         (("rollback", "gated", "--version", "77"), "no version, alias or stage '77'"),
     ):
         assert message in error_line(team.registry(*wrong, code=1))
@@ -557,6 +557,40 @@ def test_whose_role_is_to_release_may_promote(team):
     assert "gated/2 is staging now" in done.stdout
     assert _entries(team, "gated")[-1]["by"] == "releaser"
     assert team.client.get_model_version("gated", "2").current_stage == "Staging"
+
+
+def test_who_may_edit_the_journal_alone_moves_no_alias(team):
+    """Everybody who promotes anything writes to one journal: that right must be worth nothing for other models."""
+    if team.server is None:
+        pytest.skip("a SQLite store has no logins")
+    other = team.server.add_user("other-team", experiment="EDIT")
+    team.server.grant("other-team", "registered_model", "planes-journal", "EDIT")
+    known, stands = _entries(team, "gated"), team.aliases("gated")["production"]
+    done = team.registry("rollback", "gated", "--version", "1", code=1, **other)
+    assert "ermission denied" in error_line(done)
+    assert "you need the right to edit gated and planes-journal" in done.stderr
+    # What a promotion writes, without the one thing that needs a right on the model.
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in other.items():
+            patch.setenv(key, value)
+        tags = {"planes_journal_of": "gated", "alias": "production", "token": "e" * 32, "to": "1", "from": stands}
+        team.client.create_model_version("planes-journal", "models:/gated/1", tags={**tags, "after": known[-1]["token"]})
+    assert _entries(team, "gated") == known
+    assert "finished" not in team.registry("rollback", "gated", "--version", stands).stdout
+    assert team.aliases("gated")["production"] == stands
+
+
+def test_who_releases_one_model_needs_that_and_the_journal(team):
+    if team.server is None:
+        pytest.skip("a SQLite store has no logins")
+    own = team.server.add_user("owner-of-one", experiment="EDIT")
+    team.register(team.weak, "one-model")
+    team.server.grant("owner-of-one", "registered_model", "one-model", "EDIT")
+    promote = ("promote", "one-model/1", "--to", "production", "--gates", team.gates("nothing", NOTHING_ASKED))
+    assert "you need the right to edit one-model and planes-journal" in error_line(team.registry(*promote, code=1, **own))
+    team.server.grant("owner-of-one", "registered_model", "planes-journal", "EDIT")
+    assert "one-model/1 is production now" in team.registry(*promote, **own).stdout
+    assert [e["state"] for e in _entries(team, "one-model")] == ["done"]
 
 
 @pytest.mark.parametrize("right", ["EDIT", "MANAGE"])

@@ -137,6 +137,7 @@ def test_what_cannot_be_measured_passes_no_gate(dataset):
     for gate in ({"minimum": 0.0}, {"min_gain": -1.0}):
         (check,) = judge(Gates(metrics={"APl": gate}), "AP", ours, theirs)
         assert (check.passed, check.candidate) == (False, "cannot be measured")
+        assert not judge(Gates(metrics={"APl": gate}), "AP", ours, None)[0].passed
     checks = judge(Gates(metrics={"AP": {"min_gain": 0.1, "confidence": 0.5}}), "AP", ours, theirs)
     assert [(c.gate, c.passed) for c in checks] == [("AP gain", True), ("AP gain, confidence", False)]
     assert checks[1].candidate == "cannot be measured"

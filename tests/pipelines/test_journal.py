@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -271,6 +272,40 @@ def test_a_move_that_was_abandoned_meanwhile_is_told(client, monkeypatch):
     monkeypatch.setattr(registry, "set_alias", held_up)
     with pytest.raises(RegistryError, match="decide again"):
         promotion.finish(NAME, entry)
+    assert _aliases()["production"] == "1"
+
+
+def test_a_rollback_after_a_move_past_the_journal_goes_one_back(client):
+    _move("1")
+    _move("2")
+    client.set_registered_model_alias(NAME, "production", "3")
+    at = promotion.standing(NAME, "production")
+    assert promotion.rollback_target(at) == "2"
+
+
+def test_what_an_earlier_release_adds_after_the_switch_does_not_count(client):
+    """0.6.0 does not see this journal: what it writes into its own one changes no history."""
+    legacy = f"{NAME}-journal"
+    client.create_registered_model(legacy, tags={"planes_journal_of": NAME})
+    source = client.get_model_version(NAME, "1").source
+
+    def of_060(to, origin, after):
+        tags = {"planes_journal_of": NAME, "alias": "production", "kind": "promote", "to": to, "from": origin}
+        client.create_model_version(legacy, source, tags={**tags, "after": after, "state": "done", "by": "x", "at": "y"})
+
+    of_060("1", "-", "0")
+    client.set_registered_model_alias(NAME, "production", "1")
+    assert [e.move.to for e in journal.read_journal(NAME)] == ["1"]
+    _move("2")
+    of_060("3", "1", "1")
+    assert [(e.move.to, e.state) for e in journal.read_journal(NAME)] == [("1", "done"), ("2", "done")]
+    _move("3")
+    assert _aliases() == {"production": "3", "previous": "2"}
+
+
+def test_no_model_is_registered_under_the_name_of_the_journal(client):
+    with pytest.raises(RegistryError, match="is the journal of promotions; give the model another name"):
+        log_and_register(Path("m"), "planes-journal", np.zeros((64, 64, 3), np.uint8), {}, "r")
 
 
 def test_a_viewer_is_told_before_anything_is_written(client, monkeypatch):
