@@ -59,15 +59,19 @@ class InstanceTable:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # Row groups whose masks have been checked; the first iteration pays for it.
+        self._checked: set[int] = set()
 
     def __iter__(self) -> Iterator[Instances]:
         with _opened(self.path) as file:
             for group in range(file.num_row_groups):
-                yield from _read(self.path, partial(file.read_row_group, group))
+                found = _read(self.path, partial(file.read_row_group, group), group not in self._checked)
+                self._checked.add(group)
+                yield from found
 
 
-def _read(path: Path, read: Callable[[], pa.Table]) -> list[Instances]:
-    """Rows of an instance table, their masks checked: one whose runs end early decodes to whatever the memory holds."""
+def _read(path: Path, read: Callable[[], pa.Table], check: bool = True) -> list[Instances]:
+    """Rows of an instance table; masks are checked, since runs that end early decode to whatever the memory holds."""
     try:
         rows = read().to_pylist()
         found = from_rows(rows)
@@ -75,7 +79,7 @@ def _read(path: Path, read: Callable[[], pa.Table]) -> list[Instances]:
         raise DataError(f"{path}: its rows cannot be read ({one_line(error)[:160]})") from None
     if sum(row["mask_counts"] is not None for row in rows) != sum(len(one.masks or ()) for one in found):
         raise DataError(f"{path}: some planes of an image have masks and others have none; score it anew")
-    for one in found:
+    for one in found if check else ():
         for number, mask in enumerate(one.masks or ()):
             try:
                 checked_rle(mask, one.height, one.width)
