@@ -221,6 +221,36 @@ def rle_counts(rle: RLE) -> np.ndarray:
     return values
 
 
+def checked_rle(rle: Any, height: int, width: int) -> RLE:
+    """A compressed RLE that came from outside, with text counts, if its runs fill an image of (height, width).
+
+    pycocotools decodes runs that end early to whatever the memory holds.
+
+    Raises:
+        ValueError: of another size; no text of runs; a run of fewer than 0 pixels; more or fewer pixels than the image has.
+
+    >>> checked_rle({"size": [2, 2], "counts": b"13"}, 2, 2)
+    {'size': [2, 2], 'counts': '13'}
+    """
+    try:
+        size = [int(v) for v in rle["size"]]
+        counts = rle["counts"].decode("ascii") if isinstance(rle["counts"], bytes) else rle["counts"]
+        codes = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
+    except (KeyError, TypeError, AttributeError, OverflowError, UnicodeError):
+        raise ValueError("no size and text of runs") from None
+    if size != [height, width]:
+        raise ValueError(f"RLE of size {size} in an image of [{height}, {width}]")
+    whole = len(codes) > 0 and codes.min() >= 0 and codes.max() < 64 and codes[-1] < 32
+    # Seven groups of 5 bits hold any number of pixels that an image may have.
+    ends = np.flatnonzero(codes < 32)
+    if not whole or np.diff(ends, prepend=-1).max() > 7:
+        raise ValueError("its runs are damaged")
+    runs = rle_counts({"size": size, "counts": counts})
+    if (runs < 0).any() or int(runs.sum()) != height * width:
+        raise ValueError(f"its runs have {int(runs.sum())} pixels, the image has {height * width}")
+    return {"size": size, "counts": counts}
+
+
 def rle_crop(rle: RLE) -> tuple[np.ndarray, int, int]:
     """The mask's own part of the image: bool (h, w), left, top; 0 x 0 for an empty mask.
 

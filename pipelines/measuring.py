@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from models.errors import DataError, RecipeError
-from models.geometry import rle_area
+from models.geometry import checked_rle, rle_area
 from models.instances import Instances, from_rows, to_rows
 from models.predictor import Predictor
 from models.rendering import Rendering
@@ -167,13 +167,21 @@ def _keep(kept: Path, label: str, found: Instances, seconds: float) -> None:
 def _read_kept(kept: Path) -> dict[tuple[str, str], tuple[Instances, float]]:
     kept.parent.mkdir(parents=True, exist_ok=True)
     known: dict[tuple[str, str], tuple[Instances, float]] = {}
-    lines = kept.read_text(encoding="utf-8").splitlines(keepends=True) if kept.exists() else []
+    lines = kept.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if kept.exists() else []
     for line in lines:
         # The last line may have been cut by a kill.
-        if line.endswith("\n"):
+        if not line.endswith("\n"):
+            continue
+        try:
             label, seconds, (image_id, height, width, masks), rows = json.loads(line)
-            nothing = Instances.make(image_id, height, width, [], [], [], [] if masks else None)
-            known[label, image_id] = (from_rows(rows)[0] if rows else nothing), float(seconds)
+            found = Instances.make(image_id, height, width, [], [], [], [] if masks else None)
+            found = from_rows(rows)[0] if rows else found
+            for mask in found.masks or ():
+                checked_rle(mask, height, width)
+        except (ValueError, TypeError, KeyError):
+            # Damaged, so predicted again.
+            continue
+        known[label, image_id] = found, float(seconds)
     if lines and not lines[-1].endswith("\n"):
         kept.write_text("".join(lines[:-1]), encoding="utf-8")
     return known

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import DataError, PlanesError, RegistryError, one_line
-from models.geometry import rle_iou
+from models.geometry import checked_rle, rle_iou
 from models.image import read_image
 from models.instances import Instances, from_rows
 from models.predictor import folder_digest, load_model
@@ -57,6 +57,10 @@ class Row(BaseModel):
         """Masks are compared as images of that size, so none may claim another."""
         if self.mask_size is not None and self.mask_size != (self.height, self.width):
             raise ValueError("mask_size is not the image's size")
+        if (self.mask_size is None) != (not self.mask_counts):
+            raise ValueError("mask_size and mask_counts belong together")
+        if self.mask_counts:
+            checked_rle({"size": self.mask_size, "counts": self.mask_counts}, self.height, self.width)
         return self
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from models.errors import DataError, one_line
-from models.geometry import box_iou, clip_boxes, rle_area, rle_boxes, rle_bytes, rle_from_polygons, rle_text, xywh_to_xyxy
+from models.geometry import box_iou, checked_rle, clip_boxes, rle_area, rle_boxes, rle_from_polygons, rle_text, xywh_to_xyxy
 from models.image import Header, image_header, read_image
 from models.instances import RLE
 from pipelines.data.dataset import Problems, Sample
@@ -116,13 +116,10 @@ def rle_of(value: Mapping[str, Any], height: int, width: int) -> RLE:
         raise ValueError(f"RLE of size {value['size']} in an image of [{height}, {width}]")
     if isinstance(value["counts"], list):
         counts = [int(v) for v in value["counts"]]
-        if sum(counts) != height * width or min(counts) < 0:
+        if counts != value["counts"] or sum(counts) != height * width or min(counts) < 0:
             raise ValueError("RLE counts do not sum to the image")
         return rle_text(coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width))
-    rle = rle_text({"size": [height, width], "counts": value["counts"]})
-    # A damaged string decodes to runs beyond the image: pycocotools then raises.
-    coco_mask.decode(rle_bytes(rle))
-    return rle
+    return checked_rle(value, height, width)
 
 
 def _polygons(value: Any, height: int, width: int, where: str, problems: Problems) -> RLE | None:
@@ -131,7 +128,8 @@ def _polygons(value: Any, height: int, width: int, where: str, problems: Problem
     good = []
     for polygon in value:
         points = [float(v) for v in polygon]
-        if len(points) % 2 or len(points) < 6 or not all(math.isfinite(v) for v in points):
+        # pycocotools walks along every edge, and breaks the process where one is billions of pixels long.
+        if len(points) % 2 or len(points) < 6 or not all(abs(v) <= MOST_SIDE for v in points):
             problems.add("odd polygons dropped", f"{where}: {len(points)} numbers")
             continue
         good.append(points)

@@ -89,11 +89,14 @@ def decode_mask(text: str, height: int, width: int, convention: Convention = "co
     """
     try:
         numbers = np.array([int(part) for part in text.split()], dtype=np.int64)
-    except ValueError:
-        raise ValueError(f"not whole numbers: {text[:40]!r}") from None
+    except (ValueError, OverflowError):
+        raise ValueError(f"not whole numbers of pixels: {text[:40]!r}") from None
     if len(numbers) % 2:
         raise ValueError(f"{len(numbers)} numbers, expected pairs of start and length")
     starts, lengths = numbers[::2] - (convention == "airbus"), numbers[1::2]
+    # Before they are added up: a sum may not fit into its number.
+    if len(numbers) and numbers.max() > height * width:
+        raise ValueError(f"a number of {numbers.max()}, the image has {height * width} pixels")
     if (lengths < 1).any() or (starts < 0).any() or (starts[1:] < (starts + lengths)[:-1]).any():
         raise ValueError("runs must be ascending, apart and at least one pixel long")
     if len(starts) and starts[-1] + lengths[-1] > height * width:

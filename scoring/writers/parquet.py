@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import DataError, one_line
+from models.geometry import checked_rle
 from models.instances import Instances, from_rows, to_rows
 from scoring.reader import Failure
 
@@ -45,7 +47,7 @@ def read_instances(path: Path) -> list[Instances]:
         DataError: absent, damaged, or not an instance table.
     """
     with _opened(path) as file:
-        return from_rows(file.read().to_pylist())
+        return _read(path, file.read)
 
 
 class InstanceTable:
@@ -57,11 +59,33 @@ class InstanceTable:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # Row groups whose masks have been checked; the first iteration pays for it.
+        self._checked: set[int] = set()
 
     def __iter__(self) -> Iterator[Instances]:
         with _opened(self.path) as file:
             for group in range(file.num_row_groups):
-                yield from from_rows(file.read_row_group(group).to_pylist())
+                found = _read(self.path, partial(file.read_row_group, group), group not in self._checked)
+                self._checked.add(group)
+                yield from found
+
+
+def _read(path: Path, read: Callable[[], pa.Table], check: bool = True) -> list[Instances]:
+    """Rows of an instance table; masks are checked, since runs that end early decode to whatever the memory holds."""
+    try:
+        rows = read().to_pylist()
+        found = from_rows(rows)
+    except (OSError, pa.ArrowException, ValueError, TypeError) as error:
+        raise DataError(f"{path}: its rows cannot be read ({one_line(error)[:160]})") from None
+    if sum(row["mask_counts"] is not None for row in rows) != sum(len(one.masks or ()) for one in found):
+        raise DataError(f"{path}: some planes of an image have masks and others have none; score it anew")
+    for one in found if check else ():
+        for number, mask in enumerate(one.masks or ()):
+            try:
+                checked_rle(mask, one.height, one.width)
+            except ValueError as error:
+                raise DataError(f"{path}: image {one.image_id!r}, mask {number}: {error}; score it anew") from None
+    return found
 
 
 def join_tables(parts: Sequence[Path], path: Path, schema: pa.Schema) -> None:

@@ -15,7 +15,7 @@ from scoring.reader import Failure
 from scoring.writers.coco import write_results
 from scoring.writers.parquet import read_instances, write_failures, write_instances
 
-MASK = rle_encode(np.pad(np.ones((3, 4), bool), 3))
+MASK = rle_encode(np.pad(np.ones((4, 6), bool), 3))
 
 
 def _found(image_id, masks=True):
