@@ -106,7 +106,7 @@ class DetectorBatches:
         samples = self.dataset.samples
         item, image = self.unreadable.first_readable(item, len(samples), samples.__getitem__, self._cache.read)
         sample = samples[item]
-        # A plane without an outline is no target of a mask head; it has to be left out of the boxes too.
+        # A plane without an outline is no target of a mask head, so it is none of the box head either.
         real = sample.outlined if self.masks else np.flatnonzero(~sample.crowd)
         boxes = sample.boxes[real]
         if self.window:
@@ -120,7 +120,10 @@ class DetectorBatches:
         if not self.masks:
             return Example(image, boxes)
         masks = [move_mask(*self._part(item, int(real[k])), affine, size) for k in kept]
-        return _with_masks(image, masks)
+        without = ~sample.crowd
+        without[sample.outlined] = False
+        hidden, _ = move_boxes(sample.boxes[without], affine, size, 0)
+        return _with_masks(_painted_over(image, hidden, masks), masks)
 
     def _fit(self, image: np.ndarray, affine: np.ndarray, edge: int) -> tuple[np.ndarray, np.ndarray]:
         height, width = image.shape[:2]
@@ -138,6 +141,21 @@ class DetectorBatches:
             x1, y1, x2, y2 = crop_window(rle_boxes([rle])[0], sample.height, sample.width)
             self._parts[item, plane] = (rle_decode(rle)[y1:y2, x1:x2], x1, y1)
         return self._parts[item, plane]
+
+
+def _painted_over(image: np.ndarray, boxes: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
+    """The image with what is in the boxes, xyxy (K, 4), in its mean colour, but for pixels of the masks.
+
+    Planes that are shown but are no targets would be taught as background.
+    """
+    if not len(boxes):
+        return image
+    painted, shown = image.copy(), np.any(masks, axis=0) if masks else np.zeros(image.shape[:2], bool)
+    mean = image.reshape(-1, 3).mean(axis=0).round().astype(np.uint8)
+    for box in boxes:
+        x1, y1, x2, y2 = crop_window(box, *image.shape[:2])
+        painted[y1:y2, x1:x2][~shown[y1:y2, x1:x2]] = mean
+    return painted
 
 
 def _with_masks(image: np.ndarray, masks: list[np.ndarray]) -> Example:

@@ -11,7 +11,7 @@ from models.errors import DataError, one_line
 from pipelines.data.annotations import make_sample, read_json
 from pipelines.data.coco import read_coco
 from pipelines.data.course import list_images, read_course
-from pipelines.data.dataset import Dataset, scene_of, with_unique_ids
+from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
 from pipelines.data.remote import AnyPath, is_url, list_remote, place
 
 # Folders of images that are splits even where nothing is annotated.
@@ -44,7 +44,12 @@ def open_dataset(
     if "+" in split and path.is_dir():
         parts = [open_dataset(where, part, category, scene_pattern, keep) for part in split.split("+")]
         samples = with_unique_ids([s for part in parts for s in part.samples], path)
-        return replace(parts[0], split=split, samples=samples)
+        problems = Problems()
+        for part in parts:
+            for kind, count in part.problems.counts.items():
+                problems.add(kind, part.problems.examples[kind])
+                problems.counts[kind] += count - 1
+        return replace(parts[0], split=split, samples=samples, problems=problems)
     if path.is_file() and path.suffix.lower() == ".json":
         return _read_json_file(path, _label(path, split), category, scene_pattern, keep)
     if path.is_file() and path.suffix.lower() in (".csv", ".parquet"):

@@ -67,7 +67,7 @@ def train_detector(
         folder,
         device,
         validate if val and val.planes else None,
-        "mask_AP" if masks else "AP",
+        "mask_AP" if masks and val and val.has_masks else "AP",
         listeners,
     )
     outcome = run(job)

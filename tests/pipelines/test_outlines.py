@@ -143,6 +143,15 @@ def test_mask_heads_get_no_target_without_an_outline(tmp_path):
     assert sorted(len(e.boxes) for e in masks) == [3, 3]
     assert sorted(len(e.boxes) for e in boxes) == [3, 4]
     assert all(len(e.masks) == len(e.boxes) for e in masks)
+    # What is no target is not shown as background either, and its neighbours stay as they are.
+    for example in masks:
+        plain = next(b for b in boxes if np.mean(b.image == example.image) > 0.5)
+        changed = (plain.image != example.image).any(axis=2)
+        if len(plain.boxes) == 4:
+            x, y, w, h = _box(1)
+            assert changed[y : y + h, x : x + w].mean() > 0.9
+            changed[y : y + h, x : x + w] = False
+        assert not changed.any()
     tiles = cut_tiles(dataset, TileSettings(size=64, overlap=0.5), 0.3)
     assert tiles.has_masks
     assert tiles.without_outline > 0

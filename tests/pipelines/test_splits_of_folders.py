@@ -10,6 +10,7 @@ from models.errors import DataError
 from pipelines.data.opening import open_dataset
 from pipelines.steps.training import open_test
 from tests.conftest import write_image
+from tests.scoring.test_ids import _coco
 
 
 def _annotated(folder, *names):
@@ -85,3 +86,12 @@ def test_a_list_of_relative_and_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "part.csv").write_text("\n".join(["path", "x/a.png", str(tmp_path / "y" / "a.png")]))
     assert {s.image_id for s in open_dataset("part.csv").samples} == {"x/a.png", "y/a.png"}
+
+
+def test_problems_of_every_split_are_told(tmp_path):
+    for split in ("train", "test"):
+        _coco(tmp_path, split, [f"{split}_a.png", f"{split}_b.png"])
+        (tmp_path / split / f"{split}_a.png").unlink()
+    both = open_dataset(tmp_path, "train+test", keep=True)
+    assert sum(both.problems.counts.values()) == 2
+    assert len(both) == 4
