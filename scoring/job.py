@@ -284,7 +284,8 @@ def _write(job: JobResult, dataset: Dataset, has_masks: bool, settings: JobSetti
     if not dataset.has_truth:
         return
     failed = {f.image_id for f in parquet.read_failures(job.folder / ERRORS)} if job.failures else set()
-    if dataset.planes:
+    # Outlines in boxes can be made where none are known, but not measured.
+    if dataset.planes and (dataset.has_masks or not job.segmenter):
         found = list(table)
         listed = {f.image_id for f in found}
         # Images without a plane have no row; that masks were looked for there counts. Nor have those that failed, and
