@@ -92,8 +92,8 @@ def _tiff_bytes(stream: IO[bytes], start: bytes) -> int:
     except (struct.error, KeyError, OverflowError, MemoryError, OSError):
         # Whatever is wrong with the header, or the counts are missing: whoever decodes the file says it.
         return NOWHERE
-    # A strip of no bytes is one that nobody wrote.
-    return max([*ends, *(a + n for a, n in zip(offsets, counts, strict=False) if n)], default=0)
+    # A strip that nobody wrote has no bytes, at 0.
+    return max([*ends, *(a + n for a, n in zip(offsets, counts, strict=False))], default=0)
 
 
 def check_filled(image: Image.Image, content: bytes | str | os.PathLike | IO[bytes], name: str) -> None:
@@ -110,8 +110,8 @@ def check_filled(image: Image.Image, content: bytes | str | os.PathLike | IO[byt
         return
     image.load()
     width, height = image.size
-    lines = [image.crop((0, y, width, y + 1)) for y in range(max(0, height - 2), height)]
-    if not image.info.get("interlace") and all(line.getbbox(alpha_only=False) for line in lines):
+    # Rows are filled up from the first one that is missing; interlaced ones anywhere.
+    if not image.info.get("interlace") and image.crop((0, height - 1, width, height)).getbbox(alpha_only=False):
         return
     if isinstance(content, (str, os.PathLike)):
         with open(content, "rb") as stream:

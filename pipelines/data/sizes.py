@@ -73,9 +73,7 @@ class Fit:
         return [min(x1, x2), min(y1, y2), abs(x2 - x1), abs(y2 - y1)]
 
     def _mask(self, rle: Mapping[str, Any]) -> RLE:
-        if tuple(int(v) for v in rle["size"]) == self.size:
-            # It was made on the file as it is.
-            return dict(rle)
+        # One of another size was made on the file as it is, or is odd, and stays as it is.
         mask = rle_of(rle, *self.stated)
         if self.turns:
             mask = rle_encode(np.ascontiguousarray(oriented(rle_decode(mask), self.orientation)))

@@ -113,14 +113,14 @@ def test_a_black_png_and_one_with_too_many_rows_are_whole(channels):
 
 
 def test_an_interlaced_png_that_lacks_its_last_pass():
-    def interlaced(missing: int) -> bytes:
+    def interlaced(missing: int, width: int = 21, height: int = 19) -> bytes:
         # Adam7's passes: x0, y0, dx, dy. All pixels are 200.
         first = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)]
         raw = b""
         for x, y, dx, dy in [*first, (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]:
-            columns, rows = -(-(21 - x) // dx), -(-(19 - y) // dy)
+            columns, rows = -(-(width - x) // dx), -(-(height - y) // dy)
             raw += (b"\0" + b"\xc8" * columns) * rows
-        head = struct.pack(">IIBBBBB", 21, 19, 8, 0, 0, 0, 1)
+        head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 1)
         data = zlib.compress(raw[: len(raw) - missing])
         return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", head) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
 
@@ -128,6 +128,10 @@ def test_an_interlaced_png_that_lacks_its_last_pass():
     for missing in (1, 22, 22 * 9, 22 * 9 + 3):
         with pytest.raises(DataError):
             read_image(interlaced(missing))
+    # One row, of which every second pixel is missing.
+    assert (read_image(interlaced(0, height=1)) == 200).all()
+    with pytest.raises(DataError, match="end early"):
+        read_image(interlaced(11, height=1))
 
 
 def test_a_palette_png_filled_up_with_its_first_colour_is_noticed():

@@ -81,9 +81,8 @@ def test_a_string_with_one_character_changed_or_left_out(seed, place, code, leav
         _decodes_to_its_runs(changed)
 
 
-@given(st.lists(st.integers(-50, HEIGHT * WIDTH), min_size=1, max_size=12))
-def test_runs_pass_exactly_where_they_fill_the_image(runs):
-    # Written as pycocotools writes them, whatever they are.
+def _written(runs: list[int]) -> str:
+    """Runs as pycocotools writes them, whatever they are."""
     text = ""
     for i, run in enumerate(runs):
         value = run - runs[i - 2] if i > 2 else run
@@ -93,4 +92,25 @@ def test_runs_pass_exactly_where_they_fill_the_image(runs):
             value >>= 5
             more = value != (-1 if group & 0x10 else 0)
             text += chr(48 + group + (0x20 if more else 0))
-    assert _passes(text) == (sum(runs) == HEIGHT * WIDTH and min(runs) >= 0)
+    return text
+
+
+@given(st.lists(st.integers(-50, HEIGHT * WIDTH), min_size=1, max_size=12), st.booleans())
+def test_runs_pass_exactly_where_they_fill_the_image(runs, filled):
+    runs = [*runs, HEIGHT * WIDTH - sum(runs)] if filled else runs
+    assert _passes(_written(runs)) == (sum(runs) == HEIGHT * WIDTH and min(runs) >= 0)
+
+
+def test_runs_below_zero_are_refused_whatever_their_sum():
+    assert _passes(_written([3, 2, HEIGHT * WIDTH - 5]))
+    assert not _passes(_written([3, -2, HEIGHT * WIDTH - 1]))
+    assert not _passes(_written([HEIGHT * WIDTH + 4, -4]))
+
+
+def test_a_number_of_too_many_characters_is_refused():
+    # pycocotools shifts by as many bits as there are characters, and beyond 64 anything may come out.
+    whole = _written([HEIGHT * WIDTH])
+    assert _passes(whole)
+    padded = whole[:-1] + chr(ord(whole[-1]) + 0x20)
+    assert _passes(padded + "0")
+    assert not _passes(padded + "P" * 12 + "0")

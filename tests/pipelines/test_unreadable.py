@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from models.errors import DataError
+from models.image import image_header
 from models.instances import Instances
 from pipelines.data.augment import Augmentation
-from pipelines.data.batches import DetectorBatches, SegmenterBatches
+from pipelines.data.batches import DetectorBatches, SegmenterBatches, epoch_items
 from pipelines.data.dataset import Dataset
 from pipelines.data.opening import open_dataset
 from pipelines.data.tiles import TileSettings, cached_tiles, cut_tiles
@@ -99,7 +100,9 @@ def test_a_png_that_lacks_its_last_rows_is_found_when_the_set_is_opened(tmp_path
 def test_a_whole_file_with_a_tail_is_not_lost(tmp_path):
     folder = _set(tmp_path / "a", suffix="jpg")
     path = folder / "train" / "s1.jpg"
-    path.write_bytes(path.read_bytes() + np.random.default_rng(0).bytes(200_000))
+    # Its end is further from the end of the file than is looked at: only decoding it tells that it is whole.
+    path.write_bytes(path.read_bytes() + bytes(200_000))
+    assert image_header(path).cut
     assert len(open_dataset(folder, "train")) == 6
 
 
@@ -124,7 +127,8 @@ def test_what_shows_only_while_decoding_ends_no_training(tmp_path, damage):
 
 def test_an_unreadable_image_moves_no_other_one_and_is_said_once(tmp_path, caplog):
     whole = open_dataset(_set(tmp_path / "a"), "train")
-    expected = [_grays(_batches(whole)[step]) for step in range(10)]
+    expected = [epoch_items(7, step, 3, 6) for step in range(10)]
+    assert [_grays(_batches(whole)[step]) for step in range(10)] == expected
     _end_early(tmp_path / "a" / "train" / "s2.png")
     data = open_dataset(tmp_path / "a", "train")
     assert len(data) == 6
@@ -181,7 +185,7 @@ def test_no_readable_image_at_all_is_an_error(tmp_path):
         _batches(open_dataset(folder, "train"))[0]
 
 
-def test_tiles_of_an_unreadable_image_are_left_out_of_the_cache_and_replaced(tmp_path):
+def test_tiles_of_an_unreadable_image_are_left_out_of_the_cache_and_replaced(tmp_path, caplog):
     folder = _set(tmp_path / "a")
     _end_early(folder / "train" / "s0.png")
     unreadable = Unreadable(tmp_path / "t")
@@ -193,6 +197,21 @@ def test_tiles_of_an_unreadable_image_are_left_out_of_the_cache_and_replaced(tmp
         assert len(unreadable.messages()) == 1
     batches = _batches(cached, unreadable)
     assert 0 not in {gray for step in range(20) for gray in _grays(batches[step])}
+    # Said once for the file, not for each of its tiles.
+    assert sum(s.scene == "s0" for s in tiles.samples) > 1
+    assert len([r for r in caplog.records if "s0.png" in r.message]) == 1
+
+
+def test_a_damaged_tile_leaves_the_others_of_its_file(tmp_path):
+    data = open_dataset(_set(tmp_path / "a"), "train")
+    tiles = cut_tiles(data, TileSettings(size=48, overlap=0.5, empty=1.0), 0.3).samples
+    first, second = [s for s in tiles if s.scene == "s0"][:2]
+    unreadable = Unreadable(tmp_path / "t")
+    unreadable.add(first, DataError("bad"))
+    for known in (unreadable, Unreadable(tmp_path / "t")):
+        assert first in known
+        assert second not in known
+        assert data.samples[0] not in known
 
 
 def _inputs(dataset: Dataset, settings="r"):

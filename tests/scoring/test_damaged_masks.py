@@ -137,9 +137,10 @@ def test_examples(rle):
     rows[1] |= {"mask_size": rle["size"], "mask_counts": rle["counts"]}
     with pytest.raises(ValidationError):
         Example.model_validate_json(json.dumps({"image": image, "rows": rows}))
-    rows[1] |= {"mask_size": None}
-    with pytest.raises(ValidationError):
-        Example.model_validate_json(json.dumps({"image": image, "rows": rows}))
+    for change in ({"mask_size": None}, {"mask_size": [60, 80], "mask_counts": None}):
+        rows[1] |= change
+        with pytest.raises(ValidationError):
+            Example.model_validate_json(json.dumps({"image": image, "rows": rows}))
 
 
 @pytest.mark.parametrize("damage", ["mask", "json", "bytes", "rows"])

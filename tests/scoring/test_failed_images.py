@@ -69,8 +69,8 @@ def _open(folder):
     return open_dataset(folder, "test", keep=True)
 
 
-def _score(folder, out, predictor, label="m/1"):
-    return run_job(predictor, label, _open(folder), out, JobSettings(overlays=2), lambda items, *_: items)
+def _score(folder, out, predictor, label="m/1", overlays=2):
+    return run_job(predictor, label, _open(folder), out, JobSettings(overlays=overlays), lambda items, *_: items)
 
 
 def _everywhere(folder, out, predictor):
@@ -202,3 +202,70 @@ def test_predictions_on_another_size_are_refused(tmp_path):
         from_file(str(job.folder), dataset)
     path.unlink()
     assert evaluate_file(job.folder / "instances.parquet", _open(folder), 0.05, "course")[0].metrics["AP"] > 0.99
+
+
+def test_every_evaluation_opens_its_data_with_the_lost_images(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from pipelines.gate import GateFile
+    from pipelines.steps.promote import PromotionRequest, _datasets
+    from pipelines.steps.training import open_test
+    from scoring import commands
+    from scoring.cli import main
+
+    folder = _set(tmp_path / "data")
+    jobs = [_score(folder, tmp_path / "out", Finder(), label) for label in ("a/1", "b/2")]
+    (folder / "test" / "1.png").unlink()
+    assert len(open_test(str(folder), "plane", None)) == 5
+    assert len(_datasets(PromotionRequest("m/1", "x", (str(folder),)), GateFile(gates={}), "plane")[0]) == 5
+    done = CliRunner().invoke(main, ["evaluate", str(jobs[0].folder / "instances.parquet"), "--data", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert "5 images" in done.output
+
+    opened = []
+    monkeypatch.setattr(commands.tracking, "connect", lambda: "")
+    monkeypatch.setattr(commands, "finish", lambda candidates, dataset, out: opened.append(dataset))
+    targets = tuple(str(job.folder) for job in jobs)
+    commands.run_comparison(commands.ComparisonRequest(targets, str(folder), "test", str(tmp_path / "c"), "cpu", 0.05))
+    assert [len(dataset) for dataset in opened] == [5]
+
+
+def test_metrics_of_a_run_that_left_failed_images_out_are_not_shown(monkeypatch):
+    from types import SimpleNamespace
+
+    from scoring import track
+    from scoring.compare import comparison_table
+
+    def run(**metrics):
+        data = SimpleNamespace(
+            tags={"task": "score", "version": "m/1"}, metrics={"images": 3, "seconds": 1.0, **metrics}, params={}
+        )
+        return SimpleNamespace(data=data, inputs=SimpleNamespace(dataset_inputs=[]))
+
+    runs = {
+        "old": run(errors=2, **{"test/AP": 1.0}),
+        "new": run(errors=2, **{"test/AP": 0.4, "test/images_failed": 2}),
+        "whole": run(errors=0, **{"test/AP": 0.7}),
+    }
+    monkeypatch.setattr(track, "MlflowClient", lambda: SimpleNamespace(get_run=runs.__getitem__))
+    scored = [track.load_scored(name) for name in runs]
+    assert [one.leaves_out for one in scored] == [True, False, False]
+    table = comparison_table(scored)
+    assert np.isnan(table.AP[0])
+    assert table.AP[1:].tolist() == [0.4, 0.7]
+    assert table.failed.tolist() == [2, 2, 0]
+
+
+def test_what_is_guessed_of_a_lost_image_stands_in_no_file(tmp_path):
+    import pyarrow.parquet as pq
+
+    folder = _set(tmp_path / "data")
+    (folder / "test" / "1.png").unlink()
+    write_image(folder / "test" / "3.png", 90, 10)
+    job = _score(folder, tmp_path / "out", Finder(), overlays=5)
+    rows = pq.read_table(job.folder / "inputs.parquet").to_pylist()
+    assert [(r["height"], r["width"]) for r in rows] == [(60, 80), (0, 0), (60, 82), (0, 0), (60, 84)]
+    errors = {r["image_id"]: r["kind"] for r in pq.read_table(job.folder / "errors.parquet").to_pylist()}
+    assert errors == {"1": "missing", "3": "other size"}
+    # Its annotations would lie in pixels that they were not made on.
+    assert sorted(path.name for path in (job.folder / "overlays").iterdir()) == ["0.jpg", "2.jpg", "4.jpg"]
