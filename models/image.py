@@ -109,7 +109,13 @@ def _rendered(values: np.ndarray, rendering: Rendering, name: str) -> np.ndarray
     bands = chosen_bands(rendering, count, [1, 2, 3] if count >= 3 else [1], name)
     shown = np.moveaxis(values[:, :, [band - 1 for band in bands]], -1, 0)
     missing = np.zeros(shown.shape[1:], bool) if alpha is None else alpha == 0
-    bounds = find_bounds(rendering, values.dtype, None, [Block(shown, missing, 0, 0)], (values.shape[0], values.shape[1]))
+    bounds = find_bounds(
+        rendering,
+        values.dtype,
+        None,
+        [Block(shown, np.broadcast_to(missing, shown.shape), 0, 0)],
+        (values.shape[0], values.shape[1]),
+    )
     image = np.moveaxis(to_uint8(shown, bounds), 0, -1)
     return np.ascontiguousarray(image if len(bands) == 3 else np.repeat(image, 3, axis=2))
 
@@ -127,7 +133,9 @@ def _told(name: str) -> Iterator[None]:
     except PermissionError:
         raise DataError(f"{name}: may not be read (permission denied)", "permission denied") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"{name}: cannot be decoded ({one_line(error)})", "damaged") from None
+        # A decoder's own errors have no number; those of a disk that is away for the moment have one.
+        kind = "damaged" if getattr(error, "errno", None) is None else "unreachable"
+        raise DataError(f"{name}: cannot be decoded ({one_line(error)})", kind) from None
 
 
 def _fetched(source: RemoteFile) -> bytes:

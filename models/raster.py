@@ -94,8 +94,8 @@ class WindowedImage:
     """A file that looks like an array of RGB uint8 (H, W, 3): ``shape``, and windows as ``image[y1:y2, x1:x2]``.
 
     Windows are parts of the whole, pixel by pixel: bands, range and missing values are settled once for
-    the file. Alpha is dropped; pixels whose every shown band is nodata (or NaN), or that the file's own
-    mask leaves out, are black; the orientation tag is followed.
+    the file. Alpha is dropped; a band is black where it is nodata, not finite, or left out by the file's own
+    mask, and none of that counts for the range; the orientation tag is followed.
 
     Args:
         source: path of the file, or its bytes.
@@ -209,16 +209,14 @@ class WindowedImage:
             raise DataError(f"{self.path}: damaged ({one_line(error)[:160]})", "damaged") from None
 
     def _values(self, **how: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Values of the shown bands, (bands, h, w), and where they are missing, bool (h, w)."""
+        """Values of the shown bands, (bands, h, w), and which of them are missing, bool of that shape."""
         out = how.pop("out_shape", None)
         shape = {"out_shape": (len(self._bands), *out)} if out else {}
         values = self._read(self._bands, **shape, **how)
-        missing = np.zeros(values.shape[1:], bool)
-        if values.dtype.kind == "f":
-            missing |= ~np.isfinite(values).all(axis=0)
+        missing = ~np.isfinite(values) if values.dtype.kind == "f" else np.zeros(values.shape, bool)
         nodata = self._file.nodata
         if nodata is not None and not np.isnan(nodata):
-            missing |= (values == np.array(nodata).astype(np.float64)).all(axis=0)
+            missing |= values == np.array(nodata).astype(np.float64)
         if self._masked:
             one = {"out_shape": out} if out else {}
             missing |= self._file.read_masks(1, **one, **how) == 0
@@ -227,11 +225,11 @@ class WindowedImage:
     def _shown(self, **how: Any) -> np.ndarray:
         values, missing = self._values(**how)
         if self._palette is not None:
-            image = self._palette[values[0]]
+            image = np.where(missing[0][:, :, None], np.uint8(0), self._palette[values[0]])
         else:
-            image = np.moveaxis(to_uint8(values, self.bounds), 0, -1)
-            image = 255 - image if self._inverted else image
+            shown = to_uint8(values, self.bounds)
+            shown = 255 - shown if self._inverted else shown
+            # A band that is missing is black; where all are, so is the pixel.
+            image = np.moveaxis(np.where(missing, np.uint8(0), shown) if missing.any() else shown, 0, -1)
             image = image if len(self._bands) == 3 else np.repeat(image, 3, axis=2)
-        if missing.any():
-            image = np.where(missing[:, :, None], np.uint8(0), image)
         return np.ascontiguousarray(oriented(image, self.orientation))

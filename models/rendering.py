@@ -122,7 +122,7 @@ def depth_bounds(dtype: np.dtype, bits: int | None = None) -> Bounds:
 
 
 class Block(NamedTuple):
-    """A piece of an image: values (bands, h, w), which of them say nothing, bool (h, w), and its place in the file."""
+    """A piece of an image: values (bands, h, w), which say nothing, bool of that shape, and its place in the file."""
 
     values: np.ndarray
     ignored: np.ndarray
@@ -158,7 +158,7 @@ def _percentiles(dtype: np.dtype, blocks: Iterable[Block], shape: tuple[int, int
     sampled = []
     for block in blocks:
         rows, columns = slice(-block.top % step, None, step), slice(-block.left % step, None, step)
-        values = block.values[:, rows, columns][:, ~block.ignored[rows, columns]].ravel()
+        values = block.values[:, rows, columns][~block.ignored[:, rows, columns]]
         if small:
             counts += np.bincount(values.astype(np.int64) - low, minlength=len(counts))
         else:

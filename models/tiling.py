@@ -192,10 +192,9 @@ def merge_parts(
     cut = pieces.seen.cut
     order = np.lexsort([-np.where(cut, box_area(pieces.boxes), pieces.scores), cut])
     owner = owners(pieces.boxes, order, pieces.labels, tiling.threshold, tiling.match, pieces.seen)
-    scores = pieces.scores.copy()
-    # What a part scores says little about the whole. Measured on 18 training images of DOTA: AP50 0.777
-    # so and with the mean of joined parts, 0.766 with the highest score of all in both places.
-    np.maximum.at(scores, owner[~cut], pieces.scores[~cut])
+    # The best whole one comes first, so its score stays: what a part scores says little about the whole. Measured
+    # on 18 training images of DOTA: AP50 0.777 so and with the mean of joined parts, 0.766 with the highest score of
+    # all in both places.
     boxes = clip_boxes(pieces.boxes, height, width)
     # The black beyond the image can hold boxes of which nothing is left.
     inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
@@ -203,7 +202,7 @@ def merge_parts(
     masks = None
     if pieces.masks is not None:
         masks = [rle_paste(*_within(pieces.masks[i], height, width), height, width) for i in keep]
-    return Instances.make(image_id, height, width, boxes[keep], scores[keep], pieces.labels[keep], masks)
+    return Instances.make(image_id, height, width, boxes[keep], pieces.scores[keep], pieces.labels[keep], masks)
 
 
 def _within(mask: tuple[np.ndarray, int, int], height: int, width: int) -> tuple[np.ndarray, int, int]:

@@ -295,11 +295,11 @@ def test_complex_values_and_damage_say_so(tmp_path):
 def test_the_sampled_range_does_not_depend_on_how_the_file_is_read(monkeypatch):
     monkeypatch.setattr("models.rendering.MOST_PIXELS", 1000)
     values = scene(0.2, 0.8, 0.05, "float32")
-    none = np.zeros((HEIGHT, WIDTH), bool)
+    none = np.zeros((3, HEIGHT, WIDTH), bool)
 
     def bounds(rows, columns, skip=0):
         pieces = [
-            Block(values[:, y : y + rows, x : x + columns], none[y : y + rows, x : x + columns], y, x)
+            Block(values[:, y : y + rows, x : x + columns], none[:, y : y + rows, x : x + columns], y, x)
             for y in range(skip, HEIGHT, rows)
             for x in range(skip, WIDTH, columns)
         ]
@@ -311,7 +311,9 @@ def test_the_sampled_range_does_not_depend_on_how_the_file_is_read(monkeypatch):
 
 def test_the_percentiles_are_those_of_numpy():
     values = np.random.default_rng(1).integers(100, 3000, (3, 200, 200)).astype(np.uint16)
-    low, high = find_bounds(Rendering(), values.dtype, None, [Block(values, np.zeros((200, 200), bool), 0, 0)], (200, 200))
+    low, high = find_bounds(
+        Rendering(), values.dtype, None, [Block(values, np.zeros((3, 200, 200), bool), 0, 0)], (200, 200)
+    )
     assert low == pytest.approx(np.percentile(values, 0.5), abs=1)
     assert high == pytest.approx(np.percentile(values, 99.5), abs=1)
 
@@ -367,3 +369,14 @@ def test_no_other_format_is_opened_as_a_raster(tmp_path):
     for read in (read_image, WindowedImage):
         with pytest.raises(DataError, match=r"a\.vrt\.tif"):
             read(tmp_path / "a.vrt.tif")
+
+
+def test_nodata_in_one_band_hides_no_plane(tmp_path):
+    """Each band may have its own holes: 0 is nodata, and the first band is 0 where the plane is."""
+    values = scene(400, 1500, 20, "uint16")
+    values[0][PLANE] = 0
+    path = tiff(tmp_path / "one.tif", values, photometric="RGB", nodata=0)
+    image = read_image(path)
+    assert (image[PLANE][:, 0] == 0).all()
+    assert image[PLANE][:, 1:].min() > 200 > 60 > image[~PLANE].max()
+    assert np.array_equal(WindowedImage(path)[0:HEIGHT, 0:WIDTH], image)

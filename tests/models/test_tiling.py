@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from models.geometry import rle_crop, rle_decode, rle_encode, rle_iou
 from models.instances import Instances
-from models.tiling import Tiled, Tiling, tile_grid
+from models.tiling import Part, Tiled, Tiling, merge_parts, tile_grid
 
 SIZE = 64
 
@@ -232,3 +232,14 @@ def test_no_dense_mask_of_a_large_image_is_made():
         assert (part == plane()).all()
     # One dense bool mask of the image alone would take 400 MB.
     assert peak < 200e6, peak
+
+
+def test_the_score_is_that_of_the_best_whole_one():
+    def merged(*found):
+        parts = [Part(Instances.make("0", 64, 64, [box], [score], [0]), window) for box, score, window in found]
+        return merge_parts("0", 100, 100, parts, Tiling(size=64, overlap=0.25, merge="nms", match="ios")).scores.tolist()
+
+    here, below = (0, 0, 64, 64), (0, 8, 64, 72)
+    assert merged(([20, 18, 44, 48], 0.625, here), ([20, 10, 44, 40], 0.75, below)) == [0.75]
+    # What a border cuts may be surer than the whole.
+    assert merged(([20, 24, 44, 64], 0.875, here), ([20, 16, 44, 60], 0.5, below)) == [0.5]
