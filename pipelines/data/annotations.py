@@ -171,8 +171,11 @@ def note_lost(lost: str, keep: bool, where: str, problems: Problems) -> None:
     problems.add(f"{kind}, kept as errors" if keep else f"{kind} left out", where)
 
 
-def extent(entries: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """(height, width) that annotations of an image fit into, of which nothing else is known."""
+def extent(entries: Sequence[Mapping[str, Any]], stated: bool = True) -> tuple[int, int]:
+    """(height, width) that annotations of an image fit into, of which nothing else is known.
+
+    stated: whether an RLE outline reaches as far as the size it states; else its box alone tells.
+    """
     height, width = 1.0, 1.0
     for entry in entries:
         box = _box(entry.get("bbox"))
@@ -180,7 +183,7 @@ def extent(entries: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
             width, height = max(width, float(box[2])), max(height, float(box[3]))
         outline = entry.get("segmentation")
         try:
-            if isinstance(outline, dict):
+            if isinstance(outline, dict) and stated:
                 rows, columns = (int(v) for v in outline["size"])
                 height, width = max(height, rows), max(width, columns)
             for polygon in outline if isinstance(outline, list) else ():

@@ -22,12 +22,14 @@ Size = tuple[int, int]
 class Fit:
     """How annotations of a stated size come to lie on a file's pixels.
 
-    stated, size: (height, width) before and after; orientation: EXIF's, by which they are turned first; 1: not at all.
+    stated, size: (height, width) before and after; orientation: EXIF's, by which they are turned first; 1: not at all;
+    unsure: the file has an orientation tag, and its size does not tell whether they were made before it was turned.
     """
 
     stated: Size
     size: Size
     orientation: int = 1
+    unsure: bool = False
 
     @property
     def turns(self) -> bool:
@@ -92,9 +94,9 @@ def fit(stated: Size | None, header: Header) -> Fit | None:
     where its orientation tag makes height and width change places. Tags that only mirror cannot be told by the size.
     """
     size = header.size
-    if stated is None or stated == size:
-        return Fit(size, size)
     raw = (header.height, header.width)
+    if stated is None or stated == size:
+        return Fit(size, size, unsure=header.orientation > 1 and (stated is None or raw == size))
     turned = header.orientation if raw != size else 1
     if turned > 1 and stated == raw:
         return Fit(stated, size, turned)
@@ -114,6 +116,14 @@ def fitted(looked: Looked, stated: Size | None, entries: Sequence[Mapping[str, A
     if looked.header is None:
         guess = stated or extent(entries)
         return looked, Fit(guess, guess)
+    reach = extent(entries, stated=False)
+    if stated is not None and (reach[0] > stated[0] + 1 or reach[1] > stated[1] + 1):
+        # A size that does not hold its own annotations, such as a placeholder of 1 x 1, says nothing.
+        stated = None
+    raw = (looked.header.height, looked.header.width)
+    if stated is None and _holds(raw, reach) and not _holds(looked.header.size, reach):
+        # They reach beyond the image as it is looked at, and fit it as it lies in the file.
+        stated = raw
     lying = fit(stated, looked.header)
     if lying is not None or stated is None:
         return looked, lying or Fit(looked.header.size, looked.header.size)
@@ -129,6 +139,12 @@ def note_fit(lying: Fit, where: str, problems: Problems) -> None:
         problems.add("images turned by their orientation tag, and their annotations with them", stated)
     elif lying.stated != lying.size:
         problems.add("image sizes corrected from the file, annotations scaled", stated)
+    elif lying.unsure:
+        problems.add("images with an orientation tag, taken as annotated the way they are looked at", where)
+
+
+def _holds(size: Size, reach: Size) -> bool:
+    return reach[0] <= size[0] + 1 and reach[1] <= size[1] + 1
 
 
 def _proportional(a: Size, b: Size) -> bool:
