@@ -81,9 +81,13 @@ class Measurement:
         """The main metric over the images whose name fits a pattern (``A00*``), NaN where there are none."""
         names = [s.image_id for s in self.dataset.samples if fnmatch(s.image_id, pattern)]
         part = self.dataset.subset(names, self.dataset.split)
-        if not part.planes:
+        masks = main.startswith("mask_")
+        if not part.planes or (masks and not part.has_masks):
             return math.nan
-        return all_metrics([f for f in self.found if f.image_id in set(names)], part, self.segmenter)[main]
+        found = {f.image_id: f for f in self.found}
+        # Nothing is found in an image that failed.
+        nothing = [Instances.make(s.image_id, s.height, s.width, [], [], [], [] if masks else None) for s in part.samples]
+        return all_metrics([found.get(n.image_id, n) for n in nothing], part, self.segmenter).get(main, math.nan)
 
 
 def all_metrics(found: list[Instances], dataset: Dataset, segmenter: bool) -> dict[str, float]:

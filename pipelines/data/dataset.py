@@ -198,13 +198,16 @@ class Dataset:
             )
         return self._marks
 
-    def digest_with(self, file_digests: Sequence[str]) -> str:
-        """As `digest`, with other marks of the files, in the samples' order."""
+    def digest_with(self, file_digests: Sequence[str], as_in_060: bool = False) -> str:
+        """As `digest`, with other marks of the files, in the samples' order.
+
+        Args:
+            as_in_060: without the images that are missing or cannot be read, whose planes count now.
+        """
         # As json.dumps would write it as one list, which for millions of images would fill the memory.
         digest, separator = hashlib.sha256(b"["), b""
         for sample, content in sorted(zip(self.samples, file_digests, strict=True), key=lambda p: p[0].image_id):
-            # What 0.6.0 left out of a digest is left out of it still, that its jobs and gates know their data again.
-            if sample.lost in ("missing", "unreadable"):
+            if as_in_060 and sample.lost in ("missing", "unreadable"):
                 continue
             digest.update(separator + _described(sample, content))
             separator = b", "

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -19,7 +18,7 @@ from models.instances import RLE
 from models.rendering import DEFAULT
 from models.tiling import Tiling, Window, tile_grid
 from pipelines.data.dataset import Dataset, Problems, Sample
-from pipelines.data.unreadable import Unreadable
+from pipelines.data.unreadable import Unreadable, raise_passing
 from pipelines.locking import clear_temporaries, held, lock_of, write_whole
 
 DONE = "tiles.json"
@@ -156,7 +155,10 @@ def cached_tiles(tiles: Dataset, folder: Path, progress: Progress, unreadable: U
     unreadable = unreadable or Unreadable()
     # Quoted, so that the names of "a/b" and "a_b" differ.
     samples = tuple(
-        replace(s, path=folder / f"{quote(s.image_id, safe='')}.png", window=None, rendering=DEFAULT) for s in tiles.samples
+        replace(
+            s, path=folder / f"{s.image_id.replace('%', '%25').replace('/', '%2F')}.png", window=None, rendering=DEFAULT
+        )
+        for s in tiles.samples
     )
     with held(lock_of(folder), "cutting tiles", wait=True):
         try:
@@ -207,6 +209,7 @@ def _write(tiles: Sequence[Sample], targets: Mapping[str, Path], progress: Progr
         try:
             image = Image.fromarray(cache.read(tile))
         except Exception as error:
+            raise_passing(error, tile)
             # A decoder may raise anything on a damaged file.
             unreadable.add(tile, error)
             targets[tile.image_id].unlink(missing_ok=True)

@@ -79,9 +79,24 @@ class Unreadable:
             try:
                 return place % count, read(sample)
             except Exception as error:
+                raise_passing(error, sample)
                 # A decoder may raise anything on a damaged file.
                 self.add(sample, error)
         raise DataError(f"none of the training images can be read; the first: {next(iter(self._known.values()))}")
+
+
+def raise_passing(error: Exception, sample: Sample) -> None:
+    """Raise what may be over when the training is called again: a disk or store that is away, memory that is full.
+
+    Raises:
+        DataError: such an error.
+    """
+    passing = isinstance(error, DataError) and error.kind in ("missing", "unreachable", "permission denied")
+    if passing:
+        raise error
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+        what = f"{type(error).__name__}: {one_line(error)[:160]}"
+        raise DataError(f"{sample.path}: cannot be read now ({what}); the same command goes on", "unreachable") from error
 
 
 def _key(sample: Sample) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from models.image import image_header
 from models.instances import Instances
 from pipelines.data.augment import Augmentation
 from pipelines.data.batches import DetectorBatches, SegmenterBatches, epoch_items
+from pipelines.data.cache import ImageCache
 from pipelines.data.dataset import Dataset
 from pipelines.data.opening import open_dataset
 from pipelines.data.tiles import TileSettings, cached_tiles, cut_tiles
@@ -318,3 +319,21 @@ def test_the_plan_of_a_training_stays_the_same_when_its_unreadable_image_is_remo
     assert [s.image_id for s in again.data.val.samples] == [s.image_id for s in plan.data.val.samples]
     plan.data.train.samples[3].path.unlink()
     assert plan_training(request).folder != plan.folder
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError(), None])
+def test_a_disk_that_is_away_stops_a_training_and_condemns_no_image(tmp_path, monkeypatch, error):
+    data = open_dataset(_set(tmp_path / "a"), "train")
+    if error is None:
+        (tmp_path / "a" / "train" / "s2.png").rename(tmp_path / "away.png")
+    else:
+
+        def failing(*_):
+            raise error
+
+        monkeypatch.setattr(ImageCache, "read", failing)
+    batches = _batches(data, Unreadable(tmp_path / "t"))
+    with pytest.raises(DataError, match=r"s\d\.png"):
+        for step in range(10):
+            batches[step]
+    assert not (tmp_path / "t" / UNREADABLE_FILE).exists()

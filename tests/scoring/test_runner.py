@@ -137,7 +137,8 @@ def test_annotated_images_that_cannot_be_read_are_errors_too(tmp_path):
     (tmp_path / "test_coco.json").write_text(json.dumps(content))
     kept, left = (open_dataset(tmp_path / "test_coco.json", keep=keep) for keep in (True, False))
     assert (len(kept), len(left), kept.planes, left.planes) == (4, 2, 4, 2)
-    assert kept.digest() == left.digest()
+    # What is measured with images and what without them is no equal data.
+    assert kept.digest() != left.digest()
     assert "1 missing images, kept as errors" in kept.summary()
     settings = JobSettings(overlays=0, score_threshold=0)
     job = run_job(Brightness(), "m/1", kept, tmp_path / "out", settings, lambda r, *_: r)
