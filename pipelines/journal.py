@@ -194,7 +194,7 @@ def _judged(entries: Iterable[Entry]) -> list[Entry]:
     last: dict[str, str] = {}
     judged = []
     for entry in entries:
-        if entry.move.after == last.get(entry.move.alias, FIRST):
+        if entry.state != "overtaken" and entry.move.after == last.get(entry.move.alias, FIRST):
             last[entry.move.alias] = entry.id
             judged.append(entry)
         else:
@@ -218,18 +218,32 @@ def append(name: str, move: Move) -> Entry:
     tags |= {"after": move.after, "why": move.why[:LONGEST] or NOTHING, "by": whoami(), "at": now()}
     tags |= {"run": move.run or NOTHING, "token": token}
     said = f"{name} {move.alias}: {move.origin or 'nothing'} -> {move.to} ({move.kind} by {tags['by']}): {tags['why']}"
+    written = False
     try:
         # First of all, so that who may not edit the model adds nothing.
         client.set_registered_model_tag(name, MOVE_TAG + token, f"begun {_digest(tags)}")
         _open_journal(client)
+        written = True
         _add(client, f"models:/{name}/{move.to}", tags, said)
     except MlflowException as error:
         hint = f"; you need the right to edit {name} and {JOURNAL}" if denied(error) else ""
+        if written and not hint:
+            # The answer may have got lost, the entry not: what is told to have failed must not happen later.
+            hint = _give_up(client, name, MOVE_TAG + token, f"abandoned {_digest(tags)}")
         raise RegistryError(f"{JOURNAL}: cannot be written ({one_line(error)[:200]}){hint}") from None
     added = next((e for e in read_journal(name) if e.token == token), None)
     if added is None:
         raise RegistryError(f"{JOURNAL}: the entry for {name} is not there any more; somebody deleted or changed it")
     return added
+
+
+def _give_up(client: MlflowClient, name: str, tag: str, value: str) -> str:
+    """Mark a move that may be written as abandoned; what to say where not even that can be done."""
+    try:
+        client.set_registered_model_tag(name, tag, value)
+    except MlflowException:
+        return "; the move may be in the journal all the same, and the next command finishes it then"
+    return ""
 
 
 def _add(client: MlflowClient, source: str, tags: dict[str, str], said: str) -> None:
@@ -261,7 +275,7 @@ def _open_journal(client: MlflowClient) -> None:
                 raise
 
 
-def mark(name: str, entry: Entry, state: Literal["done", "abandoned"]) -> None:
+def mark(name: str, entry: Entry, state: Literal["done", "abandoned", "overtaken"]) -> None:
     """Note how an entry ended.
 
     Raises:

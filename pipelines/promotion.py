@@ -79,6 +79,8 @@ def move(at: Standing, to: str, kind: Kind, why: str, run: str = "") -> Entry:
     """
     entry = journal.append(at.name, Move(at.alias, kind, to, at.present, at.after, why, run))
     if entry.state == "overtaken":
+        # For good, whatever becomes of the entries that were faster.
+        journal.mark(at.name, entry, "overtaken")
         entries = journal.counting(journal.read_journal(at.name), at.alias)
         # Of several moves since, the one that took this one's place.
         first = next((e for e in entries if e.move.after == at.after), entries[-1] if entries else entry)

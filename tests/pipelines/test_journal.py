@@ -303,6 +303,44 @@ def test_what_an_earlier_release_adds_after_the_switch_does_not_count(client):
     assert _aliases() == {"production": "3", "previous": "2"}
 
 
+def test_an_overtaken_move_does_not_come_back_when_others_are_deleted(client):
+    _move("1")
+    first, second = promotion.standing(NAME, "production"), promotion.standing(NAME, "production")
+    _move("2", at=first)
+    with pytest.raises(RegistryError, match="decide again"):
+        _move("3", at=second)
+    _move("1", "rollback")
+    faster = next(e for e in journal.read_journal(NAME) if e.move.to == "2")
+    client.delete_model_version("planes-journal", str(faster.number))
+    promotion.standing(NAME, "production")
+    assert _aliases()["production"] == "1"
+
+
+def test_a_move_that_is_told_to_have_failed_does_not_happen_later(client, monkeypatch):
+    _move("1")
+    real = MlflowClient.create_model_version
+
+    def answers_get_lost(self, name, *arguments, **options):
+        made = real(self, name, *arguments, **options)
+        if name == journal.JOURNAL:
+            raise mlflow.MlflowException("connection reset by peer")
+        return made
+
+    def search_fails(self, *_, **__):
+        raise mlflow.MlflowException("connection refused")
+
+    at = promotion.standing(NAME, "production")
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "create_model_version", answers_get_lost)
+        patch.setattr(MlflowClient, "search_model_versions", search_fails)
+        with pytest.raises(RegistryError, match="cannot be written"):
+            _move("2", at=at)
+    promotion.standing(NAME, "production")
+    assert _aliases()["production"] == "1"
+    _move("3")
+    assert _aliases() == {"production": "3", "previous": "1"}
+
+
 def test_no_model_is_registered_under_the_name_of_the_journal(client):
     with pytest.raises(RegistryError, match="is the journal of promotions; give the model another name"):
         log_and_register(Path("m"), "planes-journal", np.zeros((64, 64, 3), np.uint8), {}, "r")
