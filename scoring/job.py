@@ -19,7 +19,7 @@ from models.instances import Instances
 from models.predictor import Predictor
 from models.tiling import tiling_of
 from models.torch_tools import Precision
-from pipelines.data.dataset import Dataset
+from pipelines.data.dataset import Dataset, Sample
 from pipelines.evaluation import Evaluation
 from pipelines.prediction import evaluate_predictions, is_segmenter
 from scoring.export import FORMATS, export
@@ -167,7 +167,9 @@ def run_job(
             assert totals is not None
             if not totals.images:
                 first = parquet.read_failures(folder / ERRORS)[0]
-                raise DataError(f"none of {len(dataset)} images could be read; the first: {first.message}")
+                raise DataError(
+                    f"none of {len(dataset)} images could be scored; the first: {first.message} (--fresh tries again)"
+                )
             job = JobResult(label, folder, totals.images, totals.instances, totals.failures, totals.seconds)
             job.segmenter, job.score_threshold, job.resumed = is_segmenter(predictor), settings.score_threshold, resumed
             job.stages, job.peaks = totals.stages, runner.peak_megabytes()
@@ -203,22 +205,27 @@ def _try_again(
     samples = {number: dataset.samples[shards[number].start : shards[number].stop] for number in failed}
     numbers = sorted(failed)
     parts = [[samples[number][position] for position in failed[number]] for number in numbers]
+    begun, total, changed = time.monotonic(), sum(map(len, parts)), 0
     results: dict[int, dict[int, Instances | Failure]] = {}
-    begun, total = time.monotonic(), sum(map(len, parts))
     for part, index, result in progress(runner.results(parts), total, f"trying {total} images again"):
         number = numbers[part]
-        kept = result.above(score_threshold) if isinstance(result, Instances) else result
-        if not isinstance(kept, Failure) or not can_be_tried_again(kept, parts[part][index]):
-            results.setdefault(number, {})[failed[number][index]] = kept
-    if not results:
-        return 0
-    totals = totals_of(folder)
-    if totals is not None:
-        part_again(folder, manifest, dataset, totals)
-    for number, changed in results.items():
-        replace_in_shard(folder, number, samples[number], changed, time.monotonic() - begun)
-        begun = time.monotonic()
-    return sum(map(len, results.values()))
+        mine = results.setdefault(number, {})
+        mine[failed[number][index]] = result.above(score_threshold) if isinstance(result, Instances) else result
+        if len(mine) < len(parts[part]):
+            continue
+        # A shard at a time, so that a stop loses no more than one.
+        news = {p: r for p, r in results.pop(number).items() if not _failed_again(r, samples[number][p])}
+        if news:
+            totals = totals_of(folder)
+            if totals is not None:
+                part_again(folder, manifest, dataset, totals)
+            replace_in_shard(folder, number, samples[number], news, time.monotonic() - begun, runner.little(part))
+            begun, changed = time.monotonic(), changed + len(news)
+    return changed
+
+
+def _failed_again(result: Instances | Failure, sample: Sample) -> bool:
+    return isinstance(result, Failure) and can_be_tried_again(result, sample)
 
 
 def _make_missing(
@@ -284,8 +291,11 @@ def _write(job: JobResult, dataset: Dataset, has_masks: bool, settings: JobSetti
     if not dataset.has_truth:
         return
     failed = {f.image_id for f in parquet.read_failures(job.folder / ERRORS)} if job.failures else set()
-    # Outlines in boxes can be made where none are known, but not measured.
-    if dataset.planes and (dataset.has_masks or not job.segmenter):
+    if job.segmenter and not dataset.has_masks:
+        # Outlines in boxes can be made where none are known, but not measured; what the table is, is said all the same.
+        content = [{"prefix": "", "metrics": {}, "settings": {"kind": "crop masks"}}]
+        write_text(job.folder / "metrics.json", json.dumps(content, indent=2) + "\n")
+    elif dataset.planes:
         found = list(table)
         listed = {f.image_id for f in found}
         # Images without a plane have no row; that masks were looked for there counts. Nor have those that failed, and

@@ -26,14 +26,14 @@ MANIFEST, INPUTS, SHARDS, DONE, LOCK = "manifest.json", "inputs.parquet", "shard
 
 # All that a job writes beside its manifest; ``.run`` is the MLflow run that is being logged (scoring.track).
 WRITTEN = (
-    DONE,
-    INPUTS,
     "instances.parquet",
     "errors.parquet",
     "coco_results.json",
     "kaggle.csv",
     "metrics.json",
     ".run",
+    DONE,
+    INPUTS,
 )
 PICTURES = {"overlays": ".jpg", "geojson": ".geojson"}
 
@@ -92,9 +92,11 @@ def make_manifest(label: str, model: str, settings: Mapping[str, Any], dataset: 
     )
 
 
-def _digest_in_order(dataset: Dataset, file_digests: Sequence[str] | None = None) -> str:
+def _digest_in_order(dataset: Dataset, file_digests: Sequence[str] | None = None, as_in_060: bool = False) -> str:
     """Of images, annotations and order: shards count the images."""
-    digest = hashlib.sha256((dataset.digest_with(file_digests) if file_digests else dataset.digest()).encode())
+    marks = file_digests or dataset.file_digests()
+    content = dataset.digest_with(marks, as_in_060) if file_digests or as_in_060 else dataset.digest()
+    digest = hashlib.sha256(content.encode())
     for sample in dataset.samples:
         digest.update(b"\0" + sample.image_id.encode())
     return digest.hexdigest()[:16]
@@ -129,16 +131,28 @@ def claimed(folder: Path, manifest: Manifest, dataset: Dataset, fresh: bool) -> 
 
 
 def clear(folder: Path) -> None:
-    """Remove what a job writes into its folder, and nothing else: somebody may keep notes there."""
-    for name in (*WRITTEN, *(f".{name}.tmp" for name in (*WRITTEN, MANIFEST))):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / SHARDS, ignore_errors=True)
+    """Remove what a job wrote into its folder, and nothing else: somebody may keep notes there.
+
+    Raises:
+        OSError: something of it cannot be removed; it must not be taken for another job's.
+    """
+    shards = folder / SHARDS
+    if shards.is_symlink():
+        shards.unlink()
+    elif shards.exists():
+        shutil.rmtree(shards)
+    if not any((folder / name).exists() for name in (INPUTS, DONE)):
+        # Never a job's folder: what has such names is somebody's own.
+        return
     for name, ending in PICTURES.items():
-        if (folder / name).is_dir():
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
             for path in (folder / name).glob(f"*{ending}"):
                 path.unlink()
             if not any((folder / name).iterdir()):
                 (folder / name).rmdir()
+    # The list of inputs last: while it is there, an interrupted call is gone on with.
+    for name in (*(f".{name}.tmp" for name in (*WRITTEN, MANIFEST)), *WRITTEN):
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -212,9 +226,11 @@ def _check(folder: Path, held: Manifest, asked: Manifest, dataset: Dataset) -> N
 
 
 def _but_for_marks(folder: Path, held: Manifest, asked: Manifest, dataset: Dataset) -> bool:
-    """Whether two jobs are equal but for files of which one of them knows nothing: a store did not answer."""
+    """Whether two jobs are equal but for files of which one knows nothing: a store did not answer, a file was missing."""
     if held.model_copy(update={"inputs": asked.inputs}) != asked:
         return False
+    if _digest_in_order(dataset, as_in_060=True) == held.inputs:
+        return True
     then = pq.read_table(folder / INPUTS, columns=["digest"])["digest"].to_pylist()
     now = dataset.file_digests()
     if len(then) != len(now) or UNREADABLE not in {*then, *now}:

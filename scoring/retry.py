@@ -22,7 +22,10 @@ def can_be_tried_again(failure: Failure, sample: Sample) -> bool:
     """Whether what failed may work now: a store that did not answer, a file of this machine that is there by now."""
     if failure.kind == UNREACHABLE:
         return True
-    return failure.kind == MISSING and isinstance(sample.path, Path) and sample.path.exists()
+    try:
+        return failure.kind == MISSING and isinstance(sample.path, Path) and sample.path.exists()
+    except OSError:
+        return False
 
 
 def failed_before(folder: Path, manifest: Manifest, dataset: Dataset) -> dict[int, list[int]]:
@@ -64,7 +67,12 @@ def _nothing(sample: Sample, masks: bool) -> Instances:
 
 
 def replace_in_shard(
-    folder: Path, number: int, samples: Sequence[Sample], again: dict[int, Instances | Failure], seconds: float
+    folder: Path,
+    number: int,
+    samples: Sequence[Sample],
+    again: dict[int, Instances | Failure],
+    seconds: float,
+    little: Sequence[str] = (),
 ) -> None:
     """Write a finished shard anew with other results for some of its images; the rows of the rest stay as they are."""
     shard = shard_folder(folder, number)
@@ -75,4 +83,4 @@ def replace_in_shard(
     for position, sample in enumerate(samples):
         known = found.get(sample.image_id) or failures.get(sample.image_id) or _nothing(sample, notes["masks"])
         results.append(again.get(position, known))
-    write_shard(folder, number, results, notes["seconds"] + seconds, notes["stages"], notes.get("little", []))
+    write_shard(folder, number, results, notes["seconds"] + seconds, notes["stages"], [*notes.get("little", []), *little])

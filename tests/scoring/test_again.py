@@ -303,3 +303,52 @@ def test_a_manifest_of_an_earlier_release_has_planes(tmp_path, images):
     del content["category"]
     (job.folder / plan.MANIFEST).write_text(json.dumps(content))
     assert _run(tmp_path / "out", images).resumed == 9
+
+
+def test_fresh_leaves_a_folder_alone_that_was_never_a_jobs(images, tmp_path):
+    """A kill before the list of inputs was written leaves a claimed folder with what somebody keeps there."""
+    job = _run(tmp_path / "first", images)
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "metrics.json").write_text("mine")
+    (folder / "geojson").mkdir()
+    (folder / "geojson" / "0.geojson").write_text("mine")
+    plan.clear(folder)
+    assert (folder / "metrics.json").read_text() == (folder / "geojson" / "0.geojson").read_text() == "mine"
+    # Shards kept elsewhere: the link goes, not what it leads to.
+    (tmp_path / "elsewhere" / "00000").mkdir(parents=True)
+    (job.folder / "shards").symlink_to(tmp_path / "elsewhere")
+    plan.clear(job.folder)
+    assert not (job.folder / "shards").is_symlink()
+    assert (tmp_path / "elsewhere" / "00000").is_dir()
+
+
+def test_what_cannot_be_cleared_is_said(images, tmp_path, monkeypatch):
+    job = _run(tmp_path / "out", images)
+    (job.folder / "shards").mkdir()
+
+    def failing(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(plan.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or failing(path))
+    with pytest.raises(OSError, match="Permission denied"):
+        plan.clear(job.folder)
+
+
+def test_shards_that_were_tried_again_before_a_stop_are_kept(store, tmp_path):
+    store.down = {"1.png", "6.png"}
+    _run(tmp_path / "out", _remote(store))
+    store.down = set()
+
+    def stopping(results, *_):
+        for number, result in enumerate(results):
+            if number == 1:
+                raise KeyboardInterrupt
+            yield result
+
+    settings = JobSettings(shard_size=2, score_threshold=0.0, overlays=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(Brightness(), "m/1", _remote(store), tmp_path / "out", settings, stopping)
+    counting = Brightness()
+    again = _run(tmp_path / "out", _remote(store), predictor=counting)
+    assert (counting.seen, again.images, again.failures) == (1, 9, 0)
