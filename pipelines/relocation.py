@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +17,6 @@ COLUMNS = (
     ("model_versions", "storage_location"),
     ("model_versions", "source"),
 )
-MODELS = ("logged_models", "model_versions")
 
 
 def follow_move(store: Path) -> list[str]:
@@ -24,12 +24,14 @@ def follow_move(store: Path) -> list[str]:
 
     A place is changed where its root is gone and that very artefact lies beneath the ``mlruns`` beside the
     store: a copy whose original still exists is left as it is, and so is what lies on a disk that is away
-    for the moment. Places where nothing lies yet (a run without artefacts, an experiment's place for new
-    ones) follow where every model of their root was found here.
+    for the moment. A run without artefacts keeps its place; where an experiment's new ones go follows those that
+    it has. A store that may not be written is left as it is.
     All of it in one transaction.
     """
     here = store.resolve().parent
     if not store.is_file() or not (here / ARTEFACTS).is_dir():
+        return []
+    if not os.access(store, os.W_OK):
         return []
     with closing(sqlite3.connect(store, timeout=60)) as connection, connection:
         columns = [c for c in COLUMNS if _has(connection, *c)]
@@ -45,10 +47,10 @@ def follow_move(store: Path) -> list[str]:
             if not found:
                 continue
             followed.append(root.removeprefix("file://"))
-            # A model always has artefacts; one that is not here is elsewhere, and others may be with it.
-            whole = all(one in found for one in places if one[0] in MODELS)
             for table, column, place in places:
-                if whole or (table, column, place) in found:
+                # Where an experiment's artefacts go follows those that it has.
+                mine = table == "experiments" and any(p.startswith(f"{place}/") for _, _, p in found)
+                if mine or (table, column, place) in found:
                     new = _beneath(here, root, place)
                     connection.execute(f"UPDATE {table} SET {column} = ? WHERE {column} = ?", (new, place))
     return followed

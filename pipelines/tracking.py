@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
@@ -244,12 +245,13 @@ def ui_link(uri: str, run_id: str | None = None) -> str:
 
 def _experiment_of(run_id: str | None) -> str:
     client = MlflowClient()
-    try:
+    # A run that was deleted since, a server that went down: a link must not end what went well.
+    with contextlib.suppress(mlflow.MlflowException):
         if run_id is not None:
             return str(client.get_run(run_id).info.experiment_id)
-    except mlflow.MlflowException:
-        # A run that was deleted since; a link must not end what went well.
-        pass
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-    found = client.get_experiment_by_name(name)
-    return os.environ.get("MLFLOW_EXPERIMENT_ID") or (found.experiment_id if found else "0")
+    if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return given
+    with contextlib.suppress(mlflow.MlflowException):
+        found = client.get_experiment_by_name(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT))
+        return str(found.experiment_id) if found else "0"
+    return "0"

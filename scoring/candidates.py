@@ -63,6 +63,8 @@ def from_run(run_id: str, scored: Scored, dataset: Dataset) -> Candidate:
         RegistryError: its outputs are gone.
         DataError: its images were of other sizes than the data set's.
     """
+    if scored.segmenter:
+        raise DataError(f"run {run_id}: outlines given boxes and finds none; only runs of such versions can be compared")
     try:
         local = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="scoring/instances.parquet")
     except (mlflow.MlflowException, OSError) as error:

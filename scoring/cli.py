@@ -195,8 +195,9 @@ def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str
     settings = JobSettings(_auto("batch", options), *outputs, _tiling(options), **more, precision=options["precision"])
     each = zip(versions, datasets, strict=True)
     runs = [score_version(*version, dataset, Path(out), settings, device, execution) for version, dataset in each]
-    _show([scored for scored, _ in runs], Path(out), uri)
+    _show([scored for scored, _ in runs], Path(out))
     check_logged([job for _, job in runs])
+    click.echo(f"MLflow UI: {tracking.ui_link(uri)}")
     compare_jobs([job for _, job in runs], datasets, Path(out))
     worst = max(job.failures / len(dataset) for (_, job), dataset in zip(runs, datasets, strict=True))
     if worst > options["max_errors"]:
@@ -265,8 +266,7 @@ def _evaluate(predictions: str, data: str, split: str, score_threshold: float, r
         click.echo(coco_tables(evaluation))
 
 
-def _show(runs, out, uri) -> None:  # type: ignore[no-untyped-def]
-    from pipelines.tracking import ui_link
+def _show(runs, out) -> None:  # type: ignore[no-untyped-def]
     from scoring.compare import comparison_table, render
 
     # Versions of different classes are measured against different annotations.
@@ -275,7 +275,6 @@ def _show(runs, out, uri) -> None:  # type: ignore[no-untyped-def]
         click.echo(render(table))
     if len(runs) > 1 and len({run.category for run in runs}) == 1:
         table.to_csv(out / "comparison.csv", index=False)
-    click.echo(f"MLflow UI: {ui_link(uri)}")
 
 
 if __name__ == "__main__":

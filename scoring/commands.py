@@ -280,7 +280,7 @@ def _as_it_is(items: Iterable[Any], *_: object) -> Iterator[Any]:
 
 
 def _tell(job: JobResult) -> None:
-    errors = f", {job.failures} unreadable (see errors.parquet)" if job.failures else ""
+    errors = f", {job.failures} failed (see errors.parquet)" if job.failures else ""
     errors += " that count as images without detections" if job.failures and job.evaluations else ""
     errors += f", {job.resumed} of them scored before" if job.resumed else ""
     speed = f"{job.seconds:.1f} s, {job.images / job.seconds:.3g} images/s"

@@ -39,6 +39,7 @@ class Scored:
     category: str = "plane"
     failed: int = 0
     leaves_out: bool = False
+    segmenter: bool = False
 
 
 def check_same_data(runs: Sequence[Scored]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +24,22 @@ def read_predictions(path: Path, dataset: Dataset, convention: Convention = "cou
     Raises:
         DataError: neither, damaged, or over other images.
     """
+    if _outlines_given_boxes(path.parent):
+        raise DataError(f"{path}: is of a version that outlines given boxes and finds none; its IoU is in metrics.json")
     if path.suffix.lower() == ".csv":
         return read_submission(path, dataset, convention)
     if path.suffix.lower() == ".parquet":
         return checked_sizes(read_instances(path), dataset, str(path))
     raise DataError(f"{path}: expected an instances.parquet or a Kaggle .csv")
+
+
+def _outlines_given_boxes(job: Path) -> bool:
+    """Whether a job's folder is that of a crop segmenter: its boxes are those of the truth."""
+    try:
+        content = json.loads((job / "metrics.json").read_text()) if (job / MANIFEST).is_file() else []
+    except (OSError, ValueError):
+        return False
+    return any(entry.get("settings", {}).get("kind") == "crop masks" for entry in content if isinstance(entry, dict))
 
 
 def checked_sizes(found: list[Instances], dataset: Dataset, name: str) -> list[Instances]:

@@ -30,6 +30,7 @@ def log_job(
     # A number on training images must never look like one on test images.
     prefix = next((f"{name}/" for name in ("train", "val") if dataset.split.startswith(name)), "test/")
     tags = {"task": "score", "version": job.label, "metric_prefix": prefix}
+    tags |= {"outlines_given_boxes": "true"} if job.segmenter else {}
     # Written while a run is being logged: after a stop, or a store that went away, it is gone on with.
     begun = job.folder / BEGUN
     resumed = begun.read_text() if begun.exists() else None
@@ -88,6 +89,7 @@ def load_scored(run_id: str) -> Scored:
         failed,
         # They left failed images out of their metrics, too.
         leaves_out=bool(failed and metrics and "images_failed" not in metrics),
+        segmenter="IoU" in metrics or run.data.tags.get("outlines_given_boxes") == "true",
     )
 
 

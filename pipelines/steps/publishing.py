@@ -59,7 +59,7 @@ def publish(what: Publication, run_id: str, device: str) -> tuple[str | None, di
     results, failed = _evaluate(what, device)
     tested = [(p.removeprefix("test/"), e) for p, e, d in results if d is what.test]
     metrics = {prefix + k: v for prefix, e in tested for k, v in e.finite().items()}
-    tags = {**_tags(what, metrics), **what.tags, EVALUATION: failed or "complete"}
+    tags = {**_tags(what, metrics), **what.tags, EVALUATION: failed or "not logged yet"}
     trained_on = what.trained_on or (images_of(what.train, what.val) if what.train else None)
     version, model_id = log_and_register(
         what.saved, what.name, what.example, tags, run_id, what.register, trained_on=trained_on
@@ -74,7 +74,7 @@ def publish(what: Publication, run_id: str, device: str) -> tuple[str | None, di
     mlflow.set_tags({"version": label, EVALUATION: failed or "complete"})
     if version is not None:
         # One that an earlier call registered, whose evaluation failed then, has other numbers now.
-        registry.set_tags(version, {key: tags[key] for key in ("metrics", EVALUATION)})
+        registry.set_tags(version, {"metrics": tags["metrics"], EVALUATION: failed or "complete"})
     if failed:
         raise DataError(f"{label} is registered, but its evaluation failed ({failed}); the same command evaluates it again")
     return number, metrics

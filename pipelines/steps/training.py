@@ -14,7 +14,7 @@ import mlflow
 
 import models
 from models.detectron2_engine import require_detectron2
-from models.errors import DataError, RecipeError
+from models.errors import DataError, OutputError, RecipeError
 from models.pyfunc import code_digest
 from models.torch_tools import pick_device, pick_precision
 from pipelines import figures, registry, tracking
@@ -191,6 +191,8 @@ def _run_held(plan: Plan) -> Trained:
     request, folder = plan.request, plan.folder
     if request.fresh or (folder / DONE_FILE).exists():
         shutil.rmtree(folder, ignore_errors=True)
+        if (folder / "checkpoint.pt").exists():
+            raise OutputError(f"{folder}: cannot be removed (a link?); delete it, or give another --work-dir")
     folder.mkdir(parents=True, exist_ok=True)
     clear_temporaries(folder)
     noted = folder / RUN_FILE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from urllib.parse import quote
 
 from models.errors import DataError
 from models.instances import Instances
@@ -13,7 +12,7 @@ from pipelines.data.dataset import Dataset, Sample
 
 def file_stem(image_id: str) -> str:
     """An image's id as the name of a file; quoted, so that those of "a/b" and "a_b" differ."""
-    return quote(image_id, safe=" ") if "/" in image_id else image_id
+    return image_id.replace("%", "%25").replace("/", "%2F") if "/" in image_id else image_id
 
 
 def remove_earlier(dataset: Dataset, folder: Path, ending: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+import mlflow
 import pytest
 
+from pipelines.tracking import ui_link
 from tests.conftest import write_image
 
 pytestmark = pytest.mark.xdist_group("journey")
@@ -24,3 +26,15 @@ def test_each_command_prints_the_address_of_the_runs(project, tmp_path):
     ]
     for text in said:
         assert len(re.findall(address, text)) == 1, text
+
+
+def test_a_link_to_a_server_that_went_down_ends_nothing(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
+    try:
+        for run_id in (None, "a" * 32):
+            link = ui_link("http://127.0.0.1:9", run_id)
+            assert link == "http://127.0.0.1:9/#/experiments/0/runs?workflowType=machine_learning"
+    finally:
+        mlflow.set_tracking_uri(before)

@@ -53,6 +53,7 @@ def test_each_decision_is_a_run_with_both_values(gated):
     project = gated
     experiment = project.client.get_experiment_by_name("planes")
     runs = project.client.search_runs([experiment.experiment_id], "tags.task = 'promote'")
+    runs = [r for r in runs if r.data.tags["version"].startswith("gated/")]
     refused = [r for r in runs if r.data.tags["decision"] == "refused"]
     assert len(refused) == 3
     both = next(r for r in refused if r.data.tags["version"] == "gated/3")
@@ -63,16 +64,17 @@ def test_each_decision_is_a_run_with_both_values(gated):
 def test_a_version_is_not_promoted_on_images_that_it_was_trained_on(composed):
     """Nor is a composition whose parts were; what they were trained on travels with the versions."""
     project, _ = composed
+    train = ("--data", str(project.data), "--split", "train", "--alias", "judged")
     for model in ("planes-det/1", "outliner/1", "planes-inst/1"):
-        done = project.step("promote", "--model", model, "--data", str(project.data), "--split", "train", code=2)
+        done = project.step("promote", "--model", model, *train, code=2)
         assert re.search(r"FAIL +images +airfield/train +none trained on +5 of 5 \(first: A0000\)", done.stdout), (
             done.stdout
         )
-        assert "production" not in project.client.get_registered_model(model.partition("/")[0]).aliases
+        assert "judged" not in project.client.get_registered_model(model.partition("/")[0]).aliases
     shown = project.registry("show", "planes-inst/1").stdout
     assert re.search(r"training images +5\n", shown)
     project.registry("copy", "planes-inst/1", "other-inst")
-    done = project.step("promote", "--model", "other-inst/1", "--data", str(project.data), "--split", "train", code=2)
+    done = project.step("promote", "--model", "other-inst/1", *train, code=2)
     assert "5 of 5" in done.stdout
 
 

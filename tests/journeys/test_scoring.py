@@ -131,14 +131,14 @@ def test_a_corrupt_image_is_reported_and_the_others_are_scored(scored, tmp_path)
     (tmp_path / "bad.png").write_bytes((tmp_path / "good one.png").read_bytes()[:500])
     (tmp_path / "empty.jpg").write_bytes(b"")
     done = project.score("--model", "planes-det/1", "--data", str(tmp_path), "--out", str(tmp_path / "out"))
-    assert "in 1 images, 2 unreadable (see errors.parquet)" in done.stdout
+    assert "in 1 images, 2 failed (see errors.parquet)" in done.stdout
     failed = pq.read_table(tmp_path / "out/planes-det-1/errors.parquet").to_pylist()
     assert sorted(f["image_id"] for f in failed) == ["bad", "empty"]
     assert all(f["path"] in f["message"] for f in failed)
     alone = project.score(
         "--model", "planes-det/1", "--data", str(tmp_path / "bad.png"), "--out", str(tmp_path / "o"), code=1
     )
-    assert "none of 1 images could be read; the first:" in error_line(alone)
+    assert "none of 1 images could be scored; the first:" in error_line(alone)
 
 
 def test_mistakes_are_one_line(scored, tmp_path):

@@ -57,12 +57,30 @@ def test_a_disk_that_is_away_for_one_call_changes_nothing(store, tmp_path):
     assert str(tmp_path / "disk" / "mlruns" / LYING[1]) in _places(store)
 
 
-def test_all_places_follow_where_all_models_came_along(store, tmp_path):
+def test_places_follow_where_the_artefacts_came_along(store, tmp_path):
     shutil.rmtree(store.parent / "mlruns")
     (tmp_path / "disk" / "mlruns").rename(store.parent / "mlruns")
     assert follow_move(store) == [f"{tmp_path}/disk/mlruns"]
-    assert all(place.startswith(f"{store.parent}/mlruns/") for place in _places(store))
+    # A run without artefacts, and an experiment without any, keep their places.
+    left = [place for place in _places(store) if not place.startswith(f"{store.parent}/mlruns/")]
+    assert left == [f"{tmp_path}/disk/mlruns/1/empty/artifacts", f"{tmp_path}/disk/mlruns/2"]
     assert follow_move(store) == []
+
+
+def test_runs_of_a_disk_that_is_away_stay_although_the_models_came_along(store, tmp_path):
+    shutil.copytree(tmp_path / "disk" / "mlruns" / "1" / "models", store.parent / "mlruns" / "1" / "models")
+    (tmp_path / "disk").rename(tmp_path / "away")
+    follow_move(store)
+    assert f"{tmp_path}/disk/mlruns/{LYING[0]}" in _places(store)
+
+
+def test_a_store_that_may_not_be_written_is_left_as_it_is(store, tmp_path, monkeypatch):
+    before = _places(store)
+    shutil.rmtree(store.parent / "mlruns")
+    (tmp_path / "disk" / "mlruns").rename(store.parent / "mlruns")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert follow_move(store) == []
+    assert _places(store) == before
 
 
 def test_a_copy_beside_its_original_stays_as_it_is(store, tmp_path):
