@@ -120,6 +120,13 @@ def test_the_unet_is_scored_in_the_true_boxes_and_refuses_data_without(scored, t
     assert "IoU" in done.stdout
     table = pq.read_table(project.folder / "crops/planes-unet-1/instances.parquet").to_pylist()
     assert all(row["mask_counts"] for row in table)
+    # Its boxes are those of the truth; as detections they would be measured as faultless.
+    arguments = ("evaluate", "crops/planes-unet-1/instances.parquet", "--data", str(project.data))
+    refused = error_line(project.score(*arguments, code=1))
+    assert "is of a version that outlines given boxes and finds none" in refused
+    run = re.search(r"run ([0-9a-f]{32})", done.stdout)[1]
+    refused = error_line(project.score("compare", run, run, "--data", str(project.data), code=1))
+    assert f"run {run}: outlines given boxes and finds none" in refused
     write_image(tmp_path / "a.png")
     message = error_line(project.score("--model", "planes-unet/1", "--data", str(tmp_path), code=1))
     assert "segments planes in given boxes and the data has none" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,17 @@ def test_a_slice_must_not_get_worse(dataset):
     (unseen,) = judge(Gates(slices={"huge": {"size": "large"}}), "AP", *better_but_not_for_small)
     assert (unseen.passed, unseen.candidate) == (False, "cannot be measured")
     assert math.isnan(crops[0].of_images("Z*", "IoU"))
+
+
+def test_an_image_that_failed_counts_in_its_slice_and_masks_need_outlines(dataset):
+    whole = _finds(dataset, ALL, ALL)
+    first = dataset.samples[0].image_id
+    failed = replace(whole, found=[f for f in whole.found if f.image_id != first])
+    assert whole.of_images("*", "mask_AP50") == whole.of_images("*", "AP50") == 1
+    assert failed.of_images(first, "AP50") == 0
+    assert 0 < failed.of_images("*", "mask_AP50") < 1
+    boxes = replace(dataset, samples=tuple(replace(s, masks=(None, None)) for s in dataset.samples))
+    assert math.isnan(replace(whole, dataset=boxes).of_images("*", "mask_AP50"))
 
 
 def test_time_is_a_median_without_the_first_image(dataset):

@@ -56,6 +56,23 @@ def test_an_evaluation_that_fails_loses_no_weights(saved, tmp_path, monkeypatch)
     assert json.loads(version.tags["metrics"])["IoU"] == pytest.approx(metrics["IoU"], abs=1e-4)
 
 
+def test_a_kill_before_the_metrics_are_logged_leaves_no_complete_version(saved, tmp_path, monkeypatch):
+    what = publishing.Publication(saved, "cut", np.zeros((64, 64, 3), np.uint8), test=_write(tmp_path / "d"))
+    real = tracking.log_evaluation
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with tracking.tracked_run("a run", {}) as run:
+        monkeypatch.setattr(tracking, "log_evaluation", killed)
+        with pytest.raises(KeyboardInterrupt):
+            publishing.publish(what, run.info.run_id, "cpu")
+        assert MlflowClient().get_model_version("cut", "1").tags["evaluation"] == "not logged yet"
+        monkeypatch.setattr(tracking, "log_evaluation", real)
+        assert publishing.publish(what, run.info.run_id, "cpu")[0] == "1"
+    assert MlflowClient().get_model_version("cut", "1").tags["evaluation"] == "complete"
+
+
 def test_a_version_that_was_not_evaluated_is_not_reused(saved, monkeypatch):
     what = publishing.Publication(saved, "reused", np.zeros((64, 64, 3), np.uint8), tags={"training_key": "k"})
     with tracking.tracked_run("a run", {}) as run:

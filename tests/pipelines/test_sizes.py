@@ -152,11 +152,31 @@ def test_an_outline_of_the_files_own_size_stays(tmp_path):
     _lies_on_the_plane(sample, 0.01)
 
 
-@pytest.mark.parametrize("stated", [(None, None), (0, 0), (-60, 80), ("x", 80), (60, None)])
+@pytest.mark.parametrize("stated", [(None, None), (0, 0), (-60, 80), ("x", 80), (60, None), (1, 1), (10, 10)])
 def test_a_size_that_is_none_is_no_size(tmp_path, stated):
     pixels, annotations = _plane(60, 80)
     (sample,) = open_dataset(_write(tmp_path, [annotations["polygon"]], stated, Image.fromarray(pixels)), "train").samples
     assert (sample.height, sample.width, sample.boxes.tolist()) == (60, 80, [list(BOX)])
+
+
+@pytest.mark.parametrize(
+    ("stated", "orientation", "told"),
+    [
+        (None, 6, True),
+        (None, 1, False),
+        ((60, 80), 3, True),
+        ((60, 80), 1, False),
+        ((60, 80), 6, False),
+        ((80, 60), 6, False),
+    ],
+)
+def test_what_an_orientation_tag_leaves_open_is_told(tmp_path, stated, orientation, told):
+    pixels, annotations = _plane(60, 80)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    folder = _write(tmp_path, [annotations["polygon"]], stated, Image.fromarray(pixels), exif=exif)
+    kinds = open_dataset(folder, "train").problems.counts
+    assert ("images with an orientation tag, taken as annotated the way they are looked at" in kinds) == told
 
 
 @pytest.mark.parametrize(
