@@ -30,11 +30,9 @@ def test_each_command_prints_the_address_of_the_runs(project, tmp_path):
 
 def test_a_link_to_a_server_that_went_down_ends_nothing(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri("http://127.0.0.1:9")
-    try:
-        for run_id in (None, "a" * 32):
-            link = ui_link("http://127.0.0.1:9", run_id)
-            assert link == "http://127.0.0.1:9/#/experiments/0/runs?workflowType=machine_learning"
-    finally:
-        mlflow.set_tracking_uri(before)
+    # Setting it by MLflow's own function would set the variable for all later commands, too.
+    mlflow.set_tracking_uri(None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    for run_id in (None, "a" * 32):
+        link = ui_link("http://127.0.0.1:9", run_id)
+        assert link == "http://127.0.0.1:9/#/experiments/0/runs?workflowType=machine_learning"
