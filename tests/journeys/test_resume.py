@@ -45,7 +45,7 @@ def test_killed_and_started_again_it_ends_the_same(project, photos, tmp_path):
 
     done = project.score(*arguments, "--out", str(killed.parent), "--max-errors", "0.01", code=3)
     assert "of them scored before" in done.stdout
-    assert "in 40 images, 2 unreadable" in done.stdout
+    assert "in 40 images, 2 failed" in done.stdout
     assert error_line(done) == "Error: 4.8% of the images failed, more than --max-errors allows"
     for name in ("instances.parquet", "errors.parquet", "coco_results.json", "manifest.json", "inputs.parquet"):
         assert (killed / name).read_bytes() == (tmp_path / "whole" / "planes-det-1" / name).read_bytes(), name
@@ -63,7 +63,7 @@ def test_on_ray_the_command_leaves_the_same_files(project, photos, tmp_path):
     done = project.score(
         *arguments, "--out", str(tmp_path / "ray"), "--runner", "ray", "--actors", "1", OMP_NUM_THREADS="1"
     )
-    assert "in 40 images, 2 unreadable" in done.stdout
+    assert "in 40 images, 2 failed" in done.stdout
     assert "forward" in done.stdout
     for name in ("instances.parquet", "errors.parquet", "coco_results.json", "manifest.json", "inputs.parquet"):
         written = [(tmp_path / runner / "planes-det-1" / name).read_bytes() for runner in ("local", "ray")]
@@ -80,4 +80,4 @@ def test_a_list_of_paths_is_scored(project, photos, tmp_path):
     listed = tmp_path / "list.csv"
     listed.write_text(f"path,note\n{photos / 'p00.png'},a\nbeside.png,b\nabsent.png,c\n")
     done = project.score("--model", "planes-det/1", "--data", str(listed), "--overlays", "0", "--out", str(tmp_path / "o"))
-    assert "in 2 images, 1 unreadable" in done.stdout
+    assert "in 2 images, 1 failed" in done.stdout
