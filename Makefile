@@ -14,7 +14,7 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy models
+	$(BIN)/mypy models pipelines scoring benchmarks
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev

@@ -15,9 +15,9 @@ import torch
 
 from benchmarks.scoring import write_images
 from benchmarks.tiles import random_model
-from models.predictor import load_model
-from pipelines.data.opening import open_dataset
-from scoring.job import JobSettings, run_job
+from models.loading import load_model
+from pipelines.data.readers.opening import open_dataset
+from scoring.jobs.job import JobSettings, run_job
 from scoring.runners.local import LocalRunner
 from scoring.runners.ray_runner import RayRunner, RaySettings
 from scoring.runners.runner import Runner

@@ -10,11 +10,11 @@ from unittest import mock
 import numpy as np
 
 from benchmarks.evaluation import reference, timed
-from models.geometry import rle_paste
+from models.geometry.rle import rle_paste
 from models.instances import Instances
 from pipelines.data.dataset import Dataset, Sample
-from scoring.compare import Candidate, compare
-from scoring.report import write_report
+from scoring.comparison.compare import Candidate, compare
+from scoring.comparison.report import write_report
 
 IMAGES, PLANES, SIZE = 2000, 12, 500
 
@@ -22,7 +22,8 @@ IMAGES, PLANES, SIZE = 2000, 12, 500
 def make_case() -> tuple[Dataset, list[Candidate]]:
     """Random planes with masks, and two versions that find them more or less well."""
     rng = np.random.default_rng(0)
-    samples, versions = [], ([], [])
+    samples: list[Sample] = []
+    versions: tuple[list[Instances], list[Instances]] = ([], [])
     for i in range(IMAGES):
         corners = rng.uniform(0, SIZE - 100, (PLANES, 2))
         boxes = np.concatenate([corners, corners + rng.uniform(10, 90, (PLANES, 2))], 1).astype(np.float32)

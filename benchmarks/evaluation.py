@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from models.instances import Instances
 from pipelines.data.dataset import Dataset, Sample
-from pipelines.evaluation import coco_results, evaluate_instances
+from pipelines.evaluation.metrics import coco_results, evaluate_instances
 
 IMAGES, PLANES, SIZE, ROUNDS = 200, 40, 1000, 3
 

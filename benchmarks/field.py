@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -20,13 +21,14 @@ import numpy as np
 import rasterio
 from rasterio.transform import from_origin
 
-from models.geometry import rle_encode
+from models.geometry.rle import rle_encode
+from models.images.windows import WindowedImage
 from models.instances import Instances
-from models.merge import owners
-from models.tiling import Tiled, Tiling
-from models.windows import WindowedImage
-from pipelines.data.aircraft import draw_aircraft, random_aircraft
-from pipelines.data.synthetic import AirfieldSettings, draw_scene
+from models.tiling.matching import greedy_match
+from models.tiling.predictor import Tiled
+from models.tiling.settings import Tiling
+from pipelines.data.synthetic.aircraft import draw_aircraft, random_aircraft
+from pipelines.data.synthetic.scenes import AirfieldSettings, draw_scene
 from scoring.writers.parquet import read_instances, write_instances
 
 PAINT = np.array([255, 0, 255], np.uint8)
@@ -36,7 +38,7 @@ GROUND = 1000
 class ByColour:
     """Every connected patch of PAINT is a plane."""
 
-    def predict(self, images: list[np.ndarray]) -> list[Instances]:
+    def predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
         """See `models.predictor.Predictor`."""
         return [self._one(str(i), image) for i, image in enumerate(images)]
 
@@ -45,7 +47,7 @@ class ByColour:
         count, parts, stats, _ = cv2.connectedComponentsWithStats(painted, connectivity=8)
         boxes = [[x, y, x + w, y + h] for x, y, w, h, _ in stats[1:count]]
         masks = [rle_encode(parts == i) for i in range(1, count)]
-        return Instances.make(image_id, *image.shape[:2], boxes, np.full(count - 1, 0.9), None, masks)
+        return Instances.make(image_id, image.shape[0], image.shape[1], boxes, np.full(count - 1, 0.9), None, masks)
 
 
 def plane_patch(rng: np.random.Generator, light: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -64,7 +66,7 @@ def draw_field(path: Path, size: int, planes: int, painted: bool) -> np.ndarray:
     empty = AirfieldSettings(size=GROUND, planes_min=0, planes_max=0)
     grounds = [draw_scene(empty, "test", i).image for i in range(4)]
     light = np.array([0.6, 0.8])
-    boxes = []
+    boxes: list[list[float]] = []
     profile = {"driver": "GTiff", "count": 3, "height": size, "width": size, "dtype": "uint8", "photometric": "RGB"}
     blocks = {"tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate", "zlevel": 1, "bigtiff": "yes"}
     where = {"crs": "EPSG:32633", "transform": from_origin(400_000, 5_800_000, 0.3, 0.3)}
@@ -103,7 +105,7 @@ def found_by_colour(image: Path, tile: int, out: Path) -> None:
 def matched(truth: np.ndarray, found: Instances) -> int:
     """How many true boxes have a found one at an IoU of 0.5, each used once, best score first."""
     boxes = np.concatenate([found.boxes.astype(np.float64), truth])
-    owner = owners(boxes, np.arange(len(boxes)), np.zeros(len(boxes)), 0.5)
+    owner = greedy_match(boxes, np.arange(len(boxes)), np.zeros(len(boxes)), 0.5)
     return int((owner[len(found) :] < len(found)).sum())
 
 

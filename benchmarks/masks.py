@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from models.composed import ComposedArchitecture, ComposedPredictor
-from models.geometry import rle_iou
+from models.engines.composed import ComposedArchitecture, ComposedPredictor
+from models.engines.unet.predictor import CropSegmenter, SegmenterArchitecture, build_segmenter, normalise
+from models.geometry.rle import rle_iou
 from models.instances import RLE, Instances
-from models.torch_tools import pick_device
-from models.unet import CropSegmenter, SegmenterArchitecture, build_segmenter, normalise
+from models.runtime.devices import pick_device
 
 BOXES, SIZE, ROUNDS = 100, 2000, 5
 
@@ -25,7 +25,7 @@ class _Known:
     def __init__(self, found: Instances) -> None:
         self.found = found
 
-    def predict(self, images: list[np.ndarray]) -> list[Instances]:
+    def predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
         return [self.found for _ in images]
 
 

@@ -1,4 +1,4 @@
-"""Merging of what tiles show, `models.tiling.merge_parts` as it ships against SAHI's functions at their best backend.
+"""Merging of what tiles show: `models.tiling.merging.merge_parts` as it ships against SAHI's functions at their best.
 
 A field of 20,000 x 20,000 pixels with planes of 20 to 90 pixels, alone or in clusters, is seen by overlapping tiles:
 each tile finds, a little off, what it shows of each plane. Both sides get the same detections; SAHI is timed with
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from importlib.util import find_spec
 
 import numpy as np
@@ -20,7 +20,8 @@ from sahi.postprocess.backends import set_postprocess_backend
 from sahi.postprocess.combine import greedy_nmm, nmm, nms
 
 from models.instances import Instances
-from models.tiling import Part, Tiling, merge_parts, tile_grid
+from models.tiling.merging import Part, merge_parts
+from models.tiling.settings import Tiling, tile_grid
 
 ROUNDS, SIDE = 5, 20_000
 BACKENDS = ("numpy", *(name for name in ("numba", "torchvision") if find_spec(name)))
@@ -53,14 +54,14 @@ def parts_of(boxes: np.ndarray, tiling: Tiling) -> list[Part]:
     return parts
 
 
-def timed(function: Callable[[], object]) -> tuple[float, object]:
+def timed(function: Callable[[], Sized]) -> tuple[float, Sized]:
     """(seconds, result) of one call."""
     started = time.perf_counter()
     result = function()
     return time.perf_counter() - started, result
 
 
-def best_of_sahi(function: Callable[[], object]) -> str:
+def best_of_sahi(function: Callable[[], Sized]) -> str:
     """The fastest backend of one of SAHI's functions, each called once to compile and once for its time."""
     seconds = {}
     for backend in BACKENDS:
@@ -79,17 +80,17 @@ def main() -> None:
     for clustered in (False, True):
         truth = planes(count, clustered)
         for merge, functions in (("nms", {"NMS": nms}), ("join", {"GREEDYNMM": greedy_nmm, "NMM": nmm})):
-            tiling = Tiling(size=640, overlap=0.25, merge=merge)
+            tiling = Tiling.model_validate({"size": 640, "overlap": 0.25, "merge": merge})
             parts = parts_of(truth, tiling)
             boxes = np.concatenate([p.found.boxes + np.tile(p.window[:2], 2) for p in parts])
             scores = np.concatenate([p.found.scores for p in parts])
             table = np.concatenate([boxes, scores[:, None], np.zeros((len(boxes), 1))], axis=1)
             for name, function in functions.items():
 
-                def theirs(f: Callable = function, t: np.ndarray = table) -> object:
+                def theirs(f: Callable = function, t: np.ndarray = table) -> Sized:
                     return f(t, "IOS", 0.5) if f is not nms else f(t, "IOU", 0.5)
 
-                def ours(p: list[Part] = parts, how: Tiling = tiling) -> object:
+                def ours(p: list[Part] = parts, how: Tiling = tiling) -> Sized:
                     return merge_parts("", SIDE, SIDE, p, how)
 
                 backend = best_of_sahi(theirs)

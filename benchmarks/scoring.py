@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,13 +19,15 @@ import torch
 
 from benchmarks.masks import timed
 from benchmarks.tiles import random_model
-from models.predictor import Predictor, load_model, save_model
-from models.torch_tools import pick_device
-from models.torchvision_engine import TorchvisionDetector, detector_spec
-from models.torchvision_network import DetectorArchitecture, build_detector
-from pipelines.data.opening import open_dataset
-from pipelines.data.synthetic import AirfieldSettings, draw_scene
-from scoring.job import JobSettings, run_job
+from models.engines.torchvision.network import DetectorArchitecture, build_detector
+from models.engines.torchvision.predictor import TorchvisionDetector, detector_spec
+from models.loading import load_model
+from models.predictor import Predictor
+from models.runtime.devices import pick_device
+from models.saved.folder import save_model
+from pipelines.data.readers.opening import open_dataset
+from pipelines.data.synthetic.scenes import AirfieldSettings, draw_scene
+from scoring.jobs.job import JobSettings, run_job
 
 CHUNKS, MANY = 4, 10
 
@@ -50,7 +54,9 @@ def plain_loop(predictor: Predictor, images: Path, out: Path) -> None:
     """What one writes without us: imread, predict, to_csv; nothing is safe before its end."""
     rows = []
     for path in sorted(images.iterdir()):
-        found = predictor.predict([cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)])[0].above(0.05)
+        read = cv2.imread(str(path))
+        assert read is not None
+        found = predictor.predict([cv2.cvtColor(read, cv2.COLOR_BGR2RGB)])[0].above(0.05)
         rows += [(path.stem, *box, s) for box, s in zip(found.boxes.tolist(), found.scores.tolist(), strict=True)]
     pd.DataFrame(rows, columns=["image_id", "x1", "y1", "x2", "y2", "score"]).to_csv(out, index=False)
 
@@ -73,11 +79,12 @@ def speed(count: int, device: str) -> None:
             for tensor in tensors:
                 detector.model([tensor])
 
-        ways: dict[str, Callable[[], None]] = {"bare": bare}
-        ways["job"] = lambda folder=folder: score(detector, folder, folder.with_suffix(".out"), device)
-        ways["loop"] = lambda folder=folder: plain_loop(detector, folder, folder.with_suffix(".csv"))
+        ways: dict[str, Callable[[], object]] = {"bare": bare}
+        ways["job"] = partial(score, detector, folder, folder.with_suffix(".out"), device)
+        ways["loop"] = partial(plain_loop, detector, folder, folder.with_suffix(".csv"))
         # In turn, so that a machine that slows down slows all of them.
-        for name in sorted(ways, key=lambda name, chunk=chunk: (list(ways).index(name) + chunk) % 3):
+        names = list(ways)
+        for name in (*names[chunk % 3 :], *names[: chunk % 3]):
             seconds[name].append(timed(ways[name])[0])
     total = {name: sum(values) for name, values in seconds.items()}
     print(
@@ -93,8 +100,14 @@ def speed(count: int, device: str) -> None:
 def small_model(folder: Path) -> Path:
     """A detector with random weights that takes a few hundredths of a second."""
     torch.manual_seed(0)
-    layers = {"backbone": "resnet18", "norm": "batch", "levels": [2, 3], "fpn_channels": 32, "head_channels": 64}
-    more = {"anchor_sizes": [[16], [32], [64]], "min_size": None, "proposals": 100}
+    layers: dict[str, Any] = {
+        "backbone": "resnet18",
+        "norm": "batch",
+        "levels": [2, 3],
+        "fpn_channels": 32,
+        "head_channels": 64,
+    }
+    more: dict[str, Any] = {"anchor_sizes": [[16], [32], [64]], "min_size": None, "proposals": 100}
     architecture = DetectorArchitecture(**layers, **more)
     return save_model(folder, detector_spec(architecture, ["plane"]), build_detector(architecture, 1).state_dict())
 

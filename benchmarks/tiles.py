@@ -6,6 +6,7 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,21 @@ from sahi.models.torchvision import TorchVisionDetectionModel
 from sahi.predict import get_sliced_prediction
 
 from benchmarks.masks import timed
+from models.engines.torchvision.network import DetectorArchitecture, build_detector
+from models.engines.torchvision.predictor import TorchvisionDetector, detector_spec
 from models.instances import Instances
-from models.predictor import load_model, parse_architecture, read_spec, read_weights, save_model
-from models.tiling import Tiled, Tiling, tile_grid
-from models.torch_tools import load_strict, pick_device
-from models.torchvision_engine import TorchvisionDetector, detector_spec
-from models.torchvision_network import DetectorArchitecture, build_detector
+from models.loading import load_model
+from models.runtime.devices import pick_device
+from models.saved.checkpoints import load_strict
+from models.saved.folder import read_weights, save_model
+from models.saved.spec import parse_architecture, read_spec
+from models.tiling.predictor import Tiled
+from models.tiling.settings import Tiling, tile_grid
 from pipelines.data.dataset import Dataset, Sample
-from pipelines.data.synthetic import AirfieldSettings, draw_scene
-from pipelines.evaluation import evaluate_instances
-from pipelines.recipe import load_recipe
-from pipelines.settings import DetectorRecipe
+from pipelines.data.synthetic.scenes import AirfieldSettings, draw_scene
+from pipelines.evaluation.metrics import evaluate_instances
+from pipelines.recipes.reading import load_recipe
+from pipelines.recipes.settings import DetectorRecipe
 
 THRESHOLD = 0.05
 
@@ -61,10 +66,10 @@ def agreement(found: Instances, other: Instances, image: np.ndarray) -> float:
 
 def unmerged(tiled: Tiled, image: np.ndarray) -> Instances:
     """What all tiles show, in the image's pixels."""
-    parts = tiled.look([image])[0]
+    parts = tiled.predict_tiles([image])[0]
     boxes = np.concatenate([p.found.boxes + np.array(p.window[:2] * 2, np.float32) for p in parts])
     scores = np.concatenate([p.found.scores for p in parts])
-    return Instances.make("0", *image.shape[:2], boxes, scores).above(THRESHOLD)
+    return Instances.make("0", image.shape[0], image.shape[1], boxes, scores).above(THRESHOLD)
 
 
 def sliced(model: TorchVisionDetectionModel, image: np.ndarray, tiling: Tiling, batch: int, merge: bool) -> Instances:
@@ -85,7 +90,8 @@ def sliced(model: TorchVisionDetectionModel, image: np.ndarray, tiling: Tiling, 
         batch_size=batch,
     )
     boxes = [p.bbox.to_xyxy() for p in result.object_prediction_list]
-    return Instances.make("0", *image.shape[:2], boxes, [p.score.value for p in result.object_prediction_list])
+    scores = [p.score.value for p in result.object_prediction_list]
+    return Instances.make("0", image.shape[0], image.shape[1], boxes, scores)
 
 
 def main() -> None:
@@ -121,7 +127,7 @@ def main() -> None:
 
     batches = [int(b) for b in options.batches.split(",")]
     ways: dict[str, Callable[[], object]] = {"ours": lambda: tiled.predict([image])[0], "bare": bare}
-    ways |= {f"SAHI {b}": lambda b=b: sliced(theirs, image, tiling, b, True) for b in batches}
+    ways |= {f"SAHI {b}": partial(sliced, theirs, image, tiling, b, True) for b in batches}
     for way in ways.values():
         way()
     rounds = [{name: timed(way) for name, way in ways.items()} for _ in range(options.rounds)]

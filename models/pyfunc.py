@@ -94,14 +94,15 @@ class PlanesModel(PythonModel):
         """Check the imported code, then load the saved folder onto a GPU if there is one."""
         folder = Path(context.artifacts["model"])
         refuse_foreign_package(folder.parent.parent / "code" / "models")
-        from models.predictor import load_model, read_spec
+        from models.loading import load_model
+        from models.saved.spec import read_spec
 
         self.rendering = read_spec(folder).rendering
         self.predictor = load_model(folder, os.environ.get("PLANES_DEVICE", "auto"))
 
     def predict(self, context, model_input: pd.DataFrame, params=None):  # type: ignore[no-untyped-def]
         """Instance table of the images in column ``image``, image by image."""
-        from models.image import read_image
+        from models.images.decoding import read_image
         from models.instances import TABLE_COLUMNS, to_rows
 
         rows, paths = [], paths_allowed()

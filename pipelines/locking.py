@@ -67,6 +67,15 @@ def _holder(path: Path) -> str:
         return "another process"
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_whole` of what is at hand.
+
+    Raises:
+        OSError: it cannot be written; what was there before stays.
+    """
+    write_whole(path, lambda handle: handle.write(content))
+
+
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a temporary file of its own, flush it to disk and rename it over ``path``.
 

@@ -99,7 +99,7 @@ def main(context: click.Context, **options) -> None:  # type: ignore[no-untyped-
         raise click.UsageError("give at least one --model, such as --model planes-det/Production")
     if not options["data"]:
         raise click.UsageError("give --data: a folder, a COCO JSON, an image or a quoted glob")
-    from pipelines.steps.edge import friendly
+    from pipelines.steps.cli_support import friendly
 
     friendly(_score)(**options)
 
@@ -117,7 +117,7 @@ def main(context: click.Context, **options) -> None:  # type: ignore[no-untyped-
 @CATEGORY
 def evaluate(predictions: str, data: str, split: str, score_threshold: float, rle: str, category: str) -> None:
     """Evaluate a file of PREDICTIONS, an instances.parquet or a Kaggle CSV, against ground truth."""
-    from pipelines.steps.edge import friendly
+    from pipelines.steps.cli_support import friendly
 
     friendly(_evaluate)(predictions, data, split, score_threshold, rle, category)
 
@@ -135,7 +135,7 @@ def evaluate(predictions: str, data: str, split: str, score_threshold: float, rl
 )
 def export(folder: str, formats: str, out: str | None, **options) -> None:  # type: ignore[no-untyped-def]
     """Make files from the table that a scoring left in FOLDER, such as predictions/planes-det-3."""
-    from pipelines.steps.edge import friendly
+    from pipelines.steps.cli_support import friendly
 
     friendly(_export)(folder, formats, out, **options)
 
@@ -156,7 +156,7 @@ def compare(targets: tuple[str, ...], **options) -> None:  # type: ignore[no-unt
     The first is what the others are held against. Leaves one HTML page with tables,
     curves, errors, intervals and pictures, and an MLflow run.
     """
-    from pipelines.steps.edge import friendly
+    from pipelines.steps.cli_support import friendly
     from scoring.commands import ComparisonRequest, run_comparison
 
     names = tuple(name for target in targets for name in target.split())
@@ -166,38 +166,39 @@ def compare(targets: tuple[str, ...], **options) -> None:  # type: ignore[no-unt
 def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str, **options) -> None:  # type: ignore[no-untyped-def]
     from pathlib import Path
 
-    from pipelines.data.opening import check_exists
-    from scoring.job import JobSettings, claim_folder
+    from pipelines.data.readers.opening import check_exists
+    from scoring.jobs.job import JobSettings, claim_folder
 
     # A mistake in a name is said before the libraries are loaded.
     check_exists(data)
     claim_folder(Path(out))
 
-    from models.rendering import parse_rendering
-    from models.torch_tools import pick_device
-    from pipelines import tracking
+    from models.images.rendering import parse_rendering
+    from models.runtime.devices import pick_device
+    from pipelines.tracking import mlflow_runs
     from scoring.commands import Execution, check_logged, compare_jobs, open_for, resolve_all, score_version
 
-    uri = tracking.connect()
+    uri = mlflow_runs.connect()
     address = None if options["ray_address"] == "none" else options["ray_address"]
     execution = Execution(options["runner"], address, _auto("actors", options))
     # A cluster may have what this machine has not.
     device = device if execution.address and device != "auto" else pick_device(device)
     # What cannot be had is said before anything is scored.
     versions = resolve_all(models)
-    parse_rendering(*(None if options[key] == VERSION else options[key] for key in ("value_range", "bands")))
+    rendering = {key: None if options[key] == VERSION else options[key] for key in ("value_range", "bands")}
+    parse_rendering(rendering["value_range"], rendering["bands"])
     datasets = open_for(versions, data, split, options["scene_pattern"])
     for dataset in {id(d): d for d in datasets}.values():
         click.echo(dataset.summary())
     more = {"shard_size": options["shard"], "workers": _auto("workers", options), "fresh": options["fresh"]}
-    more |= {key: None if options[key] == VERSION else options[key] for key in ("value_range", "bands")}
+    more |= rendering
     outputs = options["score_threshold"], options["overlays"], options["rle"]
     settings = JobSettings(_auto("batch", options), *outputs, _tiling(options), **more, precision=options["precision"])
     each = zip(versions, datasets, strict=True)
     runs = [score_version(*version, dataset, Path(out), settings, device, execution) for version, dataset in each]
     _show([scored for scored, _ in runs], Path(out))
     check_logged([job for _, job in runs])
-    click.echo(f"MLflow UI: {tracking.ui_link(uri)}")
+    click.echo(f"MLflow UI: {mlflow_runs.ui_link(uri)}")
     compare_jobs([job for _, job in runs], datasets, Path(out))
     worst = max(job.failures / len(dataset) for (_, job), dataset in zip(runs, datasets, strict=True))
     if worst > options["max_errors"]:
@@ -241,7 +242,7 @@ def _number(option: str, text: str, kind):  # type: ignore[no-untyped-def]
 def _export(folder: str, formats: str, out: str | None, score_threshold: float, overlays: int, rle) -> None:  # type: ignore[no-untyped-def]
     from pathlib import Path
 
-    from scoring.export import FORMATS, export_job
+    from scoring.jobs.export import FORMATS, export_job
 
     wanted = formats.split(",")
     unknown = [name for name in wanted if name not in FORMATS]
@@ -255,10 +256,10 @@ def _export(folder: str, formats: str, out: str | None, score_threshold: float, 
 def _evaluate(predictions: str, data: str, split: str, score_threshold: float, rle, category: str) -> None:  # type: ignore[no-untyped-def]
     from pathlib import Path
 
-    from pipelines.categories import PLANE
-    from pipelines.data.opening import open_dataset
-    from pipelines.evaluation import coco_tables
-    from scoring.evaluate import category_of_file, evaluate_file
+    from pipelines.data.readers.opening import open_dataset
+    from pipelines.evaluation.categories import PLANE
+    from pipelines.evaluation.metrics import coco_tables
+    from scoring.comparison.evaluate_file import category_of_file, evaluate_file
 
     known = category_of_file(Path(predictions)) or PLANE
     dataset = open_dataset(data, split, known if category == AUTO else category, keep=True)
@@ -267,7 +268,7 @@ def _evaluate(predictions: str, data: str, split: str, score_threshold: float, r
 
 
 def _show(runs, out) -> None:  # type: ignore[no-untyped-def]
-    from scoring.compare import comparison_table, render
+    from scoring.comparison.compare import comparison_table, render
 
     # Versions of different classes are measured against different annotations.
     for category in dict.fromkeys(run.category for run in runs):

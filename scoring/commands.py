@@ -13,23 +13,26 @@ from typing import Any
 import click
 
 from models.errors import DataError, RegistryError, one_line
-from models.predictor import folder_digest, load_model, read_spec
-from models.rendering import parse_rendering
-from models.tiling import tiling_of
-from models.torch_tools import pick_device
-from pipelines import registry, tracking
-from pipelines.categories import category_of, common_category
+from models.images.rendering import parse_rendering
+from models.loading import load_model
+from models.runtime.devices import pick_device
+from models.saved.folder import folder_digest
+from models.saved.spec import read_spec
+from models.tiling.predictor import tiling_of
 from pipelines.data.dataset import Dataset
-from pipelines.data.opening import open_dataset
-from pipelines.evaluation import coco_tables
-from pipelines.steps.edge import show_progress
-from scoring import track
-from scoring.candidates import data_of, file_of, from_job, gather, is_file_of_predictions, is_run
-from scoring.compare import Candidate, Scored, compare, comparison_table, render
-from scoring.evaluate import category_of_file
-from scoring.job import JobResult, JobSettings, Progress, claim_folder, run_job
+from pipelines.data.readers.opening import open_dataset
+from pipelines.evaluation.categories import category_of, common_category
+from pipelines.evaluation.metrics import coco_tables
+from pipelines.registry import model_versions
+from pipelines.steps.cli_support import show_progress
+from pipelines.tracking import mlflow_runs
+from scoring import mlflow_log
+from scoring.comparison.candidates import data_of, file_of, from_job, gather, is_file_of_predictions, is_run
+from scoring.comparison.compare import Candidate, Scored, compare, comparison_table, render
+from scoring.comparison.evaluate_file import category_of_file
+from scoring.comparison.report import write_report
+from scoring.jobs.job import JobResult, JobSettings, Progress, claim_folder, run_job
 from scoring.reader import Failure
-from scoring.report import write_report
 from scoring.runners.local import auto_batch, auto_workers
 from scoring.runners.runner import Runner
 
@@ -70,8 +73,8 @@ def run_comparison(request: ComparisonRequest) -> None:
         PlanesError: targets that cannot be used, or that are over different images.
     """
     claim_folder(Path(request.out))
-    uri = tracking.connect()
-    runs = {t: track.load_scored(t) for t in request.targets if is_run(t)}
+    uri = mlflow_runs.connect()
+    runs = {t: mlflow_log.load_scored(t) for t in request.targets if is_run(t)}
     if request.data is None and not runs:
         raise DataError("give --data: only scoring runs know what they were made on")
     for run in runs.values():
@@ -92,15 +95,15 @@ def run_comparison(request: ComparisonRequest) -> None:
     settings = JobSettings(score_threshold=request.score_threshold)
 
     def score(target: str) -> Candidate:
-        version = registry.resolve(target)
-        _, job = score_version(version, registry.fetch(version), dataset, Path(request.out), settings, device)
+        version = model_versions.resolve(target)
+        _, job = score_version(version, model_versions.fetch(version), dataset, Path(request.out), settings, device)
         check_logged([job])
         if job.segmenter:
             raise DataError(f"{job.label}: outlines given boxes and finds none; score it and compare its runs")
         return from_job(job)
 
     finish(gather(request.targets, dataset, runs, score), dataset, Path(request.out))
-    click.echo(f"MLflow UI: {tracking.ui_link(uri)}")
+    click.echo(f"MLflow UI: {mlflow_runs.ui_link(uri)}")
 
 
 def _category(request: ComparisonRequest, runs: Mapping[str, Scored]) -> str:
@@ -113,19 +116,19 @@ def _category(request: ComparisonRequest, runs: Mapping[str, Scored]) -> str:
             of_job = category_of_file(file_of(target)) if request.category == "auto" else request.category
             known |= {target: of_job} if of_job else {}
         else:
-            known[target] = category_of(registry.fetch(registry.resolve(target)), target)
+            known[target] = category_of(model_versions.fetch(model_versions.resolve(target)), target)
     return common_category(known, "compare")
 
 
-def resolve_all(models: Sequence[str]) -> list[tuple[registry.Resolved, Path]]:
+def resolve_all(models: Sequence[str]) -> list[tuple[model_versions.Resolved, Path]]:
     """The versions that are named, each once, with their saved folders.
 
     Raises:
         PlanesError: one that does not exist or cannot be fetched; two folders of one name.
     """
-    found: dict[object, tuple[registry.Resolved, Path]] = {}
+    found: dict[object, tuple[model_versions.Resolved, Path]] = {}
     for text in dict.fromkeys(models):
-        version = registry.resolve(text)
+        version = model_versions.resolve(text)
         key = version.label if version.name else str(version.folder.resolve() if version.folder else text)
         if key in found:
             click.echo(f"{text} is {version.label}, which is named already: scored once")
@@ -135,12 +138,12 @@ def resolve_all(models: Sequence[str]) -> list[tuple[registry.Resolved, Path]]:
             raise RegistryError(
                 f"{text} and {other.asked}: both are called {version.label}; score them into different --out"
             )
-        found[key] = version, registry.fetch(version)
+        found[key] = version, model_versions.fetch(version)
     return list(found.values())
 
 
 def open_for(
-    versions: Sequence[tuple[registry.Resolved, Path]], data: str, split: str, scene_pattern: str | None
+    versions: Sequence[tuple[model_versions.Resolved, Path]], data: str, split: str, scene_pattern: str | None
 ) -> list[Dataset]:
     """The data set as each version is measured on it: with the annotations of its class.
 
@@ -185,7 +188,7 @@ def finish(candidates: Sequence[Candidate], dataset: Dataset, out: Path) -> None
         what = "masks" if pair.kind == "segm" else "boxes"
         against = f"{pair.label} against {comparison.labels[0]}"
         click.echo(f"{against}, {what}: AP {pair.difference:+.3f}{interval}: {pair.verdict}")
-    run_id = track.log_comparison(out, comparison, dataset)
+    run_id = mlflow_log.log_comparison(out, comparison, dataset)
     click.echo(f"report: {report} (run {run_id})")
 
 
@@ -202,7 +205,7 @@ LOCAL = Execution()
 
 
 def score_version(
-    version: registry.Resolved,
+    version: model_versions.Resolved,
     folder: Path,
     dataset: Dataset,
     out: Path,
@@ -235,7 +238,7 @@ def score_version(
     params |= {"range": dataset.rendering.range, "bands": dataset.rendering.bands or "auto"}
     params |= {"device": device, "data": str(dataset.source)}
     try:
-        run_id = track.log_job(job, version, dataset, params, job.megabytes)
+        run_id = mlflow_log.log_job(job, version, dataset, params, job.megabytes)
         click.echo(f"   outputs in {job.folder}, run {run_id}")
     except Exception as error:
         if os.environ.get("PLANES_TRACEBACK"):

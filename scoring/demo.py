@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from pipelines.steps.edge import friendly, stage
+from pipelines.steps.cli_support import friendly, stage
 
 
 @click.command()

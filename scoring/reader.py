@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.errors import DataError, PlanesError, one_line
-from models.image import read_image
-from models.stages import measured
-from models.windows import AnyImage, open_image
+from models.images.decoding import read_image
+from models.images.windows import AnyImage, open_image
+from models.runtime.timing import timed
 from pipelines.data.dataset import Sample
 
 # Decoded images that wait for the model take no more than this, one image aside.
@@ -61,7 +61,7 @@ def _bytes(future: Future[AnyImage | Failure]) -> int:
     return size_in_bytes(future.result()) if future.done() else 0
 
 
-@measured("decode")
+@timed("decode")
 def _read(sample: Sample, windows: bool) -> AnyImage | Failure:
     try:
         return sample.part_of(

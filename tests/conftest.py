@@ -65,7 +65,7 @@ def dota() -> Path:
 @pytest.fixture(scope="session")
 def airfield(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small synthetic airfield: 5 training and 2 test scenes of 512 pixels."""
-    from pipelines.data.synthetic import AirfieldSettings, prepare_airfield
+    from pipelines.data.synthetic.scenes import AirfieldSettings, prepare_airfield
 
     folder = tmp_path_factory.mktemp("data") / "airfield"
     prepare_airfield(folder, AirfieldSettings(train=5, test=2, size=512, planes_min=6, planes_max=9))

@@ -11,17 +11,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from models.errors import DataError
-from models.geometry import crop_window, rle_area, rle_paste, xyxy_to_xywh
-from models.image import image_size
+from models.geometry.boxes import crop_window, xyxy_to_xywh
+from models.geometry.rle import rle_area, rle_paste
+from models.images.decoding import image_size
+from models.images.rendering import DEFAULT, Rendering
+from models.images.windows import AnyImage, open_image
 from models.instances import RLE
-from models.rendering import DEFAULT, Rendering
-from models.tiling import Window, cut_tile
-from models.windows import AnyImage, open_image
-from pipelines.data.remote import UNREADABLE, AnyPath, marks
+from models.tiling.settings import Window, cut_tile
+from pipelines.data.remote import UNREADABLE, AnyPath, fingerprints
 
 # Names of cut tiles: DOTA's devkit (P0001__1.0__824___0), and x/y offsets at the end
 # (scene_512_1024, scene-x512-y1024, scene_tile_3).
@@ -145,7 +147,7 @@ class Dataset:
     problems: Problems = field(default_factory=Problems, compare=False)
     category_id: int = 1
     # Not arguments, so that a subset starts with none.
-    _marks: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
+    _fingerprints: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
     _digest: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
 
     def __len__(self) -> int:
@@ -176,7 +178,7 @@ class Dataset:
         if not self.has_masks or all(m is not None for s in self.samples for m in s.masks):
             return self
         changed = replace(self, samples=tuple(s.for_masks() for s in self.samples))
-        changed._marks.extend(self._marks)
+        changed._fingerprints.extend(self._fingerprints)
         changed._digest.append(self.digest())
         return changed
 
@@ -192,11 +194,13 @@ class Dataset:
 
     def file_digests(self) -> list[str]:
         """What tells whether each image has changed, in the samples' order; "unreadable" where nothing does."""
-        if not self._marks:
-            self._marks.extend(
-                [_file_digest(s.path) for s in self.samples] if self.has_truth else marks([s.path for s in self.samples])
+        if not self._fingerprints:
+            self._fingerprints.extend(
+                [_file_digest(s.path) for s in self.samples]
+                if self.has_truth
+                else fingerprints([s.path for s in self.samples])
             )
-        return self._marks
+        return self._fingerprints
 
     def digest_with(self, file_digests: Sequence[str], as_in_060: bool = False) -> str:
         """As `digest`, with other marks of the files, in the samples' order.
@@ -235,7 +239,7 @@ class Dataset:
             return self
         changed = replace(self, samples=tuple(replace(s, rendering=rendering) for s in self.samples))
         # What tells files apart does not depend on how they are read.
-        changed._marks.extend(self._marks)
+        changed._fingerprints.extend(self._fingerprints)
         changed._digest.extend(self._digest)
         return changed
 
@@ -251,11 +255,13 @@ class Dataset:
 
     def to_coco(self) -> dict:
         """COCO form with image ids 1..N in sample order and one category, for the evaluators."""
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for number, sample in enumerate(self.samples, start=1):
             images.append({"id": number, "file_name": sample.image_id, "height": sample.height, "width": sample.width})
             for box, mask, crowd in zip(xyxy_to_xywh(sample.boxes), sample.masks, sample.crowd, strict=True):
-                entry = {"id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": int(crowd)}
+                entry: dict[str, Any] = {"id": len(annotations) + 1, "image_id": number, "category_id": 1}
+                entry["iscrowd"] = int(crowd)
                 # As in COCO, the size classes go by the outline's area where there is one.
                 area = float(box[2] * box[3]) if mask is None else float(rle_area([mask])[0])
                 entry |= {"bbox": box.tolist(), "area": area}
@@ -276,7 +282,7 @@ def _described(sample: Sample, content: str) -> bytes:
 
 def _file_digest(path: AnyPath) -> str:
     if not isinstance(path, Path):
-        return marks([path])[0]
+        return fingerprints([path])[0]
     try:
         state = path.stat()
         return _content_digest(path, state.st_mtime_ns, state.st_size)

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from models import image
 from models.errors import DataError, one_line
-from models.image import IMAGE_SUFFIXES
+from models.images import decoding
+from models.images.decoding import IMAGE_SUFFIXES
 
 # Either this machine's path, or universal_pathlib's UPath: the same methods over a URL.
 AnyPath = Any
@@ -31,7 +31,7 @@ def is_url(where: str | os.PathLike) -> bool:
     return "://" in str(where)
 
 
-def place(where: str | os.PathLike) -> AnyPath:
+def to_path(where: str | os.PathLike) -> AnyPath:
     """A path of this machine, or a ``UPath`` for a URL (``file://`` is this machine too).
 
     Raises:
@@ -85,7 +85,7 @@ def _files_in(fs: Any, folder: str) -> list[str]:
     return [entry["name"] for entry in fs.ls(folder, detail=True) if entry["type"] == "file"]
 
 
-def marks(paths: Sequence[AnyPath]) -> list[str]:
+def fingerprints(paths: Sequence[AnyPath]) -> list[str]:
     """What tells whether files have changed, without reading them: size and time, or the store's mark of the content.
 
     UNREADABLE where there is nothing to be had: whoever reads the file says what is wrong with it.
@@ -116,7 +116,7 @@ class _Patience:
         """The mark of one file."""
         if isinstance(path, Path):
             return _local_mark(path)
-        for pause in (*image.RETRIES, None):
+        for pause in (*decoding.RETRIES, None):
             try:
                 found = _remote_mark(path)
                 self._failed = 0

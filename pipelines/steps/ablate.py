@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from pipelines.steps.edge import friendly
+from pipelines.steps.cli_support import friendly
 from pipelines.steps.options import AS_RECIPE, WORK_DIR, TrainingRequest, split_words
 
 
@@ -52,7 +52,7 @@ def main(opts: tuple[str, ...], engine: str, overrides: tuple[str, ...], **optio
     ablate --recipe demo_detector --grid "lr=0.0005,0.001"
     ablate --recipe course_det_final --grid "SOLVER.MAX_ITER=1000,5000 SOLVER.BASE_LR=0.00025,0.0005,0.001"
     """
-    from pipelines.recipe import opts_overrides
+    from pipelines.recipes.reading import opts_overrides
 
     pairs = opts_overrides(split_words(opts))
     shared = (*split_words(overrides), *pairs)
@@ -67,18 +67,19 @@ def ablate(request: AblationRequest) -> None:
             equal ablation is going on.
     """
 
-    from pipelines import ablation, tracking
+    from pipelines import ablation
+    from pipelines.evaluation.inference import MAIN_METRIC
     from pipelines.locking import held, lock_of
-    from pipelines.prediction import MAIN_METRIC
-    from pipelines.recipe import load_recipe
+    from pipelines.recipes.reading import load_recipe
     from pipelines.steps.training import KIND, plan_training
+    from pipelines.tracking import mlflow_runs
 
     variants = ablation.make_variants(request.grid, request.variants)
     task = load_recipe(request.recipe, engine=request.engine).task
     main_metric = MAIN_METRIC[KIND[task]] if request.metric == "auto" else request.metric
     plans = [plan_training(_request(request, task, v)) for v in variants]
     key = ablation.ablation_key([p.key for p in plans])
-    tracking.connect()
+    mlflow_runs.connect()
     with held(lock_of(Path(request.work_dir) / f"{request.name}-{key}"), f"an equal ablation of {request.name}"):
         _ablate(request, variants, plans, key, main_metric)
 
@@ -87,18 +88,19 @@ def _ablate(request: AblationRequest, variants: Sequence[Any], plans: Sequence[A
     import mlflow
 
     from models.errors import ModelError
-    from pipelines import ablation, tracking
+    from pipelines import ablation
+    from pipelines.tracking import mlflow_runs
 
     # Under `mlflow run` the given run is the parent, not a variant's.
     given = os.environ.get("MLFLOW_RUN_ID")
     earlier = None if request.fresh else ablation.find_parent(key, given)
     tags = {"task": "ablate", "recipe": plans[0].recipe.name, ablation.KEY: key}
     title = f"ablate {plans[0].recipe.name}: {len(variants)} variants"
-    with tracking.tracked_run(title, tags, earlier.info.run_id if earlier else None) as run:
+    with mlflow_runs.tracked_run(title, tags, earlier.info.run_id if earlier else None) as run:
         parent = _parent_of_children(run.info.run_id, earlier)
         os.environ.pop("MLFLOW_RUN_ID", None)
         texts = {k: " ".join(getattr(request, k)) for k in ("grid", "variants", "overrides")}
-        tracking.log_params({**request.__dict__, **texts, "engine": plans[0].recipe.engine, "metric": main_metric})
+        mlflow_runs.log_params({**request.__dict__, **texts, "engine": plans[0].recipe.engine, "metric": main_metric})
         results: list[ablation.Result] = []
         for variant, plan in zip(variants, plans, strict=True):
             results.append(_one(variant, plan, parent, len(results) + 1, len(variants)))
@@ -106,7 +108,7 @@ def _ablate(request: AblationRequest, variants: Sequence[Any], plans: Sequence[A
         if all(r.run is None for r in results):
             raise ModelError(f"every variant failed; the first: {results[0].error}")
         _show(results, main_metric)
-        click.echo(f"MLflow UI: {tracking.ui_link(mlflow.get_tracking_uri(), run.info.run_id)}")
+        click.echo(f"MLflow UI: {mlflow_runs.ui_link(mlflow.get_tracking_uri(), run.info.run_id)}")
 
 
 def _request(request: AblationRequest, task: str, variant: Any) -> TrainingRequest:
@@ -168,7 +170,8 @@ def _log(results: list[Any], main_metric: str) -> None:
     """Table and chart of what is there so far, on the parent."""
     import mlflow
 
-    from pipelines import ablation, figures
+    from pipelines import ablation
+    from pipelines.evaluation import figures
 
     metric = ablation.deciding_metric(results, main_metric)
     rows = ablation.result_rows(results, metric)

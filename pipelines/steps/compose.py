@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import click
 
-from pipelines.steps.edge import friendly
+from pipelines.steps.cli_support import friendly
 from pipelines.steps.options import WORK_DIR
 
 
@@ -59,22 +59,23 @@ def compose(request: ComposeRequest) -> str:
     Raises:
         PlanesError: parts, data or store that cannot be used.
     """
-    from models.composed import ComposedArchitecture, save_composed
-    from models.predictor import read_spec
-    from models.torch_tools import pick_device
-    from pipelines import registry, tracking
-    from pipelines.data.opening import open_dataset
+    from models.engines.composed import ComposedArchitecture, save_composed
+    from models.runtime.devices import pick_device
+    from models.saved.spec import read_spec
+    from pipelines.data.readers.opening import open_dataset
+    from pipelines.registry import model_versions
     from pipelines.steps.publishing import Publication, example_image, publish
     from pipelines.steps.training import open_test, source_digest
+    from pipelines.tracking import mlflow_runs
 
-    uri = tracking.connect()
-    parts = {"detector": registry.resolve(request.detector), "segmenter": registry.resolve(request.segmenter)}
+    uri = mlflow_runs.connect()
+    parts = {"detector": model_versions.resolve(request.detector), "segmenter": model_versions.resolve(request.segmenter)}
     named = {role: part.label for role, part in parts.items()}
-    folders = {role: registry.fetch(part) for role, part in parts.items()}
+    folders = {role: model_versions.fetch(part) for role, part in parts.items()}
     category = read_spec(folders["detector"]).classes[0]
     test = open_test(request.data, category, None)
     key = _key(request, named, test.digest() if test else "", source_digest())
-    known = registry.find_trained(request.name, key) if request.reuse else None
+    known = model_versions.find_trained(request.name, key) if request.reuse else None
     if known is not None:
         click.echo(f"{request.name}: version {known.version} is this composition; reused")
         return f"{request.name}/{known.version}"
@@ -84,12 +85,12 @@ def compose(request: ComposeRequest) -> str:
     with tempfile.TemporaryDirectory(dir=WORK_DIR) as work:
         saved = save_composed(Path(work) / "model", folders["detector"], folders["segmenter"], architecture, named)
         title = f"{request.name} {named['detector']} + {named['segmenter']}"
-        with tracking.tracked_run(title, {"task": "compose", **named}) as run:
-            tracking.log_params({**request.__dict__, **named, "device": device})
+        with mlflow_runs.tracked_run(title, {"task": "compose", **named}) as run:
+            mlflow_runs.log_params({**request.__dict__, **named, "device": device})
             for part in parts.values():
-                tracking.link_model(part.model_id)
+                mlflow_runs.link_model(part.model_id)
             if test is not None:
-                tracking.log_dataset(test, "test")
+                mlflow_runs.log_dataset(test, "test")
             example_from = (test or open_dataset(request.data, "train", category)).rendered(read_spec(saved).rendering)
             tags = {**named, "training_key": key}
             example, known_images = example_image("detector", example_from), _training_images(parts)
@@ -97,14 +98,14 @@ def compose(request: ComposeRequest) -> str:
             version, metrics = publish(what, run.info.run_id, device)
     value = f"test mask_AP {metrics['mask_AP']:.3f}" if "mask_AP" in metrics else "no test set with outlines"
     click.echo(f"{request.name} version {version} from {named['detector']} and {named['segmenter']}: {value}")
-    click.echo(f"MLflow UI: {tracking.ui_link(uri, run.info.run_id)}")
+    click.echo(f"MLflow UI: {mlflow_runs.ui_link(uri, run.info.run_id)}")
     return f"{request.name}/{version}"
 
 
 def _training_images(parts: dict[str, Any]) -> Any:
     """What both parts were trained on."""
-    from pipelines.lineage import read_training_images
-    from pipelines.training_images import united
+    from pipelines.registry.lineage import read_training_images
+    from pipelines.registry.training_images import united
 
     return united({f"{role} {part.label}": read_training_images(part) for role, part in parts.items()})
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pipelines.steps.edge import friendly
+from pipelines.steps.cli_support import friendly
 from pipelines.steps.options import AS_RECIPE, WORK_DIR, TrainingRequest, split_words
 
 
@@ -27,7 +27,7 @@ def main(weights: str, recipe: str, engine: str, overrides: tuple[str, ...], opt
     Nothing in the file is executed; it leaves as safetensors. KEY VALUE pairs are
     Detectron2's settings, those that the weights were trained with.
     """
-    from pipelines.recipe import load_recipe, opts_overrides
+    from pipelines.recipes.reading import load_recipe, opts_overrides
 
     pairs = opts_overrides(split_words(opts))
     changes = (*split_words(overrides), *pairs)
@@ -48,21 +48,21 @@ def import_weights(weights: str, request: TrainingRequest) -> None:
 
     import mlflow
 
-    from pipelines import tracking
     from pipelines.steps.publishing import Publication, example_image, publish
     from pipelines.steps.training import KIND, Trained, plan_training, report
+    from pipelines.tracking import mlflow_runs
 
     plan = plan_training(request)
-    tracking.connect()
+    mlflow_runs.connect()
     Path(WORK_DIR).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORK_DIR) as folder:
         saved = load_into_network(plan.recipe, weights, Path(folder) / "model")
         tags = {"task": "import", "recipe": plan.recipe.name, "engine": plan.recipe.engine}
-        with tracking.tracked_run(f"import {Path(weights).name}", tags) as run:
-            tracking.log_params({**plan.recipe.flat(), "weights": weights, "device": plan.device, "data": request.data})
+        with mlflow_runs.tracked_run(f"import {Path(weights).name}", tags) as run:
+            mlflow_runs.log_params({**plan.recipe.flat(), "weights": weights, "device": plan.device, "data": request.data})
             # What the weights were trained on is not known: nothing but test images says anything about them.
             if plan.data.test is not None:
-                tracking.log_dataset(plan.data.test, "test")
+                mlflow_runs.log_dataset(plan.data.test, "test")
             example = example_image(KIND[request.task], plan.data.train)
             tags = {"recipe": plan.recipe.name}
             what = Publication(saved, request.register_as, example, test=plan.data.test, tags=tags)
@@ -77,15 +77,15 @@ def load_into_network(recipe: Any, weights: str, folder: Path) -> Path:
     Raises:
         ModelError: the file is of another network, or cannot be read safely.
     """
-    from models.predictor import save_model
-    from models.torch_tools import load_strict, read_checkpoint
-    from pipelines.settings import Detectron2Recipe, UNetRecipe
+    from models.saved.checkpoints import load_strict, read_checkpoint
+    from models.saved.folder import save_model
+    from pipelines.recipes.settings import Detectron2Recipe, UNetRecipe
 
     classes = [recipe.data.category]
     if isinstance(recipe, Detectron2Recipe):
-        from models.detectron2_engine import build_network, detectron2_spec
-        from models.detectron2_weights import load_whole
-        from pipelines.training.detectron2_trainer import training_config
+        from models.engines.detectron2.predictor import build_network, detectron2_spec
+        from models.engines.detectron2.weights import load_whole
+        from pipelines.training.detectron2.trainer import training_config
 
         cfg = training_config(recipe, Path(), "cpu")
         network = build_network(cfg, "cpu")
@@ -93,13 +93,13 @@ def load_into_network(recipe: Any, weights: str, folder: Path) -> Path:
         made = detectron2_spec(recipe.config, cfg, classes, recipe.prediction, recipe.data.rendering)
         return save_model(folder, made, network.state_dict())
     if isinstance(recipe, UNetRecipe):
-        from models.unet import build_segmenter, segmenter_spec
+        from models.engines.unet.predictor import build_segmenter, segmenter_spec
 
         network = build_segmenter(recipe.architecture)
         spec = segmenter_spec(recipe.architecture, classes, recipe.data.rendering)
     else:
-        from models.torchvision_engine import detector_spec
-        from models.torchvision_network import build_detector
+        from models.engines.torchvision.network import build_detector
+        from models.engines.torchvision.predictor import detector_spec
 
         network = build_detector(recipe.architecture, 1)
         spec = detector_spec(recipe.architecture, classes, recipe.prediction, recipe.data.rendering)

@@ -85,7 +85,7 @@ def request_from(task: str, options: dict[str, Any]) -> TrainingRequest:
     Raises:
         RecipeError: Detectron2 settings that are no pairs.
     """
-    from pipelines.recipe import SHORT, opts_overrides
+    from pipelines.recipes.reading import SHORT, opts_overrides
 
     named = [f"{key}={options[key]}" for key in (*SHORT, "weights") if str(options[key]) != AS_RECIPE]
     engine = options.get("engine", AS_RECIPE)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from models.errors import DataError
-from pipelines.steps.edge import friendly, show_progress
+from pipelines.steps.cli_support import friendly, show_progress
 
 
 @click.command()
@@ -28,7 +28,7 @@ def prepare(out: str, train: int = 60, test: int = 12, size: int = 1024, seed: i
     Raises:
         DataError: the folder holds something else or cannot be written.
     """
-    from pipelines.data.synthetic import AirfieldSettings, prepare_airfield
+    from pipelines.data.synthetic.scenes import AirfieldSettings, prepare_airfield
 
     settings = AirfieldSettings(train=train, test=test, size=size, seed=seed)
     try:

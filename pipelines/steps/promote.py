@@ -15,14 +15,17 @@ import mlflow
 from tabulate import tabulate
 
 from models.errors import DataError, RegistryError, one_line
-from models.predictor import load_model, read_spec
-from models.saved_files import WEIGHTS_FILE
-from models.torch_tools import pick_device
-from pipelines import lineage, registry, tracking
-from pipelines.categories import category_of, common_category
+from models.loading import load_model
+from models.runtime.devices import pick_device
+from models.saved.allowed_files import WEIGHTS_FILE
+from models.saved.spec import read_spec
 from pipelines.data.dataset import Dataset
-from pipelines.data.opening import open_dataset
-from pipelines.gate import (
+from pipelines.data.readers.opening import open_dataset
+from pipelines.evaluation.categories import category_of, common_category
+from pipelines.evaluation.inference import MAIN_METRIC
+from pipelines.evaluation.side_by_side import Measurement, measure
+from pipelines.registry import lineage, model_versions
+from pipelines.registry.gates import (
     Check,
     GateFile,
     Gates,
@@ -34,12 +37,11 @@ from pipelines.gate import (
     judge_size,
     parse_gates,
 )
-from pipelines.measuring import Measurement, measure
-from pipelines.prediction import MAIN_METRIC
-from pipelines.promotion import Standing, checked_alias, move, standing
-from pipelines.registry import Resolved
-from pipelines.steps.edge import friendly, show_progress
+from pipelines.registry.model_versions import Resolved
+from pipelines.registry.promotion import AliasState, checked_alias, move, read_alias_state
+from pipelines.steps.cli_support import friendly, show_progress
 from pipelines.steps.options import WORK_DIR
+from pipelines.tracking import mlflow_runs
 
 NOT_PROMOTED = 2
 
@@ -91,7 +93,7 @@ def main(model: str, alias: str, data: str, split: str, gates: str, device: str,
 
     Exit code 0: promoted or already there; 2: the gate said no.
     """
-    tracking.connect()
+    mlflow_runs.connect()
     given, file = None, None if gates == "auto" else gates
     if gates == "none":
         metric = _main_metric(_registered(model)) if one["metric"] == "auto" else one["metric"]
@@ -108,52 +110,54 @@ def promote(request: PromotionRequest, given: GateFile | None = None) -> Verdict
     Raises:
         PlanesError: model, data, gates or store that cannot be used; another promotion was faster.
     """
-    tracking.connect()
+    mlflow_runs.connect()
     candidate = _registered(request.model)
     name, alias = str(candidate.name), checked_alias(request.alias)
-    at = standing(name, alias, look_only=request.dry_run)
+    at = read_alias_state(name, alias, look_only=request.dry_run)
     if at.finished is not None:
-        click.echo(f"finished a move that was interrupted: {lineage.told(at.finished)}")
-    if at.present == candidate.version:
+        click.echo(f"finished a move that was interrupted: {lineage.format_entry(at.finished)}")
+    if at.version == candidate.version:
         click.echo(f"{candidate.label} is {alias} already")
         return Verdict()
     file, source = (given, "options") if given else find_gates(name, request.gates)
     gates = file.of(alias)
-    present = _held_against(at, gates, candidate)
+    baseline = _held_against(at, gates, candidate)
     title = f"promote {candidate.label} to {alias}"
-    with tracking.tracked_run(title, {"task": "promote", "version": candidate.label, "alias": alias}) as run:
+    with mlflow_runs.tracked_run(title, {"task": "promote", "version": candidate.label, "alias": alias}) as run:
         params = {k: v for k, v in request.__dict__.items() if k not in ("data", "model")}
-        against = present.label if present else "none"
-        tracking.log_params({**params, "data": " ".join(request.data), "candidate": candidate.label, "present": against})
+        against = baseline.label if baseline else "none"
+        mlflow_runs.log_params(
+            {**params, "data": " ".join(request.data), "candidate": candidate.label, "baseline": against}
+        )
         mlflow.log_dict(file.model_dump(), "gates.yaml")
         if not request.dry_run:
             # Said before hours of evaluation, not after them, to those who may only read.
             _note_run(candidate, run.info.run_id)
-        checks = _forgiving(request, lambda: _check(request, candidate, present, gates, file))
+        checks = _forgiving(request, lambda: _check(request, candidate, baseline, gates, file))
         table = show_checks(checks)
         click.echo(f"gates of {source}, {candidate.label} against {against}:\n{table}")
         mlflow.log_text(table + "\n", "checks.txt")
         mlflow.log_dict({"checks": [c.__dict__ for c in checks]}, "checks.json")
         verdict = _decide(request, at, candidate, checks, run.info.run_id)
-        click.echo(f"MLflow UI: {tracking.ui_link(mlflow.get_tracking_uri(), run.info.run_id)}")
+        click.echo(f"MLflow UI: {mlflow_runs.ui_link(mlflow.get_tracking_uri(), run.info.run_id)}")
     return verdict
 
 
 def _registered(model: str) -> Resolved:
-    candidate = registry.resolve(model)
+    candidate = model_versions.resolve(model)
     if candidate.name is None or candidate.version is None:
         raise RegistryError(f"{model}: a saved folder; only a registered version can be promoted")
     return candidate
 
 
 def _main_metric(version: Resolved) -> str:
-    return MAIN_METRIC.get(read_spec(registry.fetch(version)).kind, "AP")
+    return MAIN_METRIC.get(read_spec(model_versions.fetch(version)).kind, "AP")
 
 
-def _held_against(at: Standing, gates: Gates, candidate: Resolved) -> Resolved | None:
+def _held_against(at: AliasState, gates: Gates, candidate: Resolved) -> Resolved | None:
     """The version that the gates compare with, if there is one."""
-    number = at.present if gates.against is None else registry.find_alias(at.name, gates.against)
-    return None if number in (None, candidate.version) else registry.resolve(f"{at.name}/{number}")
+    number = at.version if gates.against is None else model_versions.find_alias(at.name, gates.against)
+    return None if number in (None, candidate.version) else model_versions.resolve(f"{at.name}/{number}")
 
 
 def _datasets(request: PromotionRequest, file: GateFile, category: str) -> list[Dataset]:
@@ -167,6 +171,8 @@ def _datasets(request: PromotionRequest, file: GateFile, category: str) -> list[
 
 
 def _note_run(candidate: Resolved, run_id: str) -> None:
+    assert candidate.name is not None
+    assert candidate.version is not None
     mlflow.tracking.MlflowClient().set_model_version_tag(candidate.name, candidate.version, "last_gates_run", run_id)
 
 
@@ -181,31 +187,33 @@ def _forgiving(request: PromotionRequest, check: Callable[[], list[Check]]) -> l
 
 
 def _check(
-    request: PromotionRequest, candidate: Resolved, present: Resolved | None, gates: Gates, file: GateFile
+    request: PromotionRequest, candidate: Resolved, baseline: Resolved | None, gates: Gates, file: GateFile
 ) -> list[Check]:
     """All gates on all data sets."""
     device = pick_device(request.device)
-    folders = {v.label: registry.fetch(v) for v in ([candidate] if present is None else [candidate, present])}
+    folders = {v.label: model_versions.fetch(v) for v in ([candidate] if baseline is None else [candidate, baseline])}
     category = common_category({k: category_of(f, k, measured=gates.need_data) for k, f in folders.items()}, "promote")
     datasets = _datasets(request, file, category) if gates.need_data or any(d.digest for d in file.data) else []
-    versions = [candidate] if present is None else [candidate, present]
+    versions = [candidate] if baseline is None else [candidate, baseline]
     sizes = [sum(p.stat().st_size for p in folders[v.label].rglob(WEIGHTS_FILE)) / 1e6 for v in versions]
-    trained_on = registry.version_of(candidate).tags.get("data_digest", "unknown")
+    trained_on = model_versions.version_of(candidate).tags.get("data_digest", "unknown")
     required = file.data if datasets else []
     checks = judge_data(required, [d.digest() for d in datasets])
     checks += _image_checks(versions, datasets, trained_on)
-    checks += judge_size(gates, sizes[0], None if present is None else sizes[1])
+    checks += judge_size(gates, sizes[0], None if baseline is None else sizes[1])
     main = MAIN_METRIC.get(read_spec(folders[candidate.label]).kind, "AP")
     predictors = {label: load_model(folder, device) for label, folder in folders.items()} if datasets else {}
     renderings = {label: read_spec(folder).rendering for label, folder in folders.items()}
     for dataset in datasets:
-        tracking.log_dataset(dataset, "promotion")
+        mlflow_runs.log_dataset(dataset, "promotion")
         with _kept(versions, dataset, device) as kept:
             found = measure(predictors, dataset, show_progress, kept, renderings)
-        for role, version in zip(("candidate", "present"), versions, strict=False):
+        for role, version in zip(("candidate", "baseline"), versions, strict=False):
             prefix = f"{role}/" if len(datasets) == 1 else f"{role}/{dataset.name}/"
-            tracking.log_evaluation(prefix, found[version.label].evaluation, dataset, tracking.link_model(version.model_id))
-        theirs: Measurement | None = None if present is None else found[present.label]
+            mlflow_runs.log_evaluation(
+                prefix, found[version.label].evaluation, dataset, mlflow_runs.link_model(version.model_id)
+            )
+        theirs: Measurement | None = None if baseline is None else found[baseline.label]
         checks += judge(gates, main, found[candidate.label], theirs)
     return checks
 
@@ -218,7 +226,7 @@ def _image_checks(versions: Sequence[Resolved], datasets: Sequence[Dataset], tra
         known = [lineage.read_training_images(v) for v in versions]
     except RegistryError as error:
         return [Check("images", "-", "a list that can be read", one_line(error), "-", False)]
-    return judge_images(datasets, *known, data_digest=trained_on)
+    return judge_images(datasets, known[0], known[1] if len(known) > 1 else None, trained_on)
 
 
 @contextmanager
@@ -232,13 +240,13 @@ def _kept(versions: Sequence[Resolved], dataset: Dataset, device: str) -> Iterat
 
 def show_checks(checks: Sequence[Check]) -> str:
     """The gates as a table for people."""
-    rows = [["pass" if c.passed else "FAIL", c.gate, c.data, c.asked, c.candidate, c.present] for c in checks] or [
+    rows = [["pass" if c.passed else "FAIL", c.gate, c.data, c.required, c.candidate, c.baseline] for c in checks] or [
         ["pass", "no gate", "-", "-", "-", "-"]
     ]
-    return tabulate(rows, headers=["", "gate", "data", "asked", "candidate", "present"], tablefmt="simple")
+    return tabulate(rows, headers=["", "gate", "data", "required", "candidate", "baseline"], tablefmt="simple")
 
 
-def _decide(request: PromotionRequest, at: Standing, candidate: Resolved, checks: list[Check], run: str) -> Verdict:
+def _decide(request: PromotionRequest, at: AliasState, candidate: Resolved, checks: list[Check], run: str) -> Verdict:
     """Move the alias if the gates, or the user, say so; tag the run with the decision."""
     failed = [c for c in checks if not c.passed]
     shown = failed or [c for c in checks if c.metric]
@@ -256,7 +264,7 @@ def _decide(request: PromotionRequest, at: Standing, candidate: Resolved, checks
     try:
         move(at, str(candidate.version), "force" if failed else "promote", reason, run)
     except RegistryError as error:
-        mlflow.set_tags({"decision": "overtaken", "reason": str(error)[:4000]})
+        mlflow.set_tags({"decision": "superseded", "reason": str(error)[:4000]})
         raise
     click.echo(f"{candidate.label} is {at.alias} now: {reason}")
     return Verdict(checks)

@@ -14,15 +14,16 @@ import mlflow
 import numpy as np
 
 from models.errors import DataError, one_line
-from models.geometry import crop_window
-from models.predictor import read_spec
-from models.saved_files import WEIGHTS_FILE
-from pipelines import registry, tracking
+from models.geometry.boxes import crop_window
+from models.saved.allowed_files import WEIGHTS_FILE
+from models.saved.spec import read_spec
 from pipelines.data.dataset import Dataset
-from pipelines.evaluation import Evaluation, coco_tables
-from pipelines.registration import log_and_register
-from pipelines.sheets import evaluate_with_sheet
-from pipelines.training_images import TrainingImages, images_of
+from pipelines.evaluation.metrics import Evaluation, coco_tables
+from pipelines.evaluation.sample_images import evaluate_with_sheet
+from pipelines.registry import model_versions
+from pipelines.registry.registration import log_and_register
+from pipelines.registry.training_images import TrainingImages, images_of
+from pipelines.tracking import mlflow_runs
 
 # Tag of run and version: "complete", or what went wrong when it was evaluated.
 EVALUATION = "evaluation"
@@ -65,7 +66,7 @@ def publish(what: Publication, run_id: str, device: str) -> tuple[str | None, di
         what.saved, what.name, what.example, tags, run_id, what.register, trained_on=trained_on
     )
     for prefix, evaluation, dataset in results:
-        tracking.log_evaluation(prefix, evaluation, dataset, model_id)
+        mlflow_runs.log_evaluation(prefix, evaluation, dataset, model_id)
     for _, evaluation in tested:
         if "max_dets" in evaluation.settings:
             click.echo(coco_tables(evaluation))
@@ -74,7 +75,7 @@ def publish(what: Publication, run_id: str, device: str) -> tuple[str | None, di
     mlflow.set_tags({"version": label, EVALUATION: failed or "complete"})
     if version is not None:
         # One that an earlier call registered, whose evaluation failed then, has other numbers now.
-        registry.set_tags(version, {"metrics": tags["metrics"], EVALUATION: failed or "complete"})
+        model_versions.set_tags(version, {"metrics": tags["metrics"], EVALUATION: failed or "complete"})
     if failed:
         raise DataError(f"{label} is registered, but its evaluation failed ({failed}); the same command evaluates it again")
     return number, metrics
@@ -102,7 +103,7 @@ def _evaluate(what: Publication, device: str) -> tuple[list[tuple[str, Evaluatio
 
 def _tags(what: Publication, metrics: dict[str, float]) -> dict[str, str]:
     return {
-        **tracking.source_tags(),
+        **mlflow_runs.source_tags(),
         "data": f"{what.train.name}/{what.train.split}" if what.train else "unknown",
         "data_digest": what.train.digest() if what.train else "unknown",
         "test_digest": what.test.digest() if what.test else "none",

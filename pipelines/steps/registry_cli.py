@@ -28,7 +28,7 @@ def _run(function: str, *arguments: Any, **options: Any) -> Any:
     """Call a function of our steps (``module:name``) with our errors as one line."""
     import importlib
 
-    from pipelines.steps.edge import friendly
+    from pipelines.steps.cli_support import friendly
 
     module, name = function.split(":")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from pipelines.steps.edge import friendly
+from pipelines.steps.cli_support import friendly
 from pipelines.steps.options import request_from, training_options
 
 

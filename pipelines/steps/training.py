@@ -13,27 +13,29 @@ import click
 import mlflow
 
 import models
-from models.detectron2_engine import require_detectron2
+from models.engines.detectron2.predictor import require_detectron2
 from models.errors import DataError, OutputError, RecipeError
 from models.pyfunc import code_digest
-from models.torch_tools import pick_device, pick_precision
-from pipelines import figures, registry, tracking
+from models.runtime.devices import pick_device, pick_precision
 from pipelines.data.dataset import Dataset, split_by_scene
-from pipelines.data.opening import open_dataset
-from pipelines.data.tiles import cache_folder, cached_tiles, cut_tiles
-from pipelines.data.unreadable import Unreadable
+from pipelines.data.loading.tiles import cache_folder, cached_tiles, cut_tiles
+from pipelines.data.loading.unreadable import Unreadable
+from pipelines.data.readers.opening import open_dataset
+from pipelines.evaluation import figures
+from pipelines.evaluation.inference import MAIN_METRIC
 from pipelines.locking import clear_temporaries, held, lock_of, write_whole
-from pipelines.prediction import MAIN_METRIC
-from pipelines.recipe import load_recipe
-from pipelines.settings import Detectron2Recipe, Recipe, UNetRecipe
-from pipelines.steps.edge import ProgressListener, show_progress
+from pipelines.recipes.reading import load_recipe
+from pipelines.recipes.settings import Detectron2Recipe, Recipe, UNetRecipe
+from pipelines.registry import model_versions
+from pipelines.registry.training_images import TrainingImages, images_of
+from pipelines.steps.cli_support import ProgressListener, show_progress
 from pipelines.steps.options import TrainingRequest
 from pipelines.steps.publishing import Publication, example_image, publish
+from pipelines.tracking import mlflow_runs
 from pipelines.training.detector import train_detector
 from pipelines.training.inputs import Inputs, find_earlier, write_inputs
 from pipelines.training.loop import Listener, Outcome
 from pipelines.training.unet import train_unet
-from pipelines.training_images import TrainingImages, images_of
 
 RUN_FILE = "run.json"
 DONE_FILE = "registered"
@@ -88,8 +90,8 @@ def train_and_register(request: TrainingRequest) -> Trained:
         PlanesError: recipe, data, weights, engine or store that cannot be used.
     """
     plan = plan_training(request)
-    tracking.connect()
-    known = registry.find_trained(request.register_as, plan.key) if request.reuse else None
+    mlflow_runs.connect()
+    known = model_versions.find_trained(request.register_as, plan.key) if request.reuse else None
     if known is not None:
         click.echo(f"{request.register_as}: version {known.version} has this recipe, data and code; reused")
         metrics = json.loads(known.tags.get("metrics", "{}"))
@@ -108,7 +110,7 @@ def plan_training(request: TrainingRequest) -> Plan:
     more = []
     if isinstance(recipe, Detectron2Recipe):
         require_detectron2()
-        from pipelines.training.detectron2_trainer import training_config
+        from pipelines.training.detectron2.trainer import training_config
 
         more.append(training_config(recipe, Path(), device).dump())
     elif request.num_gpus > 1:
@@ -201,7 +203,7 @@ def _run_held(plan: Plan) -> Trained:
     tags |= {"registered_as": request.register_as, "engine": plan.recipe.engine}
     tags |= {"variant": request.label} if request.label else {}
     title = f"{request.register_as} {request.label or plan.recipe.name}"
-    with tracking.tracked_run(title, tags, earlier, system_metrics=True) as run:
+    with mlflow_runs.tracked_run(title, tags, earlier, system_metrics=True) as run:
         run_id = run.info.run_id
         if earlier and earlier != run_id:
             mlflow.set_tag("resumed_from", earlier)
@@ -211,7 +213,7 @@ def _run_held(plan: Plan) -> Trained:
         progress = ProgressListener(request.register_as)
         started = time.monotonic()
         try:
-            saved, outcome = _train(plan, (tracking.MlflowListener(run_id), progress))
+            saved, outcome = _train(plan, (mlflow_runs.MlflowListener(run_id), progress))
         except KeyboardInterrupt:
             click.echo(f"\n{progress.stopped()}", err=True)
             raise
@@ -238,13 +240,13 @@ def _tell_unreadable(folder: Path) -> None:
 
 def _log_inputs(plan: Plan) -> None:
     data = {"data": plan.request.data, "data_digest": plan.data.train.digest()}
-    tracking.log_params({**plan.recipe.flat(), "device": plan.device, "precision": _precision(plan), **data})
+    mlflow_runs.log_params({**plan.recipe.flat(), "device": plan.device, "precision": _precision(plan), **data})
     mlflow.log_dict(plan.recipe.model_dump(), "recipe.yaml")
-    tracking.log_environment()
+    mlflow_runs.log_environment()
     for dataset, context in plan.data.parts():
-        tracking.log_dataset(dataset, context)
+        mlflow_runs.log_dataset(dataset, context)
     if isinstance(plan.recipe, Detectron2Recipe):
-        from pipelines.training.detectron2_trainer import training_config
+        from pipelines.training.detectron2.trainer import training_config
 
         mlflow.log_text(training_config(plan.recipe, Path(), plan.device).dump(), "detectron2_config.yaml")
 
@@ -253,8 +255,8 @@ def _precision(plan: Plan) -> str:
     """The precision that the training runs in."""
     if not isinstance(plan.recipe, Detectron2Recipe):
         return pick_precision(plan.device, plan.recipe.training.precision)
-    from pipelines.training.detectron2_precision import amp_precision
-    from pipelines.training.detectron2_trainer import training_config
+    from pipelines.training.detectron2.precision import amp_precision
+    from pipelines.training.detectron2.trainer import training_config
 
     mixed = training_config(plan.recipe, Path(), plan.device).SOLVER.AMP.ENABLED
     return amp_precision(plan.device) if mixed else "32"
@@ -264,7 +266,7 @@ def _train(plan: Plan, listeners: Sequence[Listener]) -> tuple[Path, Outcome]:
     recipe, data, folder, device = plan.recipe, plan.data, plan.folder, plan.device
     train = _training_tiles(plan)
     if isinstance(recipe, Detectron2Recipe):
-        from pipelines.training.detectron2_trainer import LOG, train_detectron2
+        from pipelines.training.detectron2.trainer import LOG, train_detectron2
 
         try:
             return train_detectron2(recipe, train, data.val, folder, device, listeners, plan.request.num_gpus)
@@ -324,4 +326,4 @@ def report(trained: Trained) -> None:
     shown = f"test {metric} {value:.3f}" if value is not None else "no test set"
     version = f"version {trained.version}" if trained.version else "(not registered)"
     click.echo(f"{trained.name} {version}: {shown} (run {trained.run_id})")
-    click.echo(f"MLflow UI: {tracking.ui_link(mlflow.get_tracking_uri(), trained.run_id)}")
+    click.echo(f"MLflow UI: {mlflow_runs.ui_link(mlflow.get_tracking_uri(), trained.run_id)}")

@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.predictor import Predictor, save_model
-from models.tiling import by_tiles
-from models.torch_tools import channels_last
-from models.torchvision_engine import TorchvisionDetector, detector_spec
-from models.torchvision_network import build_detector
-from pipelines.data.batches import DetectorBatches, Example
+from models.engines.torchvision.network import build_detector
+from models.engines.torchvision.predictor import TorchvisionDetector, detector_spec
+from models.predictor import Predictor
+from models.runtime.devices import channels_last
+from models.saved.folder import save_model
+from models.tiling.predictor import by_tiles
 from pipelines.data.dataset import Dataset
-from pipelines.data.unreadable import Unreadable
-from pipelines.evaluation import evaluate_instances
-from pipelines.prediction import Predictions, predict_dataset
-from pipelines.settings import DetectorRecipe, MaskRecipe
+from pipelines.data.loading.batches import DetectorBatches, Example
+from pipelines.data.loading.unreadable import Unreadable
+from pipelines.evaluation.inference import Predictions, predict_dataset
+from pipelines.evaluation.metrics import evaluate_instances
+from pipelines.recipes.settings import DetectorRecipe, MaskRecipe
 from pipelines.training.loop import Job, Listener, Outcome, run
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.data.dataset import Dataset
-from pipelines.data.unreadable import Unreadable
+from pipelines.data.loading.unreadable import Unreadable
 
 INPUTS_FILE = "inputs.json"
 

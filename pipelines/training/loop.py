@@ -16,8 +16,8 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from models.errors import ModelError, one_line
-from models.torch_tools import Precision, pick_precision, precision
-from pipelines.settings import OptimizerSettings, TrainingSettings
+from models.runtime.devices import Precision, pick_precision, precision
+from pipelines.recipes.settings import OptimizerSettings, TrainingSettings
 from pipelines.training.checkpoints import keep_best, read_best, save_best, write_atomically
 
 CHECKPOINT = "checkpoint.pt"

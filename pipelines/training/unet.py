@@ -11,15 +11,15 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 
-from models.predictor import save_model
-from models.torch_tools import channels_last
-from models.unet import CropSegmenter, build_segmenter, normalise, segmenter_spec
-from pipelines.data.batches import SegmenterBatches
+from models.engines.unet.predictor import CropSegmenter, build_segmenter, normalise, segmenter_spec
+from models.runtime.devices import channels_last
+from models.saved.folder import save_model
 from pipelines.data.dataset import Dataset
-from pipelines.data.unreadable import Unreadable
-from pipelines.evaluation import evaluate_masks
-from pipelines.prediction import predict_dataset
-from pipelines.settings import UNetRecipe
+from pipelines.data.loading.batches import SegmenterBatches
+from pipelines.data.loading.unreadable import Unreadable
+from pipelines.evaluation.inference import predict_dataset
+from pipelines.evaluation.metrics import evaluate_masks
+from pipelines.recipes.settings import UNetRecipe
 from pipelines.training.detector import failures_of
 from pipelines.training.loop import Job, Listener, Outcome, run
 

@@ -9,22 +9,24 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from models.batches import predict_parted
+import numpy as np
+
 from models.errors import one_line
+from models.images.windows import AnyImage, fills_little
 from models.instances import Instances
 from models.predictor import Predictor
-from models.stages import measured, seconds_since
-from models.tiling import tiling_of
-from models.torch_tools import Precision, precision
-from models.windows import AnyImage, fills_little
+from models.runtime.devices import Precision, precision
+from models.runtime.out_of_memory import predict_parted
+from models.runtime.timing import seconds_since, timed
+from models.tiling.predictor import tiling_of
 from pipelines.data.dataset import Dataset, Sample
-from pipelines.prediction import image_failure, is_segmenter, predict_image
+from pipelines.evaluation.inference import image_failure, is_segmenter, predict_image
 from scoring.reader import MOST_BYTES, Failure, failure, read_ahead, size_in_bytes
 from scoring.runners.runner import Scored
 
-# Batches of images where none is given. On a CPU a batch is no gain in itself (models/tiling.py).
+# Batches of images where none is given. On a CPU a batch is no gain in itself (models/tiling/predictor.py).
 CPU_BATCH, GPU_BATCH = 1, 8
 # Batches' worth of images of different sizes that wait for others of their size.
 WAITING_BATCHES = 4
@@ -56,7 +58,7 @@ def peak_memory() -> int:
 class _Read(NamedTuple):
     """A decoded image and its place in the shard."""
 
-    index: int
+    number: int
     sample: Sample
     image: AnyImage
 
@@ -100,7 +102,7 @@ class LocalRunner:
         for position, shard in enumerate(shards):
             waiting: dict[Any, list[_Read]] = {}
             for index, sample in enumerate(shard):
-                with measured("wait"):
+                with timed("wait"):
                     _, image = next(images)
                 if isinstance(image, Failure):
                     yield position, index, image
@@ -125,9 +127,10 @@ class LocalRunner:
         try:
             with precision(self.device, self.kind):
                 if is_segmenter(self.predictor):
-                    return [(r.index, predict_image(self.predictor, r.image, r.sample)) for r in batch]
-                found = predict_parted(self.predictor, [r.image for r in batch])
-            return [(r.index, f.named(r.sample.image_id)) for r, f in zip(batch, found, strict=True)]
+                    return [(r.number, predict_image(self.predictor, cast(np.ndarray, r.image), r.sample)) for r in batch]
+                # Images that are read by windows are taken by tiles as arrays are.
+                found = predict_parted(self.predictor, [cast(np.ndarray, r.image) for r in batch])
+            return [(r.number, f.named(r.sample.image_id)) for r, f in zip(batch, found, strict=True)]
         except Exception as error:
             # A large file is read while it is predicted, and may turn out damaged only then.
             failed = image_failure(error, self.predictor, batch[0].sample)
@@ -135,4 +138,4 @@ class LocalRunner:
                 raise
             if len(batch) > 1:
                 return [result for one in batch for result in self._predict([one])]
-            return [(batch[0].index, failure(batch[0].sample, failed.kind, one_line(failed)))]
+            return [(batch[0].number, failure(batch[0].sample, failed.kind, one_line(failed)))]

@@ -21,8 +21,8 @@ from typing import Any
 
 from models.errors import EngineMissing, ModelError, PlanesError, one_line
 from models.instances import Instances
-from models.predictor import load_model
-from models.torch_tools import Precision
+from models.loading import load_model
+from models.runtime.devices import Precision
 from pipelines.data.dataset import Sample
 from pipelines.data.remote import absolute
 from scoring.reader import Failure

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from models.geometry import rle_text, xyxy_to_xywh
+from models.geometry.boxes import xyxy_to_xywh
+from models.geometry.rle import rle_text
 from models.instances import Instances
 from pipelines.data.dataset import Dataset, Sample
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from models.geometry import rle_crop
+from models.geometry.rle import rle_crop
+from models.images.raster import quiet_rasterio, tiff_layout
+from models.images.rendering import map_to_file, oriented_size
+from models.images.windows import WINDOWED_SUFFIXES
 from models.instances import Instances
-from models.raster import quiet_rasterio, tiff_layout
-from models.rendering import map_to_file, oriented_size
-from models.windows import WINDOWED_SUFFIXES
 from pipelines.data.dataset import Dataset
 from scoring.writers.walk import file_stem, remove_earlier, side_by_side
 

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from models.errors import DataError
-from models.geometry import mask_runs, rle_area, rle_boxes, rle_crop, rle_from_runs, rle_paste
+from models.geometry.rle import mask_runs, rle_area, rle_boxes, rle_crop, rle_from_runs, rle_paste
 from models.instances import RLE, Instances
 from pipelines.data.dataset import Dataset
 from scoring.writers.walk import side_by_side

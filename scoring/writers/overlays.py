@@ -9,11 +9,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from models.geometry import rescaled, rescaled_mask
+from models.geometry.rescaling import rescaled, rescaled_mask
+from models.images.windows import open_image, shrunk
 from models.instances import Instances
-from models.windows import open_image, shrunk
 from pipelines.data.dataset import Dataset, Sample
-from pipelines.figures import draw_instances, draw_truth
+from pipelines.evaluation.figures import draw_instances, draw_truth
 from scoring.writers.walk import file_stem, remove_earlier
 
 SHOWN_SCORE = 0.5

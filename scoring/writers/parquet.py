@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import DataError, one_line
-from models.geometry import checked_rle
+from models.geometry.rle import checked_rle
 from models.instances import Instances, from_rows, to_rows
 from scoring.reader import Failure
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.architecture import rooms
+
 PACKAGES = ("models", "pipelines", "scoring")
 
 
@@ -24,6 +26,31 @@ def _sources(root):
 def test_layers_hold(root):
     done = subprocess.run([str(Path(sys.executable).parent / "lint-imports")], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_no_circle_of_modules_or_rooms(root):
+    """Those of types alone and those by a string counted, which import-linter does not see."""
+    graph = rooms.imports(rooms.modules(root))
+    # The strings by which engines are loaded are among them.
+    assert "models.engines.composed" in graph["models.loading"]
+    rooms.order(graph)
+    rooms.order(rooms.rooms(graph))
+
+
+def test_the_drawing_is_that_of_the_code(root):
+    page = (root / "docs" / "architecture.md").read_text()
+    drawing = rooms.drawing(rooms.rooms(rooms.imports(rooms.modules(root))))
+    assert page == rooms.drawn(page, drawing), "run: python -m tests.architecture.rooms"
+
+
+def test_the_files_that_the_page_names_are_there(root):
+    page = (root / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:models|pipelines|scoring|tests|benchmarks)/[\w/]+(?:\.\w+)?/?)`", page))
+    assert len(named) > 30
+    assert not [name for name in named if not (root / name).exists()]
+    # And what it says is there.
+    for file, name in re.findall(r"`(\w[\w/]+\.py)` \(`(\w+)`", page):
+        assert re.search(rf"^\s*(def|class) {name}\b|^{name}\b", (root / file).read_text(), re.MULTILINE), (file, name)
 
 
 def test_files_functions_and_parameters_stay_small(root):
@@ -99,14 +126,14 @@ def test_imports_are_declared(root):
 
 def test_extras_are_imported_on_use_alone(root):
     # These modules hold hooks and steps of its trainer, and are themselves imported on use.
-    allowed = {"pipelines/training/detectron2_hooks.py", "pipelines/training/detectron2_precision.py"}
+    allowed = {"pipelines/training/detectron2/hooks.py", "pipelines/training/detectron2/precision.py"}
     for path in _sources(root):
         for node in ast.parse(path.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             if any(
                 n.split(".")[0] in ("detectron2", "rasterio", "ray", "s3fs")
-                or n.endswith(("detectron2_hooks", "detectron2_precision"))
+                or n.startswith(("pipelines.training.detectron2.hooks", "pipelines.training.detectron2.precision"))
                 for n in names
             ):
                 assert path.relative_to(root).as_posix() in allowed, path

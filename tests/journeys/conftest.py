@@ -27,7 +27,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from pipelines import tracking
-from pipelines.registration import log_and_register
+from pipelines.registry.registration import log_and_register
 tracking.connect()
 with tracking.tracked_run("given", {"mlflow.user": "trainer"}) as run:
     image = np.full((96, 96, 3), 90, np.uint8)

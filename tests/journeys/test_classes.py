@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from models.composed import ComposedArchitecture, save_composed
+from models.engines.composed import ComposedArchitecture, save_composed
 from models.errors import ModelError
-from models.predictor import SPEC_FILE
+from models.saved.allowed_files import SPEC_FILE
 from tests.journeys.conftest import REGISTER, error_line
 
 pytestmark = pytest.mark.xdist_group("journey")

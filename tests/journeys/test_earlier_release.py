@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines.data.opening import open_dataset
-from pipelines.data.synthetic import AirfieldSettings, prepare_airfield
-from pipelines.recipe import load_recipe
+from pipelines.data.readers.opening import open_dataset
+from pipelines.data.synthetic.scenes import AirfieldSettings, prepare_airfield
+from pipelines.recipes.reading import load_recipe
 from pipelines.training.detector import train_detector
 from tests.journeys.conftest import Project, error_line
 
@@ -60,7 +60,10 @@ def test_its_jobs_are_finished_and_exported(earlier):
 def test_its_history_goes_on(earlier):
     assert _aliases(earlier) == {"production": "2", "previous": "1"}
     moves = json.loads(earlier.registry("history", "planes-det", "--json").stdout)["moves"]
-    assert [(m["move"]["origin"], m["move"]["to"], m["state"]) for m in moves] == [(None, "1", "done"), ("1", "2", "done")]
+    assert [(m["move"]["origin"], m["move"]["to"], m["state"]) for m in moves] == [
+        (None, "1", "committed"),
+        ("1", "2", "committed"),
+    ]
     # 0.6.0 knew no images by their content: the gate says so, and does not refuse.
     forced = ("--data", "data", "--force", "--reason", "back")
     done = earlier.registry("promote", "planes-det", "1", "--to", "production", *forced)

@@ -86,9 +86,9 @@ def test_a_killed_detectron2_training_goes_on(project):
 
 @needs_detectron2
 def test_weights_of_a_detectron2_training_are_imported(project, tmp_path):
-    from models.detectron2_engine import build_network
-    from pipelines.recipe import load_recipe
-    from pipelines.training.detectron2_trainer import training_config
+    from models.engines.detectron2.predictor import build_network
+    from pipelines.recipes.reading import load_recipe
+    from pipelines.training.detectron2.trainer import training_config
 
     cfg = training_config(load_recipe("demo_detector_detectron2"), tmp_path, "cpu")
     torch.save({"model": build_network(cfg, "cpu").state_dict(), "iteration": 9}, tmp_path / "model_final.pth")
@@ -133,9 +133,11 @@ def test_without_detectron2_one_line_says_how_to_get_it(project, tmp_path):
 
 
 def test_a_version_of_an_absent_engine_says_what_it_needs(project, tmp_path):
-    from models.detectron2_engine import Detectron2Architecture
+    from models.engines.detectron2.predictor import Detectron2Architecture
     from models.errors import EngineMissing
-    from models.predictor import ModelSpec, load_model, save_model
+    from models.loading import load_model
+    from models.saved.folder import save_model
+    from models.saved.spec import ModelSpec
 
     if HAS_DETECTRON2:
         pytest.skip("Detectron2 is installed")

@@ -7,7 +7,7 @@ import re
 import mlflow
 import pytest
 
-from pipelines.tracking import ui_link
+from pipelines.tracking.mlflow_runs import ui_link
 from tests.conftest import write_image
 
 pytestmark = pytest.mark.xdist_group("journey")

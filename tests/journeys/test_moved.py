@@ -13,7 +13,7 @@ pytestmark = pytest.mark.xdist_group("journey")
 
 
 def _places(folder):
-    from pipelines.relocation import COLUMNS
+    from pipelines.tracking.moved_store import COLUMNS
 
     with sqlite3.connect(folder / "mlflow.db") as connection:
         return {

@@ -23,7 +23,7 @@ def test_the_story_of_an_alias(gated):
     project = gated
     too_high = _promote(project, "gated/1", "--minimum", "0.999", code=2)
     assert "gated/1 not promoted to production: IoU" in too_high.stdout
-    assert "(>= 0.999 asked)" in too_high.stdout
+    assert "(>= 0.999 required)" in too_high.stdout
     assert _aliases(project) == {}
 
     first = _promote(project, "gated/1", "--alias", "Production")
@@ -35,10 +35,10 @@ def test_the_story_of_an_alias(gated):
     assert "gated/1 is production already" in again.stdout
 
     tie = _promote(project, "gated/2", code=2)
-    assert "gated/2 not promoted to production: IoU gain 0.0000 (+0.0000) against 0.0000 (> +0 asked)" in tie.stdout
+    assert "gated/2 not promoted to production: IoU gain 0.0000 (+0.0000) against 0.0000 (> +0 required)" in tie.stdout
 
     far = _promote(project, "gated/3", "--min-gain", "0.9", code=2)
-    assert "(>= +0.9 asked)" in far.stdout
+    assert "(>= +0.9 required)" in far.stdout
     assert str(_aliases(project)["production"]) == "1"
 
     better = _promote(project, "gated/latest")
@@ -57,7 +57,7 @@ def test_each_decision_is_a_run_with_both_values(gated):
     refused = [r for r in runs if r.data.tags["decision"] == "refused"]
     assert len(refused) == 3
     both = next(r for r in refused if r.data.tags["version"] == "gated/3")
-    assert both.data.metrics["candidate/IoU"] > both.data.metrics["present/IoU"]
+    assert both.data.metrics["candidate/IoU"] > both.data.metrics["baseline/IoU"]
     assert "gain" in both.data.tags["reason"]
 
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 
-from pipelines import journal
+from pipelines.registry import journal
 from tests.journeys.conftest import REGISTER, Project, error_line
 from tests.journeys.stack import BUCKET, MlflowServer, ObjectStore, Postgres
 
@@ -72,7 +72,7 @@ def team(request, gated, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     training = gated.folder / ".planes" / "training"
     by_hash = {gated.client.get_model_version("gated", n).tags["digest"]: n for n in ("1", "3")}
-    from models.predictor import folder_digest
+    from models.saved.folder import folder_digest
 
     saved = {by_hash.get(folder_digest(p)): p for p in training.glob("gated-*/model")}
     made = Team(Project(folder, gated.data), {}, saved["1"], saved["3"])
@@ -178,8 +178,8 @@ def test_gates_decide_and_the_decision_is_recorded(team):
     assert (tags["promoted_to_production"], tags["promoted_to_production_from"]) == ("sharper outlines", "1")
     assert tags["promoted_to_production_by"] == who != ""
     run = team.client.get_run(tags["promoted_to_production_run"])
-    assert (run.data.tags["decision"], run.data.params["present"]) == ("promoted", "gated/1")
-    assert run.data.metrics["candidate/IoU"] > run.data.metrics["present/IoU"]
+    assert (run.data.tags["decision"], run.data.params["baseline"]) == ("promoted", "gated/1")
+    assert run.data.metrics["candidate/IoU"] > run.data.metrics["baseline/IoU"]
     checks = Path(team.client.download_artifacts(run.info.run_id, "checks.txt", str(team.folder))).read_text()
     assert checks.strip() in won.stdout
 
@@ -193,7 +193,7 @@ def test_required_data_and_training_data_are_gates(team):
         "promote", "gated/2", "--to", "production", "--gates", team.gates("data", wanted), "--dry-run", code=2
     )
     assert re.search(r"FAIL +data set +\S+/test +f{16} +not evaluated", done.stdout)
-    from pipelines.data.opening import open_dataset
+    from pipelines.data.readers.opening import open_dataset
 
     real = open_dataset(data, "test").digest()
     wanted["data"][0]["digest"] = real
@@ -218,11 +218,11 @@ def test_rollback_history_and_what_is_shown(team):
         (m["move"]["alias"], m["move"]["origin"], m["move"]["to"], m["move"]["kind"], m["state"]) for m in told["moves"]
     ]
     assert moves == [
-        ("production", None, "1", "force", "done"),
-        ("challenger", None, "3", "promote", "done"),
-        ("production", "1", "3", "promote", "done"),
-        ("production", "3", "1", "rollback", "done"),
-        ("production", "1", "3", "rollback", "done"),
+        ("production", None, "1", "force", "committed"),
+        ("challenger", None, "3", "promote", "committed"),
+        ("production", "1", "3", "promote", "committed"),
+        ("production", "3", "1", "rollback", "committed"),
+        ("production", "1", "3", "rollback", "committed"),
     ]
     text = team.registry("history", "gated").stdout
     for part in ("blurred at night", "challenger: version 3 went on to production", "now: ", "production -> 3"):
@@ -321,9 +321,9 @@ def test_of_two_promotions_at_once_exactly_one_wins(racers):
         done = [one.wait() for one in both]
         fresh = [e for e in _entries(team, "race") if e["number"] > max([k["number"] for k in known], default=0)]
         holder = team.aliases("race")["production"]
-        if sorted(e["state"] for e in fresh) == ["done", "overtaken"]:
+        if sorted(e["state"] for e in fresh) == ["committed", "superseded"]:
             contested += 1
-            winner = next(e for e in fresh if e["state"] == "done")["move"]["to"]
+            winner = next(e for e in fresh if e["state"] == "committed")["move"]["to"]
             assert holder == winner
             assert [d.returncode for d in done] == [int(v != winner) for v in "12"]
             loser = done["12".index("1" if winner == "2" else "2")]
@@ -332,7 +332,7 @@ def test_of_two_promotions_at_once_exactly_one_wins(racers):
         else:
             # One saw what the other had done.
             assert [d.returncode for d in done] == [0, 0], [d.stderr for d in done]
-            assert [e["state"] for e in fresh] == ["done", "done"]
+            assert [e["state"] for e in fresh] == ["committed", "committed"]
             assert holder == fresh[-1]["move"]["to"]
         if contested == 30:
             break
@@ -369,9 +369,9 @@ def test_a_promotion_killed_at_any_moment_leaves_the_old_or_the_new_version(race
         now = team.aliases("race")["production"]
         assert now in (before, after)
         last = _entries(team, "race")[-1]
-        assert last["state"] in ("begun", "done")
-        assert now == last["move"]["to"] or last["state"] == "begun"
-        if last["state"] == "begun":
+        assert last["state"] in ("pending", "committed")
+        assert now == last["move"]["to"] or last["state"] == "pending"
+        if last["state"] == "pending":
             interrupted += 1
             assert "the last move was interrupted" in team.registry("history", "race").stdout
             again = team.registry("promote", f"race/{after}", "--to", "production", "--gates", gates)
@@ -379,7 +379,7 @@ def test_a_promotion_killed_at_any_moment_leaves_the_old_or_the_new_version(race
             assert team.aliases("race")["production"] == after
     assert kills >= 30
     assert interrupted >= 5
-    assert {e["state"] for e in _entries(team, "race")} <= {"done", "overtaken"}
+    assert {e["state"] for e in _entries(team, "race")} <= {"committed", "superseded"}
 
 
 def _plant(team, name, change):
@@ -461,7 +461,7 @@ def test_planted_versions_are_refused_and_nothing_of_them_runs(team, tmp_path, c
     name = f"evil{change.__name__}"
     _plant(team, name, change)
     if signed:
-        from models.predictor import folder_digest
+        from models.saved.folder import folder_digest
 
         shutil.copytree(team.weak, tmp_path / "model")
         change(tmp_path / "model")
@@ -590,7 +590,7 @@ def test_who_releases_one_model_needs_that_and_the_journal(team):
     assert "you need the right to edit one-model and planes-journal" in error_line(team.registry(*promote, code=1, **own))
     team.server.grant("owner-of-one", "registered_model", "planes-journal", "EDIT")
     assert "one-model/1 is production now" in team.registry(*promote, **own).stdout
-    assert [e["state"] for e in _entries(team, "one-model")] == ["done"]
+    assert [e["state"] for e in _entries(team, "one-model")] == ["committed"]
 
 
 @pytest.mark.parametrize("right", ["EDIT", "MANAGE"])
@@ -610,13 +610,13 @@ def test_who_may_move_but_not_delete_aliases_is_not_stopped_by_that(team, right)
     assert team.aliases(name) == {"production": "2", "previous": "1", **left}
     team.registry("rollback", name, **releaser)
     assert team.aliases(name)["production"] == "1"
-    assert {e["state"] for e in _entries(team, name)} == {"done"}
+    assert {e["state"] for e in _entries(team, name)} == {"committed"}
 
 
 def test_the_rows_of_an_example_are_what_the_version_predicts(team):
     """The logged output, compared with the saved model's own prediction."""
-    from models.predictor import load_model
-    from pipelines.verification import Example
+    from models.loading import load_model
+    from pipelines.registry.verification import Example
 
     source = team.client.get_model_version_download_uri("planes-det", "1")
     if team.store is None:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from models.predictor import read_spec
+from models.saved.spec import read_spec
 from tests.conftest import write_image
 from tests.journeys.conftest import error_line
 
@@ -83,7 +83,7 @@ def test_a_large_geotiff_is_scored_by_windows(tiled, tmp_path):
     rasterio = pytest.importorskip("rasterio")
     from rasterio.transform import from_origin
 
-    from models.image import read_image
+    from models.images.decoding import read_image
 
     project, _ = tiled
     scene = read_image(project.data / "test" / "A0005.png")

@@ -88,12 +88,12 @@ def test_the_link_that_commands_print_leads_to_the_table_of_runs(project, server
     assert "planes-unet/1" in done.stdout
     import mlflow
 
-    from pipelines import tracking
+    from pipelines.tracking import mlflow_runs
 
     mlflow.set_tracking_uri(server)
     try:
-        link = tracking.ui_link(server)
-        assert link == tracking.ui_link(server, project.client.get_model_version("planes-unet", "1").run_id)
+        link = mlflow_runs.ui_link(server)
+        assert link == mlflow_runs.ui_link(server, project.client.get_model_version("planes-unet", "1").run_id)
     finally:
         mlflow.set_tracking_uri(None)
     experiment = project.client.get_experiment_by_name("planes").experiment_id

@@ -6,12 +6,13 @@ import shutil
 import numpy as np
 import pytest
 
-from models.composed import ComposedArchitecture, ComposedPredictor, save_composed, without_overlaps
+from models.engines.composed import ComposedArchitecture, ComposedPredictor, save_composed, without_overlaps
+from models.engines.unet.predictor import CropMask
 from models.errors import ModelError
-from models.geometry import rle_decode
+from models.geometry.rle import rle_decode
 from models.instances import Instances
-from models.predictor import load_model, read_spec
-from models.unet import CropMask
+from models.loading import load_model
+from models.saved.spec import read_spec
 from tests.models.test_contract import MAKERS, _images
 
 

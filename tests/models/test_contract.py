@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from models.composed import ComposedArchitecture, save_composed
+from models.engines.composed import ComposedArchitecture, save_composed
+from models.engines.torchvision.network import DetectorArchitecture, MaskArchitecture, build_detector
+from models.engines.torchvision.predictor import detector_spec
+from models.engines.unet.predictor import SegmenterArchitecture, build_segmenter, segmenter_spec
 from models.errors import ModelError
-from models.geometry import rle_decode
-from models.predictor import Predictor, load_model, read_weights, save_model
-from models.torchvision_engine import detector_spec
-from models.torchvision_network import DetectorArchitecture, MaskArchitecture, build_detector
-from models.unet import SegmenterArchitecture, build_segmenter, segmenter_spec
+from models.geometry.rle import rle_decode
+from models.loading import load_model
+from models.predictor import Predictor
+from models.saved.folder import read_weights, save_model
 
 SMALL = DetectorArchitecture(
     backbone="resnet18",
@@ -46,7 +48,7 @@ def _mask_rcnn(folder, **changes):
 
 def _detectron2(folder, config="COCO-Detection/faster_rcnn_R_50_FPN_1x", **settings):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
-    from models.detectron2_engine import build_network, detectron2_spec, make_config
+    from models.engines.detectron2.predictor import build_network, detectron2_spec, make_config
 
     small = {
         "MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64, "MODEL.FPN.OUT_CHANNELS": 16,
@@ -159,7 +161,7 @@ def test_segmenting_many_crops_equals_one_by_one(tmp_path):
 
 
 def test_skipnet_is_the_network_described():
-    from models.skipnet import SkipNet
+    from models.engines.unet.skipnet import SkipNet
 
     network = SkipNet()
     x, seen = torch.zeros(2, 3, 128, 128), []

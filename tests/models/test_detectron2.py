@@ -9,12 +9,14 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from models.detectron2_engine import build_network, detectron2_spec, make_config, zoo_configs
-from models.detectron2_weights import load_initial, load_whole
+from models.engines.detectron2.predictor import build_network, detectron2_spec, make_config, zoo_configs
+from models.engines.detectron2.weights import load_initial, load_whole
 from models.errors import ModelError
-from models.geometry import rle_decode
-from models.image import read_image
-from models.predictor import load_model, read_spec, save_model
+from models.geometry.rle import rle_decode
+from models.images.decoding import read_image
+from models.loading import load_model
+from models.saved.folder import save_model
+from models.saved.spec import read_spec
 
 FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_3x"
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x"
@@ -172,7 +174,7 @@ def test_zoo_weights_offline_say_what_to_do(monkeypatch, tmp_path):
 def test_images_are_resized_as_detectron2_resizes_them():
     from detectron2.data.transforms import ResizeShortestEdge
 
-    from pipelines.data.augment import shortest_edge
+    from pipelines.data.loading.augment import shortest_edge
 
     rng = np.random.default_rng(0)
     for _ in range(300):

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from models.errors import DataError
-from models.file_ends import seems_cut
-from models.image import image_header, read_image
+from models.images.decoding import image_header, read_image
+from models.images.file_ends import seems_cut
 
 PIXELS = np.random.default_rng(0).integers(1, 256, (61, 83, 3), dtype=np.uint8)
 FORMS = [

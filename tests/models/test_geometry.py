@@ -7,20 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco_mask
 
-from models.geometry import (
-    box_iou,
-    clip_boxes,
-    crop_window,
-    rle_area,
-    rle_boxes,
-    rle_decode,
-    rle_encode,
-    rle_from_polygons,
-    rle_iou,
-    rle_paste,
-    xywh_to_xyxy,
-    xyxy_to_xywh,
-)
+from models.geometry.boxes import box_iou, clip_boxes, crop_window, xywh_to_xyxy, xyxy_to_xywh
+from models.geometry.rle import rle_area, rle_boxes, rle_decode, rle_encode, rle_from_polygons, rle_iou, rle_paste
 
 
 @given(

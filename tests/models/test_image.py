@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models import image as module
 from models.errors import DataError
-from models.image import image_size, read_image
+from models.images import decoding as module
+from models.images.decoding import image_size, read_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 

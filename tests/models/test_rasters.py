@@ -12,10 +12,19 @@ import rasterio
 from PIL import Image
 
 from models.errors import DataError, RecipeError
-from models.image import image_size, read_image
-from models.raster import WindowedImage
-from models.rendering import TURNS, Block, Rendering, depth_bounds, find_bounds, map_to_file, oriented, parse_rendering
-from models.windows import fills_little
+from models.images.decoding import image_size, read_image
+from models.images.raster import WindowedImage
+from models.images.rendering import (
+    TURNS,
+    Block,
+    Rendering,
+    depth_bounds,
+    find_bounds,
+    map_to_file,
+    oriented,
+    parse_rendering,
+)
+from models.images.windows import fills_little
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -293,7 +302,7 @@ def test_complex_values_and_damage_say_so(tmp_path):
 
 
 def test_the_sampled_range_does_not_depend_on_how_the_file_is_read(monkeypatch):
-    monkeypatch.setattr("models.rendering.MOST_PIXELS", 1000)
+    monkeypatch.setattr("models.images.rendering.MOST_PIXELS", 1000)
     values = scene(0.2, 0.8, 0.05, "float32")
     none = np.zeros((3, HEIGHT, WIDTH), bool)
 

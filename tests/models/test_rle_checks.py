@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from models.geometry import checked_rle, rle_bytes, rle_counts, rle_crop, rle_decode, rle_encode, rle_paste
+from models.geometry.rle import checked_rle, rle_bytes, rle_counts, rle_crop, rle_decode, rle_encode, rle_paste
 
 HEIGHT, WIDTH = 23, 31
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from models.errors import ModelError
-from models.safe_pickle import ALLOWED, read_pickled_arrays
-from models.torch_tools import read_checkpoint
+from models.saved.checkpoints import read_checkpoint
+from models.saved.safe_pickle import ALLOWED, read_pickled_arrays
 
 ARRAYS = {
     "a": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -169,7 +169,7 @@ def test_no_bytes_are_taken_for_pointers(kind, tmp_path, root):
     """numpy's own way to make such an array ended the process (a segmentation fault) when it was looked at."""
     path = tmp_path / "w.pkl"
     path.write_bytes(b"\x80\x02}" + _value("w") + POINTERS[kind] + b"s.")
-    code = f"from models.safe_pickle import read_pickled_arrays as r; x = r({str(path)!r})['w']; print(repr(x))"
+    code = f"from models.saved.safe_pickle import read_pickled_arrays as r; x = r({str(path)!r})['w']; print(repr(x))"
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout.strip()) == (0, "None"), done.stderr

@@ -7,11 +7,12 @@ import os
 import pytest
 import torch
 
+from models.engines.unet.predictor import SegmenterArchitecture, build_segmenter, segmenter_spec
 from models.errors import ModelError
-from models.predictor import load_model, save_model
-from models.saved_files import MAX_BYTES, check_folder, check_names
-from models.torch_tools import build_fitting
-from models.unet import SegmenterArchitecture, build_segmenter, segmenter_spec
+from models.loading import load_model
+from models.saved.allowed_files import MAX_BYTES, check_folder, check_names
+from models.saved.checkpoints import build_fitting
+from models.saved.folder import save_model
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_sizes_in_the_description_are_bounded(tmp_path, changes, message):
 def test_sizes_of_a_detectron2_network_are_bounded():
     from pydantic import ValidationError
 
-    from models.detectron2_architecture import Detectron2Architecture
+    from models.engines.detectron2.architecture import Detectron2Architecture
 
     Detectron2Architecture(
         config="x", settings={"MODEL.FPN.OUT_CHANNELS": 256, "MODEL.MASK_ON": True, "SOLVER.MAX_ITER": 10**6}

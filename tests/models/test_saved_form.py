@@ -6,12 +6,15 @@ import pickle
 import pytest
 import torch
 
-from models.composed import ComposedArchitecture, save_composed
+from models.engines.composed import ComposedArchitecture, save_composed
+from models.engines.unet.predictor import SegmenterArchitecture, build_segmenter, segmenter_spec
 from models.errors import ModelError
-from models.predictor import ModelSpec, load_model, read_spec, read_weights, retiled, save_model
-from models.tiling import Tiling, tiling_of
-from models.torch_tools import read_checkpoint
-from models.unet import SegmenterArchitecture, build_segmenter, segmenter_spec
+from models.loading import load_model, retiled
+from models.saved.checkpoints import read_checkpoint
+from models.saved.folder import read_weights, save_model
+from models.saved.spec import ModelSpec, read_spec
+from models.tiling.predictor import tiling_of
+from models.tiling.settings import Tiling
 from tests.models.test_contract import _detector
 
 ARCHITECTURE = SegmenterArchitecture(network="skipnet", crop_size=64)

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.geometry import rle_crop, rle_decode, rle_encode, rle_iou
+from models.geometry.rle import rle_crop, rle_decode, rle_encode, rle_iou
 from models.instances import Instances
-from models.tiling import Part, Tiled, Tiling, merge_parts, tile_grid
+from models.tiling.merging import Part, merge_parts
+from models.tiling.predictor import Tiled
+from models.tiling.settings import Tiling, tile_grid
 
 SIZE = 64
 
@@ -243,3 +245,16 @@ def test_the_score_is_that_of_the_best_whole_one():
     assert merged(([20, 18, 44, 48], 0.625, here), ([20, 10, 44, 40], 0.75, below)) == [0.75]
     # What a border cuts may be surer than the whole.
     assert merged(([20, 24, 44, 64], 0.875, here), ([20, 16, 44, 60], 0.5, below)) == [0.5]
+
+
+def test_no_box_lies_in_the_black_beyond_the_image():
+    """A tile larger than the image is filled up with black, in which a predictor may see something."""
+
+    class Everywhere:
+        def predict(self, images):
+            boxes, scores = [[2, 2, 12, 12], [40, 40, 60, 60], [15, 15, 30, 30]], [0.9, 0.8, 0.7]
+            return [Instances.make(str(i), *image.shape[:2], boxes, scores) for i, image in enumerate(images)]
+
+    image = np.full((20, 20, 3), 90, np.uint8)
+    found = Tiled(Everywhere(), Tiling(size=64)).predict([image])[0]
+    assert found.boxes.tolist() == [[2, 2, 12, 12], [15, 15, 20, 20]]

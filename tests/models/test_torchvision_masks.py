@@ -6,10 +6,11 @@ import torch
 import torchvision
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from models.geometry import rle_decode
-from models.predictor import load_model, save_model
-from models.torchvision_engine import detector_spec, paste_masks
-from models.torchvision_network import DetectorArchitecture, MaskArchitecture, build_detector
+from models.engines.torchvision.network import DetectorArchitecture, MaskArchitecture, build_detector
+from models.engines.torchvision.predictor import detector_spec, paste_masks
+from models.geometry.rle import rle_decode
+from models.loading import load_model
+from models.saved.folder import save_model
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,15 @@ import pytest
 import rasterio
 from PIL import Image
 
-from models import windows
-from models.composed import ComposedArchitecture, save_composed
+from models.engines.composed import ComposedArchitecture, save_composed
 from models.errors import DataError
-from models.image import read_image
-from models.predictor import load_model, read_spec, read_weights, save_model
-from models.tiling import Tiling
-from models.windows import WindowedImage, open_image, shrunk
+from models.images import windows
+from models.images.decoding import read_image
+from models.images.windows import WindowedImage, open_image, shrunk
+from models.loading import load_model
+from models.saved.folder import read_weights, save_model
+from models.saved.spec import read_spec
+from models.tiling.settings import Tiling
 from tests.models.test_contract import _detector, _segmenter
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -88,7 +90,7 @@ def test_what_cannot_be_read_says_so(tmp_path, monkeypatch):
 
 
 def test_a_large_png_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr("models.image.MAX_PIXELS", 1000)
+    monkeypatch.setattr("models.images.decoding.MAX_PIXELS", 1000)
     Image.fromarray(RGB).save(tmp_path / "a.png")
     with pytest.raises(DataError, match="save it as a tiled TIFF"):
         open_image(tmp_path / "a.png")

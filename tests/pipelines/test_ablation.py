@@ -6,7 +6,7 @@ from mlflow.entities import Metric, Run, RunData, RunInfo
 
 from models.errors import RecipeError
 from pipelines.ablation import Result, Variant, as_csv, deciding_metric, make_variants, result_rows
-from pipelines.figures import ablation_figure
+from pipelines.evaluation.figures import ablation_figure
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from models.geometry import box_iou, rle_boxes, rle_decode, rle_encode
-from models.unet import SegmenterArchitecture
-from pipelines.data import augment
-from pipelines.data.augment import (
+from models.engines.unet.predictor import SegmenterArchitecture
+from models.geometry.boxes import box_iou
+from models.geometry.rle import rle_boxes, rle_decode, rle_encode
+from pipelines.data.loading import augment
+from pipelines.data.loading.augment import (
     Augmentation,
     jitter_light,
     move_boxes,
@@ -16,8 +17,8 @@ from pipelines.data.augment import (
     turned_whole,
     warp,
 )
-from pipelines.data.batches import DetectorBatches, SegmenterBatches, epoch_items
-from pipelines.data.opening import open_dataset
+from pipelines.data.loading.batches import DetectorBatches, SegmenterBatches, epoch_items
+from pipelines.data.readers.opening import open_dataset
 
 STRONG = Augmentation(rotation=0, scale=0.4, brightness=0.3, contrast=0.3, saturation=0.5, grayscale=0.2)
 

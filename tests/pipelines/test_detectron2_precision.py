@@ -14,12 +14,12 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from models.errors import RecipeError
-from models.predictor import read_weights
-from pipelines.data.opening import open_dataset
-from pipelines.recipe import load_recipe
-from pipelines.training import detectron2_trainer
-from pipelines.training.detectron2_precision import MixedTrainer, amp_precision
-from pipelines.training.detectron2_trainer import train_detectron2
+from models.saved.folder import read_weights
+from pipelines.data.readers.opening import open_dataset
+from pipelines.recipes.reading import load_recipe
+from pipelines.training.detectron2 import trainer as detectron2_trainer
+from pipelines.training.detectron2.precision import MixedTrainer, amp_precision
+from pipelines.training.detectron2.trainer import train_detectron2
 from tests.gpu import fake_gpu
 
 SMALL = ["SOLVER.MAX_ITER=3", "SOLVER.IMS_PER_BATCH=2", "SOLVER.CHECKPOINT_PERIOD=1", "TEST.EVAL_PERIOD=0", "window=128"]

@@ -11,13 +11,14 @@ import torch
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from models.errors import ModelError, RecipeError
-from models.geometry import rle_decode
+from models.geometry.rle import rle_decode
 from models.instances import Instances
-from models.predictor import load_model, read_weights
-from pipelines.data.opening import open_dataset
-from pipelines.evaluation import coco_results, coco_tables, evaluate_instances
-from pipelines.recipe import load_recipe
-from pipelines.training.detectron2_trainer import train_detectron2, training_config
+from models.loading import load_model
+from models.saved.folder import read_weights
+from pipelines.data.readers.opening import open_dataset
+from pipelines.evaluation.metrics import coco_results, coco_tables, evaluate_instances
+from pipelines.recipes.reading import load_recipe
+from pipelines.training.detectron2.trainer import train_detectron2, training_config
 from tests.pipelines.test_evaluation import _case
 
 TINY = ["weights=none", "SOLVER.MAX_ITER=2", "INPUT.MIN_SIZE_TRAIN=[96]", "INPUT.MIN_SIZE_TEST=96"]
@@ -157,9 +158,9 @@ def test_a_rate_that_explodes_says_what_to_lower(data, tmp_path):
 
 
 def test_both_engines_see_the_same_augmented_examples(data):
-    from pipelines.data.augment import Augmentation
-    from pipelines.data.batches import DetectorBatches
-    from pipelines.training.detectron2_trainer import _Inputs
+    from pipelines.data.loading.augment import Augmentation
+    from pipelines.data.loading.batches import DetectorBatches
+    from pipelines.training.detectron2.trainer import _Inputs
 
     settings = Augmentation(rotation=25, scale=0.3, brightness=0.2, contrast=0.2, saturation=0.3)
     batches = DetectorBatches(data[0], settings, 2, 128, 0.8, 0.3, 7, masks=True)

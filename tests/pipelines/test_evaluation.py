@@ -11,10 +11,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from models.errors import DataError
-from models.geometry import rle_decode, rle_encode
+from models.geometry.rle import rle_decode, rle_encode
 from models.instances import Instances
 from pipelines.data.dataset import Dataset, Sample
-from pipelines.evaluation import COCO_METRICS, coco_results, evaluate_instances, evaluate_masks
+from pipelines.evaluation.metrics import COCO_METRICS, coco_results, evaluate_instances, evaluate_masks
 
 SIZE = 160
 

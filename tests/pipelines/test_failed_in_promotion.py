@@ -9,9 +9,9 @@ import pytest
 
 from models.errors import DataError, ModelError
 from models.instances import Instances
-from pipelines.data.opening import open_dataset
-from pipelines.gate import Gates, judge
-from pipelines.measuring import measure, slowdown
+from pipelines.data.readers.opening import open_dataset
+from pipelines.evaluation.side_by_side import measure, slowdown
+from pipelines.registry.gates import Gates, judge
 from tests.scoring.test_failed_images import Finder, _set
 
 
@@ -35,10 +35,10 @@ def test_an_image_fails_for_the_version_that_cannot_take_it(dataset):
     assert found["new"].evaluation.metrics["images_failed"] == 2
     assert found["new"].evaluation.settings["images_failed"] == 2
     (check, gain) = judge(Gates(metrics={"AP": {"min_gain": 0}}), "AP", found["new"], found["old"])
-    assert (check.gate, check.candidate, check.present, check.passed) == ("images that failed", "2", "1", True)
+    assert (check.gate, check.candidate, check.baseline, check.passed) == ("images that failed", "2", "1", True)
     assert not gain.passed
     (alone, _) = judge(Gates(metrics={"AP": {"min_gain": 0}}), "AP", found["new"], None)
-    assert (alone.candidate, alone.present) == ("2", "-")
+    assert (alone.candidate, alone.baseline) == ("2", "-")
 
 
 def test_no_row_where_none_failed(dataset):

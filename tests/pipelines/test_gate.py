@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from models.errors import RecipeError
-from models.geometry import rle_encode
+from models.geometry.rle import rle_encode
 from models.instances import Instances
 from pipelines.data.dataset import Dataset, Sample
-from pipelines.gate import GATES, Gates, RequiredData, find_gates, judge, judge_data, judge_size, parse_gates
-from pipelines.measuring import Measurement, all_metrics, gain_confidence, measure, slowdown
+from pipelines.evaluation.side_by_side import Measurement, all_metrics, gain_confidence, measure, slowdown
+from pipelines.registry.gates import GATES, Gates, RequiredData, find_gates, judge, judge_data, judge_size, parse_gates
 
 SIDE = 200
 
@@ -61,7 +61,7 @@ ALL = range(6)
 
 
 @pytest.mark.parametrize(
-    ("gate", "candidate", "present", "failed"),
+    ("gate", "candidate", "baseline", "failed"),
     [
         ({"minimum": 0.9}, ALL, None, []),
         ({"minimum": 0.9}, [0, 1], None, ["AP"]),
@@ -77,9 +77,9 @@ ALL = range(6)
         ({"min_gain": 0, "confidence": 0.95}, ALL, None, []),
     ],
 )
-def test_gates_on_a_metric(dataset, gate, candidate, present, failed):
+def test_gates_on_a_metric(dataset, gate, candidate, baseline, failed):
     ours = _finds(dataset, candidate, ALL)
-    theirs = None if present is None else _finds(dataset, present, ALL)
+    theirs = None if baseline is None else _finds(dataset, baseline, ALL)
     checks = judge(Gates(metrics={"AP": gate}), "AP", ours, theirs)
     assert [c.gate for c in checks if not c.passed] == failed
     assert all("AP" in str(c) for c in checks)

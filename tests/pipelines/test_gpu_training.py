@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from models.torch_tools import pick_device
-from pipelines.data.opening import open_dataset
-from pipelines.recipe import load_recipe
+from models.runtime.devices import pick_device
+from pipelines.data.readers.opening import open_dataset
+from pipelines.recipes.reading import load_recipe
 from pipelines.training.detector import train_detector
 from pipelines.training.loop import CHECKPOINT
 from pipelines.training.unet import train_unet

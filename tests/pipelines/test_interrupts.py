@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models.errors import ModelError, OutputError
-from pipelines.steps.edge import ProgressListener
+from pipelines.steps.cli_support import ProgressListener
 from pipelines.training import loop
 from pipelines.training.checkpoints import best_path, read_best, write_atomically
 from pipelines.training.loop import CHECKPOINT, Interrupt, run

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
+from models.engines.unet.predictor import SegmenterArchitecture, build_segmenter, segmenter_spec
 from models.errors import RegistryError
-from models.predictor import save_model
-from models.unet import SegmenterArchitecture, build_segmenter, segmenter_spec
-from pipelines import journal, promotion, registry, tracking
-from pipelines.registration import log_and_register
+from models.saved.folder import save_model
+from pipelines.registry import journal, model_versions, promotion
+from pipelines.registry.registration import log_and_register
+from pipelines.tracking import mlflow_runs
 
 NAME = "planes-x"
 WRITES = (
@@ -30,10 +31,10 @@ def client(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # MLflow leaves it behind when it chooses an experiment, here that of the test before.
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
-    tracking.connect()
+    mlflow_runs.connect()
     architecture = SegmenterArchitecture(network="skipnet", crop_size=64)
     saved = save_model("m", segmenter_spec(architecture, ["plane"]), build_segmenter(architecture).state_dict())
-    with tracking.tracked_run("run", {}) as run:
+    with mlflow_runs.tracked_run("run", {}) as run:
         first, _ = log_and_register(saved, NAME, np.zeros((64, 64, 3), np.uint8), {}, run.info.run_id)
     client = MlflowClient()
     for _ in range(2):
@@ -43,12 +44,12 @@ def client(tmp_path, monkeypatch):
 
 
 def _move(to, kind="promote", at=None, why="better"):
-    at = at or promotion.standing(NAME, "production")
+    at = at or promotion.read_alias_state(NAME, "production")
     return promotion.move(at, to, kind, why)
 
 
 def _aliases():
-    return registry.aliases_of(NAME)
+    return model_versions.aliases_of(NAME)
 
 
 def test_promotions_pile_up_and_rollbacks_take_them_off(client):
@@ -59,45 +60,45 @@ def test_promotions_pile_up_and_rollbacks_take_them_off(client):
     assert (tags["promoted_to_production"], tags["promoted_to_production_from"]) == ("better", "2")
     assert tags["promoted_to_production_by"] == journal.whoami()
     for back, below in (("2", "1"), ("1", None)):
-        at = promotion.standing(NAME, "production")
+        at = promotion.read_alias_state(NAME, "production")
         assert promotion.rollback_target(at) == back
         _move(back, "rollback", at)
         assert _aliases().get("previous") == below
     with pytest.raises(RegistryError, match="no version is known that was production before; give --version"):
-        promotion.rollback_target(promotion.standing(NAME, "production"))
-    assert [e.state for e in journal.read_journal(NAME)] == ["done"] * 5
+        promotion.rollback_target(promotion.read_alias_state(NAME, "production"))
+    assert [e.state for e in journal.read_journal(NAME)] == ["committed"] * 5
 
 
 def test_the_second_of_two_that_decided_at_once_is_told_who_won(client):
     _move("1")
-    first, second = promotion.standing(NAME, "production"), promotion.standing(NAME, "production")
+    first, second = promotion.read_alias_state(NAME, "production"), promotion.read_alias_state(NAME, "production")
     _move("2", at=first)
     with pytest.raises(RegistryError, match=r"was moved to version 2 by .* meanwhile \(better\).*decide again"):
         _move("3", at=second)
     assert _aliases() == {"production": "2", "previous": "1"}
-    assert [e.state for e in journal.read_journal(NAME)] == ["done", "done", "overtaken"]
+    assert [e.state for e in journal.read_journal(NAME)] == ["committed", "committed", "superseded"]
     # Aliases do not disturb each other.
-    promotion.move(promotion.standing(NAME, "challenger"), "3", "promote", "new")
+    promotion.move(promotion.read_alias_state(NAME, "challenger"), "3", "promote", "new")
     assert _aliases()["challenger"] == "3"
 
 
 def test_a_challenger_that_wins_is_no_challenger_any_more(client):
     _move("1")
-    promotion.move(promotion.standing(NAME, "challenger"), "3", "promote", "new")
+    promotion.move(promotion.read_alias_state(NAME, "challenger"), "3", "promote", "new")
     _move("3")
     assert _aliases() == {"production": "3", "previous": "1"}
 
 
 def test_moves_past_the_journal_are_seen_and_not_undone(client):
     _move("1")
-    at = promotion.standing(NAME, "production")
+    at = promotion.read_alias_state(NAME, "production")
     client.set_registered_model_alias(NAME, "production", "3")
     with pytest.raises(RegistryError, match="moved to version 3 past planes-registry meanwhile"):
         _move("2", at=at)
     assert _aliases()["production"] == "3"
     _move("2")
     assert _aliases() == {"production": "2", "previous": "3"}
-    assert [e.state for e in journal.read_journal(NAME)] == ["done", "abandoned", "done"]
+    assert [e.state for e in journal.read_journal(NAME)] == ["committed", "aborted", "committed"]
 
 
 def test_other_spellings_of_an_alias_are_never_at_odds(client):
@@ -107,7 +108,7 @@ def test_other_spellings_of_an_alias_are_never_at_odds(client):
 
     def spying(self, *arguments):
         real(self, *arguments)
-        seen.append(registry.find_alias(NAME, "production"))
+        seen.append(model_versions.find_alias(NAME, "production"))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MlflowClient, "set_registered_model_alias", spying)
@@ -151,17 +152,17 @@ def test_a_kill_in_place_of_each_write_leaves_the_old_or_the_new_version(client)
             break
         steps += 1
         assert _aliases()["production"] in (old, new)
-        last = journal.counting(journal.read_journal(NAME), "production")[-1]
+        last = journal.effective_entries(journal.read_journal(NAME), "production")[-1]
         states.add((last.state, _aliases()["production"] == last.move.to))
         # Whoever comes next finishes what counts, and goes on to where the round was meant to end.
-        at = promotion.standing(NAME, "production")
-        if at.present != new:
+        at = promotion.read_alias_state(NAME, "production")
+        if at.version != new:
             _move(new, at=at)
         assert _aliases() == {"production": new, "previous": old}
-        assert all(e.state in ("done", "overtaken") for e in journal.read_journal(NAME))
+        assert all(e.state in ("committed", "superseded") for e in journal.read_journal(NAME))
     assert steps >= 8
     # Before the entry, between entry and alias, and after the alias.
-    assert states == {("done", True), ("begun", False), ("begun", True)}
+    assert states == {("committed", True), ("pending", False), ("pending", True)}
 
 
 def test_one_journal_for_all_models_keeps_their_moves_apart(client):
@@ -170,15 +171,15 @@ def test_one_journal_for_all_models_keeps_their_moves_apart(client):
     for name in ("planes-y", f"{NAME}-2"):
         client.create_registered_model(name)
         client.create_model_version(name, first.source, tags=first.tags)
-        promotion.move(promotion.standing(name, "production"), "1", "promote", f"of {name}")
+        promotion.move(promotion.read_alias_state(name, "production"), "1", "promote", f"of {name}")
     _move("2")
-    assert [m.name for m in client.search_registered_models() if m.name not in registry.registered_names()] == [
+    assert [m.name for m in client.search_registered_models() if m.name not in model_versions.registered_names()] == [
         "planes-journal"
     ]
     assert [(e.number, e.move.to) for e in journal.read_journal(NAME)] == [(1, "1"), (4, "2")]
     assert [e.move.why for e in journal.read_journal("planes-y")] == ["of planes-y"]
     with pytest.raises(RegistryError, match="is the journal of planes-y, not a model"):
-        registry.resolve("planes-journal/2")
+        model_versions.resolve("planes-journal/2")
 
 
 def test_an_entry_that_the_model_does_not_know_of_does_not_count(client):
@@ -186,11 +187,11 @@ def test_an_entry_that_the_model_does_not_know_of_does_not_count(client):
     _move("1")
     last = journal.read_journal(NAME)[-1]
     real = client.get_model_version("planes-journal", str(last.number))
-    forged = {**real.tags, "after": last.id, "to": "3", "from": "1", "token": "f" * 32, "state": "begun"}
+    forged = {**real.tags, "after": last.id, "to": "3", "from": "1", "token": "f" * 32, "state": "pending"}
     client.create_model_version("planes-journal", real.source, tags=forged)
     assert [e.id for e in journal.read_journal(NAME)] == [last.id]
-    client.set_model_version_tag("planes-journal", str(last.number), "state", "begun")
-    assert promotion.settle(NAME, "production") is None
+    client.set_model_version_tag("planes-journal", str(last.number), "state", "pending")
+    assert promotion.complete_pending(NAME, "production") is None
     _move("2")
     assert _aliases() == {"production": "2", "previous": "1"}
     client.set_model_version_tag("planes-journal", str(last.number), "to", "3")
@@ -213,29 +214,29 @@ def test_an_answer_that_got_lost_is_found_by_its_token(client, monkeypatch):
     monkeypatch.setattr(MlflowClient, "create_model_version", answers_get_lost)
     _move("1")
     assert [str(e.number) for e in journal.read_journal(NAME)] == [str(v) for v in lost]
-    assert journal.read_journal(NAME)[0].state == "done"
+    assert journal.read_journal(NAME)[0].state == "committed"
     assert _aliases() == {"production": "1"}
 
 
 def _interrupted(to):
     """A move that is in the journal but was not carried out."""
-    at = promotion.standing(NAME, "production")
-    return journal.append(NAME, journal.Move("production", "promote", to, at.present, at.after, "better"))
+    at = promotion.read_alias_state(NAME, "production")
+    return journal.append(NAME, journal.Move("production", "promote", to, at.version, at.after, "better"))
 
 
 def test_who_was_held_up_does_not_undo_a_later_move(client, monkeypatch):
     """Between the look at the alias and its move another process finished this move and made the next one."""
     _move("1")
     entry = _interrupted("2")
-    real = registry.set_alias
+    real = model_versions.set_alias
 
     def held_up(name, alias, version):
-        monkeypatch.setattr(registry, "set_alias", real)
+        monkeypatch.setattr(model_versions, "set_alias", real)
         promotion.finish(NAME, entry)
         _move("3")
         real(name, alias, version)
 
-    monkeypatch.setattr(registry, "set_alias", held_up)
+    monkeypatch.setattr(model_versions, "set_alias", held_up)
     promotion.finish(NAME, entry)
     assert _aliases() == {"production": "3", "previous": "2"}
 
@@ -244,32 +245,32 @@ def test_an_abandoned_entry_is_not_where_the_alias_belongs(client, monkeypatch):
     """As above, but the later move was abandoned: the alias stays with the newest move that was not."""
     _move("1")
     entry = _interrupted("2")
-    real = registry.set_alias
+    real = model_versions.set_alias
 
     def held_up(name, alias, version):
-        monkeypatch.setattr(registry, "set_alias", real)
+        monkeypatch.setattr(model_versions, "set_alias", real)
         promotion.finish(NAME, entry)
         later = _interrupted("3")
-        journal.mark(NAME, later, "abandoned")
+        journal.mark(NAME, later, "aborted")
         real(name, alias, version)
 
-    monkeypatch.setattr(registry, "set_alias", held_up)
+    monkeypatch.setattr(model_versions, "set_alias", held_up)
     assert promotion.finish(NAME, entry).move.to == "2"
     assert _aliases()["production"] == "2"
-    assert [e.state for e in journal.read_journal(NAME)] == ["done", "done", "abandoned"]
+    assert [e.state for e in journal.read_journal(NAME)] == ["committed", "committed", "aborted"]
 
 
 def test_a_move_that_was_abandoned_meanwhile_is_told(client, monkeypatch):
     _move("1")
     entry = _interrupted("2")
-    real = registry.set_alias
+    real = model_versions.set_alias
 
     def held_up(name, alias, version):
-        monkeypatch.setattr(registry, "set_alias", real)
-        journal.mark(NAME, entry, "abandoned")
+        monkeypatch.setattr(model_versions, "set_alias", real)
+        journal.mark(NAME, entry, "aborted")
         real(name, alias, version)
 
-    monkeypatch.setattr(registry, "set_alias", held_up)
+    monkeypatch.setattr(model_versions, "set_alias", held_up)
     with pytest.raises(RegistryError, match="decide again"):
         promotion.finish(NAME, entry)
     assert _aliases()["production"] == "1"
@@ -279,7 +280,7 @@ def test_a_rollback_after_a_move_past_the_journal_goes_one_back(client):
     _move("1")
     _move("2")
     client.set_registered_model_alias(NAME, "production", "3")
-    at = promotion.standing(NAME, "production")
+    at = promotion.read_alias_state(NAME, "production")
     assert promotion.rollback_target(at) == "2"
 
 
@@ -298,21 +299,21 @@ def test_what_an_earlier_release_adds_after_the_switch_does_not_count(client):
     assert [e.move.to for e in journal.read_journal(NAME)] == ["1"]
     _move("2")
     of_060("3", "1", "1")
-    assert [(e.move.to, e.state) for e in journal.read_journal(NAME)] == [("1", "done"), ("2", "done")]
+    assert [(e.move.to, e.state) for e in journal.read_journal(NAME)] == [("1", "committed"), ("2", "committed")]
     _move("3")
     assert _aliases() == {"production": "3", "previous": "2"}
 
 
 def test_an_overtaken_move_does_not_come_back_when_others_are_deleted(client):
     _move("1")
-    first, second = promotion.standing(NAME, "production"), promotion.standing(NAME, "production")
+    first, second = promotion.read_alias_state(NAME, "production"), promotion.read_alias_state(NAME, "production")
     _move("2", at=first)
     with pytest.raises(RegistryError, match="decide again"):
         _move("3", at=second)
     _move("1", "rollback")
     faster = next(e for e in journal.read_journal(NAME) if e.move.to == "2")
     client.delete_model_version("planes-journal", str(faster.number))
-    promotion.standing(NAME, "production")
+    promotion.read_alias_state(NAME, "production")
     assert _aliases()["production"] == "1"
 
 
@@ -329,13 +330,13 @@ def test_a_move_that_is_told_to_have_failed_does_not_happen_later(client, monkey
     def search_fails(self, *_, **__):
         raise mlflow.MlflowException("connection refused")
 
-    at = promotion.standing(NAME, "production")
+    at = promotion.read_alias_state(NAME, "production")
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "create_model_version", answers_get_lost)
         patch.setattr(MlflowClient, "search_model_versions", search_fails)
         with pytest.raises(RegistryError, match="cannot be written"):
             _move("2", at=at)
-    promotion.standing(NAME, "production")
+    promotion.read_alias_state(NAME, "production")
     assert _aliases()["production"] == "1"
     _move("3")
     assert _aliases() == {"production": "3", "previous": "1"}
@@ -354,3 +355,26 @@ def test_a_viewer_is_told_before_anything_is_written(client, monkeypatch):
     with pytest.raises(RegistryError, match=f"you need the right to edit {NAME} and planes-journal"):
         _move("1")
     assert not client.search_registered_models("name = 'planes-journal'")
+
+
+@pytest.mark.parametrize(("word", "state"), [("begun", "pending"), ("done", "committed"), ("abandoned", "aborted")])
+def test_states_are_read_by_the_words_that_they_once_had(client, word, state):
+    _move("1")
+    ((key, value),) = [(k, v) for k, v in client.get_registered_model(NAME).tags.items() if k.startswith(journal.MOVE_TAG)]
+    assert value.startswith("committed ")
+    client.set_registered_model_tag(NAME, key, f"{word} {value.partition(' ')[2]}")
+    assert [e.state for e in journal.read_journal(NAME)] == [state]
+    promotion.read_alias_state(NAME, "production")
+    assert client.get_registered_model(NAME).tags[key].startswith("committed ") == (word == "begun")
+
+
+def test_a_move_that_the_earlier_release_left_is_marked_in_its_words(client):
+    legacy = f"{NAME}-journal"
+    client.create_registered_model(legacy, tags={"planes_journal_of": NAME})
+    tags = {"planes_journal_of": NAME, "alias": "production", "kind": "promote", "to": "1", "from": "-", "after": "0"}
+    source = client.get_model_version(NAME, "1").source
+    client.create_model_version(legacy, source, tags={**tags, "state": "begun", "by": "x", "at": "y"})
+    promotion.read_alias_state(NAME, "production")
+    assert _aliases()["production"] == "1"
+    assert client.get_model_version(legacy, "1").tags["state"] == "done"
+    assert [e.state for e in journal.read_journal(NAME)] == ["committed"]

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from models.errors import DataError, OutputError, PlanesError
-from pipelines.data import synthetic
-from pipelines.data.opening import open_dataset
-from pipelines.data.synthetic import AirfieldSettings, prepare_airfield
-from pipelines.data.tiles import TileSettings, cached_tiles, cut_tiles
+from pipelines.data.loading.tiles import TileSettings, cached_tiles, cut_tiles
+from pipelines.data.readers.opening import open_dataset
+from pipelines.data.synthetic import scenes
+from pipelines.data.synthetic.scenes import AirfieldSettings, prepare_airfield
 
 TINY = AirfieldSettings(train=1, test=1, size=256, planes_min=2, planes_max=3)
 
@@ -93,16 +93,16 @@ def test_a_lock_that_cannot_be_written_is_told(tmp_path):
 
 
 def test_equal_ablations_are_not_done_twice_at_once(monkeypatch, tmp_path):
-    from pipelines import tracking
     from pipelines.locking import held, lock_of
     from pipelines.steps import ablate, training
+    from pipelines.tracking import mlflow_runs
 
     request = ablate.AblationRequest(
         "demo_unet", "x", "abl", "cpu", ("lr=0.1,0.2",), (), (), "auto", None, str(tmp_path), False
     )
     plan = SimpleNamespace(key="k", recipe=SimpleNamespace(name="demo_unet", engine="torch"))
     monkeypatch.setattr(training, "plan_training", lambda request: plan)
-    monkeypatch.setattr(tracking, "connect", lambda: "")
+    monkeypatch.setattr(mlflow_runs, "connect", lambda: "")
     monkeypatch.setattr("pipelines.ablation.ablation_key", lambda keys: "k0")
     said = "abl-k0: held by an equal ablation of abl"
     with held(lock_of(tmp_path / "abl-k0"), "an equal ablation of abl"), pytest.raises(OutputError, match=said):
@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_no_half_tiles(tiles, tmp_path, monkeypatch):
 def test_an_airfield_that_was_interrupted_at_any_place_is_simply_made_again(tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     prepare_airfield(whole, TINY)
-    real = synthetic._coco
+    real = scenes._coco
     calls = iter(range(10))
 
     def killed(*arguments):
@@ -223,7 +223,7 @@ def test_an_airfield_that_was_interrupted_at_any_place_is_simply_made_again(tmp_
         return real(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(synthetic, "_coco", killed)
+        patched.setattr(scenes, "_coco", killed)
         with pytest.raises(SystemError):
             prepare_airfield(tmp_path / "cut", TINY)
     assert (tmp_path / "cut" / "train_coco.json").exists()

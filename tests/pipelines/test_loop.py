@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from models.errors import ModelError
-from pipelines.settings import OptimizerSettings, TrainingSettings
+from pipelines.recipes.settings import OptimizerSettings, TrainingSettings
 from pipelines.training.loop import CHECKPOINT, Job, learning_rate, run
 
 

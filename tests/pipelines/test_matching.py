@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.geometry import rle_encode
+from models.geometry.rle import rle_encode
 from models.instances import Instances
 from pipelines.data.dataset import Dataset, Sample
-from pipelines.evaluation import evaluate_instances
-from pipelines.matching import Ranked, bootstrap_difference, diagnose, disagreement, match_image, rank
+from pipelines.evaluation.matching import Ranked, bootstrap_difference, diagnose, disagreement, match_image, rank
+from pipelines.evaluation.metrics import evaluate_instances
 from tests.pipelines.test_evaluation import SIZE, _case, _mask
 
 
@@ -113,3 +113,14 @@ def test_the_bootstrap_tells_a_gain_from_noise():
     assert bootstrap_difference(good, good) == (0.0, 0.0)
     one = data.subset(["0"], "test")
     assert bootstrap_difference(rank(one, predict(2, 1)[:1]), rank(one, [])) is None
+
+
+def test_of_more_than_a_hundred_detections_the_best_hundred_count():
+    corners = np.array([[x, y] for y in range(0, 132, 12) for x in range(0, 132, 12)][:120], np.float32)
+    boxes = np.concatenate([corners, corners + 10], axis=1)
+    data = Dataset("d", Path("a"), "test", "plane", (_image(boxes),))
+    found = [_found(boxes, np.linspace(0.9, 0.5, len(boxes)))]
+    expected = evaluate_instances(data, found, "bbox", score_threshold=0.0).metrics["AP"]
+    assert expected < 0.9
+    assert rank(data, found, "bbox").curve().mean() == pytest.approx(expected, abs=1e-9)
+    assert match_image(data.samples[0], found[0]).correct.sum(axis=1).tolist() == [100] * 10

@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from models.geometry import rle_decode, rle_encode, xyxy_to_xywh
+from models.engines.unet.predictor import SegmenterArchitecture
+from models.geometry.boxes import xyxy_to_xywh
+from models.geometry.rle import rle_decode, rle_encode
 from models.instances import Instances
-from models.unet import SegmenterArchitecture
-from pipelines.data.augment import Augmentation
-from pipelines.data.batches import DetectorBatches, SegmenterBatches
-from pipelines.data.opening import open_dataset
-from pipelines.data.tiles import TileSettings, cut_tiles
-from pipelines.evaluation import evaluate_instances, evaluate_masks
-from pipelines.gate import Gates, judge
-from pipelines.matching import diagnose, rank
-from pipelines.measuring import Measurement, all_metrics
-from pipelines.prediction import evaluate_predictions
-from pipelines.sheets import _crops
-from scoring.compare import Candidate, compare
+from pipelines.data.loading.augment import Augmentation
+from pipelines.data.loading.batches import DetectorBatches, SegmenterBatches
+from pipelines.data.loading.tiles import TileSettings, cut_tiles
+from pipelines.data.readers.opening import open_dataset
+from pipelines.evaluation.inference import evaluate_predictions
+from pipelines.evaluation.matching import diagnose, rank
+from pipelines.evaluation.metrics import evaluate_instances, evaluate_masks
+from pipelines.evaluation.sample_images import _crops
+from pipelines.evaluation.side_by_side import Measurement, all_metrics
+from pipelines.registry.gates import Gates, judge
+from scoring.comparison.compare import Candidate, compare
 from tests.conftest import write_image
 
 PLAIN = Augmentation(mirror=False, quarter_turns=False)

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from models.errors import ModelError, RecipeError
-from models.predictor import read_weights
-from models.torch_tools import pick_device, pick_precision
-from pipelines.data.opening import open_dataset
-from pipelines.recipe import load_recipe
-from pipelines.settings import TrainingSettings
+from models.runtime.devices import pick_device, pick_precision
+from models.saved.folder import read_weights
+from pipelines.data.readers.opening import open_dataset
+from pipelines.recipes.reading import load_recipe
+from pipelines.recipes.settings import TrainingSettings
 from pipelines.training.detector import train_detector
 from pipelines.training.loop import CHECKPOINT, run
 from pipelines.training.unet import segmenter_loss, train_unet

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
+from models.engines.unet.predictor import SegmenterArchitecture, build_segmenter, segmenter_spec
 from models.errors import DataError
-from models.predictor import save_model
-from models.unet import SegmenterArchitecture, build_segmenter, segmenter_spec
-from pipelines import registry, tracking
-from pipelines.data.opening import open_dataset
+from models.saved.folder import save_model
+from pipelines.data.readers.opening import open_dataset
+from pipelines.registry import model_versions
 from pipelines.steps import publishing
 from pipelines.steps.options import TrainingRequest
 from pipelines.steps.training import plan_training
+from pipelines.tracking import mlflow_runs
 from tests.pipelines.test_outlines import _write
 
 
@@ -26,7 +27,7 @@ def saved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
     monkeypatch.delenv("PLANES_TRACEBACK", raising=False)
-    tracking.connect()
+    mlflow_runs.connect()
     architecture = SegmenterArchitecture(network="skipnet", crop_size=64)
     yield save_model("m", segmenter_spec(architecture, ["plane"]), build_segmenter(architecture).state_dict())
     mlflow.set_tracking_uri(None)
@@ -40,14 +41,14 @@ def test_an_evaluation_that_fails_loses_no_weights(saved, tmp_path, monkeypatch)
     def breaks(*_):
         raise ZeroDivisionError("odd data")
 
-    with tracking.tracked_run("a run", {}) as run:
+    with mlflow_runs.tracked_run("a run", {}) as run:
         monkeypatch.setattr(publishing, "evaluate_with_sheet", breaks)
         with pytest.raises(DataError, match=r"kept/1 is registered, but its evaluation failed \(d/test: odd data\)"):
             publishing.publish(what, run.info.run_id, "cpu")
         version = MlflowClient().get_model_version("kept", "1")
         assert version.tags["evaluation"] == "d/test: odd data"
         assert json.loads(version.tags["metrics"]) == {}
-        assert registry.find_trained("kept", "none") is None
+        assert model_versions.find_trained("kept", "none") is None
         # The same command, the same run: evaluated now, and no second version.
         monkeypatch.setattr(publishing, "evaluate_with_sheet", real)
         number, metrics = publishing.publish(what, run.info.run_id, "cpu")
@@ -58,34 +59,34 @@ def test_an_evaluation_that_fails_loses_no_weights(saved, tmp_path, monkeypatch)
 
 def test_a_kill_before_the_metrics_are_logged_leaves_no_complete_version(saved, tmp_path, monkeypatch):
     what = publishing.Publication(saved, "cut", np.zeros((64, 64, 3), np.uint8), test=_write(tmp_path / "d"))
-    real = tracking.log_evaluation
+    real = mlflow_runs.log_evaluation
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    with tracking.tracked_run("a run", {}) as run:
-        monkeypatch.setattr(tracking, "log_evaluation", killed)
+    with mlflow_runs.tracked_run("a run", {}) as run:
+        monkeypatch.setattr(mlflow_runs, "log_evaluation", killed)
         with pytest.raises(KeyboardInterrupt):
             publishing.publish(what, run.info.run_id, "cpu")
         assert MlflowClient().get_model_version("cut", "1").tags["evaluation"] == "not logged yet"
-        monkeypatch.setattr(tracking, "log_evaluation", real)
+        monkeypatch.setattr(mlflow_runs, "log_evaluation", real)
         assert publishing.publish(what, run.info.run_id, "cpu")[0] == "1"
     assert MlflowClient().get_model_version("cut", "1").tags["evaluation"] == "complete"
 
 
 def test_a_version_that_was_not_evaluated_is_not_reused(saved, monkeypatch):
     what = publishing.Publication(saved, "reused", np.zeros((64, 64, 3), np.uint8), tags={"training_key": "k"})
-    with tracking.tracked_run("a run", {}) as run:
+    with mlflow_runs.tracked_run("a run", {}) as run:
         publishing.publish(what, run.info.run_id, "cpu")
-    assert registry.find_trained("reused", "k") is not None
+    assert model_versions.find_trained("reused", "k") is not None
     MlflowClient().set_model_version_tag("reused", "1", "evaluation", "d/test: odd data")
-    assert registry.find_trained("reused", "k") is None
+    assert model_versions.find_trained("reused", "k") is None
 
 
 def test_images_without_planes_end_no_publication(saved, tmp_path):
     empty = _write(tmp_path / "d", planes=0)
     what = publishing.Publication(saved, "empty", np.zeros((64, 64, 3), np.uint8), test=empty)
-    with tracking.tracked_run("a run", {}) as run:
+    with mlflow_runs.tracked_run("a run", {}) as run:
         number, metrics = publishing.publish(what, run.info.run_id, "cpu")
     assert (number, {k for k in metrics if k in ("IoU", "AP")}) == ("1", set())
 

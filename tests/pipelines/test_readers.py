@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from models.errors import DataError
-from models.geometry import rle_area, rle_encode
-from pipelines.data.opening import open_dataset
+from models.geometry.rle import rle_area, rle_encode
+from pipelines.data.readers.opening import open_dataset
 from tests.conftest import write_image
 
 SQUARE = [10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]

@@ -3,7 +3,7 @@
 import pytest
 
 from models.errors import RecipeError
-from pipelines.recipe import known_recipes, load_recipe, opts_overrides
+from pipelines.recipes.reading import known_recipes, load_recipe, opts_overrides
 
 
 @pytest.mark.parametrize("name", known_recipes())

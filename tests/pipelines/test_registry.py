@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
+from models.engines.unet.predictor import SegmenterArchitecture, build_segmenter, segmenter_spec
 from models.errors import RegistryError
-from models.predictor import read_spec, save_model
-from models.unet import SegmenterArchitecture, build_segmenter, segmenter_spec
-from pipelines import registry, tracking
-from pipelines.registration import log_and_register
+from models.saved.folder import save_model
+from models.saved.spec import read_spec
+from pipelines.registry import model_versions
+from pipelines.registry.registration import log_and_register
+from pipelines.tracking import mlflow_runs
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +26,12 @@ def client(tmp_path_factory):
     patch.chdir(folder)
     # MLflow leaves it behind when it chooses an experiment.
     patch.setenv("MLFLOW_EXPERIMENT_ID", "")
-    tracking.connect()
+    mlflow_runs.connect()
     architecture = SegmenterArchitecture(network="skipnet", crop_size=64)
     saved = save_model(folder / "m", segmenter_spec(architecture, ["plane"]), build_segmenter(architecture).state_dict())
     image = np.zeros((8, 8, 3), np.uint8)
     for number in range(3):
-        with tracking.tracked_run(f"run {number}", {}) as run:
+        with mlflow_runs.tracked_run(f"run {number}", {}) as run:
             tags = {"training_key": f"key{number}"}
             version, _ = log_and_register(saved, "planes-x", image, tags, run.info.run_id)
             again, _ = log_and_register(saved, "planes-x", image, tags, run.info.run_id)
@@ -40,7 +42,7 @@ def client(tmp_path_factory):
 
 
 def _number(text):
-    return registry.resolve(text).version
+    return model_versions.resolve(text).version
 
 
 def test_versions_and_latest(client):
@@ -50,28 +52,28 @@ def test_versions_and_latest(client):
         "3",
         "3",
     ]
-    assert registry.resolve("planes-x/2").label == "planes-x/2"
+    assert model_versions.resolve("planes-x/2").label == "planes-x/2"
 
 
 def test_aliases_in_any_case_and_both_spellings(client):
-    registry.set_alias("planes-x", "Production", "2")
-    assert set(registry.aliases_of("planes-x")) == {"production"}
+    model_versions.set_alias("planes-x", "Production", "2")
+    assert set(model_versions.aliases_of("planes-x")) == {"production"}
     for text in ("planes-x/Production", "planes-x@PRODUCTION", "models:/planes-x@production", "planes-x/production"):
         assert _number(text) == "2"
 
 
 def test_one_spelling_is_left_after_writing(client):
     client.set_registered_model_alias("planes-x", "Staged", "1")
-    registry.set_alias("planes-x", "staged", "3")
-    assert registry.aliases_of("planes-x")["staged"] == "3"
-    assert "Staged" not in registry.aliases_of("planes-x")
+    model_versions.set_alias("planes-x", "staged", "3")
+    assert model_versions.aliases_of("planes-x")["staged"] == "3"
+    assert "Staged" not in model_versions.aliases_of("planes-x")
 
 
 def test_aliases_that_differ_only_in_case_are_an_error(client):
     client.set_registered_model_alias("planes-x", "twice", "1")
     client.set_registered_model_alias("planes-x", "Twice", "2")
     with pytest.raises(RegistryError, match=r"differ only in case \(Twice -> 2, twice -> 1\)"):
-        registry.resolve("planes-x/TWICE")
+        model_versions.resolve("planes-x/TWICE")
 
 
 def test_a_number_is_a_version_even_if_an_alias_has_that_name(client):
@@ -87,44 +89,44 @@ def test_stages_are_read_where_no_alias_has_the_name(client):
         client.transition_model_version_stage("planes-x", "1", "Production")
         client.transition_model_version_stage("planes-x", "3", "Staging")
     assert _number("planes-x/staging") == "3"
-    registry.set_alias("planes-x", "production", "2")
+    model_versions.set_alias("planes-x", "production", "2")
     assert _number("planes-x/Production") == "2"
     client.delete_registered_model_alias("planes-x", "production")
     assert _number("planes-x/Production") == "1"
     with pytest.raises(RegistryError, match="no version, alias or stage 'none'"):
-        registry.resolve("planes-x/none")
+        model_versions.resolve("planes-x/none")
 
 
 def test_what_does_not_exist_lists_what_does(client):
     with pytest.raises(RegistryError, match=r"no registered model 'planes-y'; registered: planes-x"):
-        registry.resolve("planes-y/1")
+        model_versions.resolve("planes-y/1")
     with pytest.raises(RegistryError, match=r"no version, alias or stage '9'; versions: 1, 2, 3; aliases: "):
-        registry.resolve("planes-x/9")
+        model_versions.resolve("planes-x/9")
     for text in ("planes-x", "", "/", "a/b/c", "planes-x/"):
         with pytest.raises(RegistryError, match="expected a saved folder"):
-            registry.resolve(text)
+            model_versions.resolve(text)
 
 
 def test_fetch_gives_the_saved_folder_and_a_folder_is_itself(client, tmp_path):
-    folder = registry.fetch(registry.resolve("planes-x/1"))
+    folder = model_versions.fetch(model_versions.resolve("planes-x/1"))
     assert read_spec(folder).engine == "skipnet"
-    assert registry.fetch(registry.resolve(str(folder))) == folder
+    assert model_versions.fetch(model_versions.resolve(str(folder))) == folder
 
 
 def test_a_version_of_another_project_is_refused(client, tmp_path):
     (tmp_path / "file.txt").write_text("x")
-    with tracking.tracked_run("foreign", {}):
+    with mlflow_runs.tracked_run("foreign", {}):
         mlflow.log_artifact(str(tmp_path / "file.txt"), "thing")
         client.create_registered_model("planes-foreign")
         client.create_model_version("planes-foreign", mlflow.get_artifact_uri("thing"))
     with pytest.raises(RegistryError, match="not a version made by this project"):
-        registry.fetch(registry.resolve("planes-foreign/1"))
+        model_versions.fetch(model_versions.resolve("planes-foreign/1"))
 
 
 def test_trainings_are_found_by_their_key(client):
-    assert str(registry.find_trained("planes-x", "key1").version) == "2"
-    assert registry.find_trained("planes-x", "key9") is None
-    assert registry.find_trained("planes-nobody", "key1") is None
+    assert str(model_versions.find_trained("planes-x", "key1").version) == "2"
+    assert model_versions.find_trained("planes-x", "key9") is None
+    assert model_versions.find_trained("planes-nobody", "key1") is None
 
 
 @pytest.mark.parametrize(
@@ -154,4 +156,4 @@ def test_what_a_hostile_server_lists_is_refused_before_anything_is_fetched(clien
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", fetches)
     monkeypatch.setenv("PLANES_CACHE", "cache")
     with pytest.raises(PlanesError, match=message):
-        registry.fetch(registry.resolve("planes-x/1"))
+        model_versions.fetch(model_versions.resolve("planes-x/1"))

@@ -7,7 +7,7 @@ import sqlite3
 
 import pytest
 
-from pipelines.relocation import COLUMNS, follow_move
+from pipelines.tracking.moved_store import COLUMNS, follow_move
 
 ROWS = {
     "experiments.artifact_location": ["1", "2"],

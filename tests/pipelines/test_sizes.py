@@ -9,10 +9,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from models.errors import DataError
-from models.geometry import rle_area, rle_decode, rle_encode
-from models.image import Header
-from pipelines.data.opening import open_dataset
-from pipelines.data.sizes import fit
+from models.geometry.rle import rle_area, rle_decode, rle_encode
+from models.images.decoding import Header
+from pipelines.data.readers.opening import open_dataset
+from pipelines.data.readers.sizes import fit
 
 BOX = (20, 10, 44, 28)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from models.errors import DataError
 from pipelines.data.dataset import Dataset, Sample, split_by_scene
-from pipelines.data.opening import open_dataset
+from pipelines.data.readers.opening import open_dataset
 
 
 def _dataset(scenes):

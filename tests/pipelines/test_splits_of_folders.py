@@ -7,7 +7,7 @@ import json
 import pytest
 
 from models.errors import DataError
-from pipelines.data.opening import open_dataset
+from pipelines.data.readers.opening import open_dataset
 from pipelines.steps.training import open_test
 from tests.conftest import write_image
 from tests.scoring.test_ids import _coco

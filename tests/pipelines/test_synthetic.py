@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from models.errors import DataError
-from models.geometry import rle_boxes, rle_decode
-from pipelines.data.aircraft import draw_aircraft, random_aircraft
-from pipelines.data.opening import open_dataset
-from pipelines.data.synthetic import AirfieldSettings, draw_scene, prepare_airfield
+from models.geometry.rle import rle_boxes, rle_decode
+from pipelines.data.readers.opening import open_dataset
+from pipelines.data.synthetic.aircraft import draw_aircraft, random_aircraft
+from pipelines.data.synthetic.scenes import AirfieldSettings, draw_scene, prepare_airfield
 
 SMALL = AirfieldSettings(train=2, test=1, size=512, planes_min=6, planes_max=9)
 

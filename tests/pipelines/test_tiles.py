@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from models.errors import DataError, RecipeError
-from models.geometry import rle_bytes, rle_crop, rle_encode, rle_from_polygons
-from pipelines.data.augment import Augmentation
-from pipelines.data.batches import DetectorBatches
-from pipelines.data.cache import ImageCache
-from pipelines.data.opening import open_dataset
-from pipelines.data.tiles import TileSettings, cached_tiles, clip_mask, cut_tiles
-from pipelines.recipe import load_recipe
+from models.geometry.rle import rle_bytes, rle_crop, rle_encode, rle_from_polygons
+from pipelines.data.loading.augment import Augmentation
+from pipelines.data.loading.batches import DetectorBatches
+from pipelines.data.loading.cache import ImageCache
+from pipelines.data.loading.tiles import TileSettings, cached_tiles, clip_mask, cut_tiles
+from pipelines.data.readers.opening import open_dataset
+from pipelines.recipes.reading import load_recipe
 
 PLAIN = Augmentation(mirror=False, quarter_turns=False)
 
@@ -137,7 +137,7 @@ def test_cached_tiles_have_the_same_pixels_and_survive_a_stop(airfield, tmp_path
 def test_an_image_is_decoded_once_for_all_its_tiles(airfield, monkeypatch):
     tiles = cut_tiles(open_dataset(airfield, "train"), TileSettings(size=128), 0.3)
     opened = []
-    from pipelines.data import cache
+    from pipelines.data.loading import cache
 
     real = cache.open_image
     monkeypatch.setattr(cache, "open_image", lambda path, *how: opened.append(path) or real(path, *how))

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from pipelines.data.dataset import split_by_scene
-from pipelines.data.opening import open_dataset
-from pipelines.data.tiles import TileSettings, cut_tiles
-from pipelines.gate import judge_images
-from pipelines.training_images import TrainingImages, images_of, united
+from pipelines.data.loading.tiles import TileSettings, cut_tiles
+from pipelines.data.readers.opening import open_dataset
+from pipelines.registry.gates import judge_images
+from pipelines.registry.training_images import TrainingImages, images_of, united
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ def test_what_is_not_known_is_said(field):
 def test_a_baseline_that_knows_the_images_is_named(field):
     full, test = field
     (check,) = judge_images([test], images_of(full), images_of(test))
-    assert (check.passed, check.present) == (True, "2 of 2 (first: A0005)")
-    assert judge_images([test], images_of(full), TrainingImages())[0].present == "-"
+    assert (check.passed, check.baseline) == (True, "2 of 2 (first: A0005)")
+    assert judge_images([test], images_of(full), TrainingImages())[0].baseline == "-"
 
 
 def test_images_that_cannot_be_read_are_no_leak(field, tmp_path):

@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 
 from models.errors import DataError
-from models.image import image_header
+from models.images.decoding import image_header
 from models.instances import Instances
-from pipelines.data.augment import Augmentation
-from pipelines.data.batches import DetectorBatches, SegmenterBatches, epoch_items
-from pipelines.data.cache import ImageCache
 from pipelines.data.dataset import Dataset
-from pipelines.data.opening import open_dataset
-from pipelines.data.tiles import TileSettings, cached_tiles, cut_tiles
-from pipelines.data.unreadable import UNREADABLE_FILE, Unreadable
+from pipelines.data.loading.augment import Augmentation
+from pipelines.data.loading.batches import DetectorBatches, SegmenterBatches, epoch_items
+from pipelines.data.loading.cache import ImageCache
+from pipelines.data.loading.tiles import TileSettings, cached_tiles, cut_tiles
+from pipelines.data.loading.unreadable import UNREADABLE_FILE, Unreadable
+from pipelines.data.readers.opening import open_dataset
 from pipelines.training.inputs import Inputs, find_earlier, write_inputs
 from pipelines.training.loop import step_loader
 
@@ -146,7 +146,7 @@ def test_an_unreadable_image_moves_no_other_one_and_is_said_once(tmp_path, caplo
 
 
 def test_crops_of_an_unreadable_image_are_replaced(tmp_path):
-    from models.unet import SegmenterArchitecture
+    from models.engines.unet.predictor import SegmenterArchitecture
 
     folder = _set(tmp_path / "a")
     _end_early(folder / "train" / "s5.png")
@@ -271,7 +271,7 @@ def test_a_validation_counts_what_fails_and_says_it_once(tmp_path, caplog):
 
 
 def test_a_model_that_takes_no_image_at_all_is_an_error(tmp_path):
-    from pipelines.prediction import predict_dataset
+    from pipelines.evaluation.inference import predict_dataset
 
     folder = _set(tmp_path / "a", count=2)
     for i in range(2):
@@ -283,15 +283,15 @@ def test_a_model_that_takes_no_image_at_all_is_an_error(tmp_path):
 
 
 def test_a_sheet_and_an_example_are_made_of_what_can_be_read(tmp_path, monkeypatch):
-    from pipelines import sheets
+    from pipelines.evaluation import sample_images
     from pipelines.steps.publishing import example_image
 
     folder = _set(tmp_path / "a", count=3)
     _end_early(folder / "train" / "s0.png")
     data = open_dataset(folder, "train")
-    monkeypatch.setattr(sheets, "load_model", lambda *_: _Blind())
-    monkeypatch.setattr(sheets, "read_spec", lambda _: type("Spec", (), {"rendering": data.rendering}))
-    evaluations, sheet = sheets.evaluate_with_sheet(tmp_path, data, "cpu")
+    monkeypatch.setattr(sample_images, "load_model", lambda *_: _Blind())
+    monkeypatch.setattr(sample_images, "read_spec", lambda _: type("Spec", (), {"rendering": data.rendering}))
+    evaluations, sheet = sample_images.evaluate_with_sheet(tmp_path, data, "cpu")
     assert evaluations[0][1].metrics["images_failed"] == 1
     assert [p for p, e in evaluations if "images_failed" in e.metrics] == [""]
     assert sheet.shape[0] > 600

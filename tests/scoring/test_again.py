@@ -10,14 +10,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from models import image as image_module
 from models.errors import DataError
+from models.images import decoding as image_module
 from models.instances import Instances
 from pipelines.data import remote
-from pipelines.data.opening import open_dataset
-from scoring import plan, retry, shards
-from scoring.export import export_job
-from scoring.job import JobSettings, run_job
+from pipelines.data.readers.opening import open_dataset
+from scoring.jobs import manifest, retry, shards
+from scoring.jobs.export import export_job
+from scoring.jobs.job import JobSettings, run_job
 from scoring.reader import Failure
 from scoring.runners.local import LocalRunner
 from tests.conftest import write_image
@@ -99,9 +99,9 @@ def test_any_number_of_shards(tmp_path):
     for number in numbers:
         shards.write_shard(tmp_path, number, [_found("a")], 1.0, {})
     for rubbish in (".1000001", ".old-000002", ".000003"):
-        (tmp_path / plan.SHARDS / rubbish).mkdir()
+        (tmp_path / manifest.SHARDS / rubbish).mkdir()
     assert shards.finished(tmp_path) == set(numbers)
-    assert {p.name for p in (tmp_path / plan.SHARDS).iterdir()} == {"000000", "999999", "1000000", "12345678"}
+    assert {p.name for p in (tmp_path / manifest.SHARDS).iterdir()} == {"000000", "999999", "1000000", "12345678"}
     assert shards.finished(tmp_path) == set(numbers)
 
 
@@ -176,14 +176,14 @@ def test_a_question_is_asked_again(store):
         return real(path)
 
     store.info = once
-    assert remote.marks([Remote(store, store.folder / "0.png")]) != [remote.UNREADABLE]
+    assert remote.fingerprints([Remote(store, store.folder / "0.png")]) != [remote.UNREADABLE]
     assert len(calls) == 2
 
 
 def test_a_store_that_is_down_is_not_asked_for_ever(store):
     store.up = False
     paths = [Remote(store, store.folder / f"{i}.png") for i in range(2000)]
-    assert remote.marks(paths) == [remote.UNREADABLE] * 2000
+    assert remote.fingerprints(paths) == [remote.UNREADABLE] * 2000
     assert store.asked < 2000 + 3 * remote.MOST_FAILURES
 
 
@@ -299,9 +299,9 @@ def test_ray_is_sent_paths_that_mean_the_same_everywhere(images, monkeypatch):
 
 def test_a_manifest_of_an_earlier_release_has_planes(tmp_path, images):
     job = _run(tmp_path / "out", images)
-    content = json.loads((job.folder / plan.MANIFEST).read_text())
+    content = json.loads((job.folder / manifest.MANIFEST).read_text())
     del content["category"]
-    (job.folder / plan.MANIFEST).write_text(json.dumps(content))
+    (job.folder / manifest.MANIFEST).write_text(json.dumps(content))
     assert _run(tmp_path / "out", images).resumed == 9
 
 
@@ -313,12 +313,12 @@ def test_fresh_leaves_a_folder_alone_that_was_never_a_jobs(images, tmp_path):
     (folder / "metrics.json").write_text("mine")
     (folder / "geojson").mkdir()
     (folder / "geojson" / "0.geojson").write_text("mine")
-    plan.clear(folder)
+    manifest.clear(folder)
     assert (folder / "metrics.json").read_text() == (folder / "geojson" / "0.geojson").read_text() == "mine"
     # Shards kept elsewhere: the link goes, not what it leads to.
     (tmp_path / "elsewhere" / "00000").mkdir(parents=True)
     (job.folder / "shards").symlink_to(tmp_path / "elsewhere")
-    plan.clear(job.folder)
+    manifest.clear(job.folder)
     assert not (job.folder / "shards").is_symlink()
     assert (tmp_path / "elsewhere" / "00000").is_dir()
 
@@ -330,9 +330,9 @@ def test_what_cannot_be_cleared_is_said(images, tmp_path, monkeypatch):
     def failing(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(plan.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or failing(path))
+    monkeypatch.setattr(manifest.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or failing(path))
     with pytest.raises(OSError, match="Permission denied"):
-        plan.clear(job.folder)
+        manifest.clear(job.folder)
 
 
 def test_shards_that_were_tried_again_before_a_stop_are_kept(store, tmp_path):

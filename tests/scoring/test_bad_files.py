@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from models.tiling import Tiled, Tiling
+from models.tiling.predictor import Tiled
+from models.tiling.settings import Tiling
 from tests.conftest import write_image
 from tests.scoring.bad_files import kinds, write_bad_files, write_unreachable
 from tests.scoring.test_job import Brightness, _run

@@ -9,10 +9,10 @@ import pytest
 
 from models.errors import DataError
 from models.instances import Instances
-from pipelines.data.opening import open_dataset
-from pipelines.evaluation import evaluate_instances
-from scoring.compare import Candidate, compare, deltas
-from scoring.report import write_report
+from pipelines.data.readers.opening import open_dataset
+from pipelines.evaluation.metrics import evaluate_instances
+from scoring.comparison.compare import Candidate, compare, deltas
+from scoring.comparison.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 

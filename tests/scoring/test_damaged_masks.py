@@ -14,12 +14,12 @@ from PIL import Image
 from pydantic import ValidationError
 
 from models.errors import DataError
-from models.geometry import rle_encode
+from models.geometry.rle import rle_encode
 from models.instances import Instances, to_rows
-from pipelines.data.opening import open_dataset
-from pipelines.measuring import measure
-from pipelines.verification import Example
-from scoring.export import export_job
+from pipelines.data.readers.opening import open_dataset
+from pipelines.evaluation.side_by_side import measure
+from pipelines.registry.verification import Example
+from scoring.jobs.export import export_job
 from scoring.writers.kaggle import HEADER, decode_mask, encode_mask, read_submission
 from scoring.writers.parquet import InstanceTable, read_instances, write_instances
 from tests.scoring.test_failed_images import Finder, _score, _set

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from models.errors import DataError
-from models.geometry import rle_encode
+from models.geometry.rle import rle_encode
 from models.instances import Instances
-from pipelines.data.opening import open_dataset
-from pipelines.measuring import measure
-from scoring import plan
-from scoring.candidates import from_file, from_job
-from scoring.compare import Candidate, compare
-from scoring.evaluate import evaluate_file
-from scoring.job import JobSettings, run_job
-from scoring.report import write_report
+from pipelines.data.readers.opening import open_dataset
+from pipelines.evaluation.side_by_side import measure
+from scoring.comparison.candidates import from_file, from_job
+from scoring.comparison.compare import Candidate, compare
+from scoring.comparison.evaluate_file import evaluate_file
+from scoring.comparison.report import write_report
+from scoring.jobs import manifest as plan
+from scoring.jobs.job import JobSettings, run_job
 from tests.conftest import write_image
 
 BOX = [10.0, 10.0, 40.0, 40.0]
@@ -212,7 +212,7 @@ def test_predictions_on_another_size_are_refused(tmp_path):
 def test_every_evaluation_opens_its_data_with_the_lost_images(tmp_path, monkeypatch):
     from click.testing import CliRunner
 
-    from pipelines.gate import GateFile
+    from pipelines.registry.gates import GateFile
     from pipelines.steps.promote import PromotionRequest, _datasets
     from pipelines.steps.training import open_test
     from scoring import commands
@@ -238,8 +238,8 @@ def test_every_evaluation_opens_its_data_with_the_lost_images(tmp_path, monkeypa
 def test_metrics_of_a_run_that_left_failed_images_out_are_not_shown(monkeypatch):
     from types import SimpleNamespace
 
-    from scoring import track
-    from scoring.compare import comparison_table
+    from scoring import mlflow_log
+    from scoring.comparison.compare import comparison_table
 
     def run(**metrics):
         data = SimpleNamespace(
@@ -252,8 +252,8 @@ def test_metrics_of_a_run_that_left_failed_images_out_are_not_shown(monkeypatch)
         "new": run(errors=2, **{"test/AP": 0.4, "test/images_failed": 2}),
         "whole": run(errors=0, **{"test/AP": 0.7}),
     }
-    monkeypatch.setattr(track, "MlflowClient", lambda: SimpleNamespace(get_run=runs.__getitem__))
-    scored = [track.load_scored(name) for name in runs]
+    monkeypatch.setattr(mlflow_log, "MlflowClient", lambda: SimpleNamespace(get_run=runs.__getitem__))
+    scored = [mlflow_log.load_scored(name) for name in runs]
     assert [one.leaves_out for one in scored] == [True, False, False]
     table = comparison_table(scored)
     assert np.isnan(table.AP[0])

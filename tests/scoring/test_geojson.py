@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from models.geometry import rle_encode
+from models.geometry.rle import rle_encode
 from models.instances import Instances
-from pipelines.data.opening import open_dataset
+from pipelines.data.readers.opening import open_dataset
 from scoring.writers.geojson import write_geojson
 from tests.conftest import write_image
 
@@ -68,7 +68,7 @@ def test_a_turned_tiff_lies_where_its_pixels_lie(orientation, tmp_path):
     from rasterio.features import rasterize
     from rasterio.transform import from_origin
 
-    from models.image import read_image
+    from models.images.decoding import read_image
     from tests.models.test_rasters import PLANE, rotated, scene
 
     place = from_origin(500_000, 5_700_000, 0.5, 0.5)

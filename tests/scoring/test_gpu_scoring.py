@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from models.composed import ComposedArchitecture, save_composed
-from models.predictor import load_model, save_model
-from models.tiling import Tiling
-from models.torch_tools import pick_device
-from pipelines.data.opening import open_dataset
+from models.engines.composed import ComposedArchitecture, save_composed
+from models.loading import load_model
+from models.runtime.devices import pick_device
+from models.saved.folder import save_model
+from models.tiling.settings import Tiling
+from pipelines.data.readers.opening import open_dataset
 from scoring.runners.local import LocalRunner, auto_batch, auto_workers
 from scoring.runners.ray_runner import device_in_actor
 from tests.gpu import fake_gpu
@@ -21,7 +22,7 @@ ENGINES = ["detector", "maskrcnn", "composed", "detectron2", "detectron2 masks"]
 
 def _detectron2(folder, masks):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
-    from models.detectron2_engine import build_network, detectron2_spec, make_config
+    from models.engines.detectron2.predictor import build_network, detectron2_spec, make_config
 
     name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x" if masks else "COCO-Detection/faster_rcnn_R_50_FPN_3x"
     small = {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64, "INPUT.MIN_SIZE_TEST": 128}

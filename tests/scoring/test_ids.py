@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from models.geometry import rle_encode
+from models.geometry.rle import rle_encode
 from models.instances import Instances
-from pipelines.data.opening import open_dataset
+from pipelines.data.readers.opening import open_dataset
 from scoring.writers.coco import write_results
 from scoring.writers.kaggle import read_submission, write_submission
 from scoring.writers.walk import file_stem

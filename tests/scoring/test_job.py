@@ -12,10 +12,10 @@ import pytest
 
 from models.errors import DataError, OutputError
 from models.instances import Instances
-from pipelines.data.opening import open_dataset
-from scoring.export import export_job
-from scoring.job import JobSettings, run_job
-from scoring.plan import LOCK
+from pipelines.data.readers.opening import open_dataset
+from scoring.jobs.export import export_job
+from scoring.jobs.job import JobSettings, run_job
+from scoring.jobs.manifest import LOCK
 from tests.conftest import write_image
 from tests.scoring.bad_files import write_bad_files
 
@@ -188,7 +188,7 @@ def test_killed_fifty_times_nothing_is_lost_or_doubled(real_and_broken, tmp_path
 
 
 def test_a_full_disk_is_said_and_what_was_done_is_kept(images, tmp_path, monkeypatch):
-    from scoring import shards
+    from scoring.jobs import shards
 
     real, written = shards.parquet.write_instances, []
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import DataError
-from models.geometry import rle_counts, rle_crop, rle_decode, rle_encode, rle_paste
+from models.geometry.rle import rle_counts, rle_crop, rle_decode, rle_encode, rle_paste
 from models.instances import Instances
-from pipelines.data.opening import open_dataset
+from pipelines.data.readers.opening import open_dataset
 from scoring.writers.kaggle import decode_mask, encode_mask, read_submission, write_submission
 from tests.conftest import write_image
 

@@ -9,13 +9,14 @@ from importlib.util import find_spec
 import psutil
 import pytest
 
-from models.predictor import load_model, save_model
-from models.torchvision_engine import detector_spec
-from models.torchvision_network import DetectorArchitecture, build_detector
-from pipelines.data.opening import open_dataset
-from scoring.job import JobSettings, run_job
+from models.engines.torchvision.network import DetectorArchitecture, build_detector
+from models.engines.torchvision.predictor import detector_spec
+from models.loading import load_model
+from models.saved.folder import save_model
+from pipelines.data.readers.opening import open_dataset
+from scoring.jobs.job import JobSettings, run_job
+from scoring.jobs.shards import finished
 from scoring.runners.ray_runner import RayRunner, RaySettings
-from scoring.shards import finished
 from tests.conftest import write_image
 from tests.scoring.bad_files import write_bad_files
 from tests.scoring.test_job import _digests

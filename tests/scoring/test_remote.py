@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from models import image as image_module
 from models.errors import DataError
-from pipelines.data.opening import open_dataset
-from scoring.export import export_job
-from scoring.job import JobSettings, run_job
-from scoring.plan import read_inputs, read_manifest
+from models.images import decoding as image_module
+from pipelines.data.readers.opening import open_dataset
+from scoring.jobs.export import export_job
+from scoring.jobs.job import JobSettings, run_job
+from scoring.jobs.manifest import read_inputs, read_manifest
 from tests.conftest import write_image
 from tests.scoring.test_job import Brightness
 

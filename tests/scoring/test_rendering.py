@@ -8,17 +8,18 @@ import cv2
 import numpy as np
 import pytest
 
-from models.composed import ComposedArchitecture, save_composed
+from models.engines.composed import ComposedArchitecture, save_composed
 from models.errors import DataError, ModelError, RecipeError
-from models.predictor import read_spec, read_weights, save_model
-from models.rendering import Rendering
-from pipelines.data.cache import MOST_OPEN, ImageCache
-from pipelines.data.opening import open_dataset
-from pipelines.measuring import measure
-from pipelines.recipe import load_recipe
-from scoring.export import export_job
-from scoring.job import JobSettings, run_job
-from scoring.plan import MANIFEST
+from models.images.rendering import Rendering
+from models.saved.folder import read_weights, save_model
+from models.saved.spec import read_spec
+from pipelines.data.loading.cache import MOST_OPEN, ImageCache
+from pipelines.data.readers.opening import open_dataset
+from pipelines.evaluation.side_by_side import measure
+from pipelines.recipes.reading import load_recipe
+from scoring.jobs.export import export_job
+from scoring.jobs.job import JobSettings, run_job
+from scoring.jobs.manifest import MANIFEST
 from tests.models.test_contract import _detector, _segmenter
 from tests.models.test_rasters import PLANE, RGB, scene, tiff
 from tests.scoring.test_job import Brightness
@@ -108,7 +109,7 @@ def test_training_reads_what_the_recipe_says(rasters):
 
 
 def test_the_cache_lets_go_of_files_that_are_read_by_windows(tmp_path, monkeypatch):
-    monkeypatch.setattr("models.windows.WINDOWED_PIXELS", 100)
+    monkeypatch.setattr("models.images.windows.WINDOWED_PIXELS", 100)
     for i in range(MOST_OPEN + 5):
         tiff(tmp_path / f"{i}.tif", scene(90, 230, 6, "uint8"), **RGB)
     cache = ImageCache()

@@ -12,16 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from models import stages
-from models.batches import predict_parted
+from models.engines.torchvision.network import DetectorArchitecture, build_detector
+from models.engines.torchvision.predictor import TorchvisionDetector
 from models.errors import DataError, ModelError, OutputError
-from models.geometry import rle_encode
+from models.geometry.rle import rle_encode
 from models.instances import Instances
-from models.tiling import Tiled, Tiling
-from models.torchvision_engine import TorchvisionDetector
-from models.torchvision_network import DetectorArchitecture, build_detector
-from pipelines.data.opening import open_dataset
-from scoring.job import JobSettings, run_job
+from models.runtime import timing
+from models.runtime.out_of_memory import predict_parted
+from models.tiling.predictor import Tiled
+from models.tiling.settings import Tiling
+from pipelines.data.readers.opening import open_dataset
+from scoring.jobs.job import JobSettings, run_job
 from scoring.runners.local import LocalRunner, auto_workers
 from tests.conftest import write_image
 from tests.scoring.test_job import Brightness, _digests, _run
@@ -96,7 +97,9 @@ def test_batches_that_do_not_fit_are_parted(mixed, tmp_path):
     assert max(map(len, small.batches)) == 2
     tiled = Tiled(Small(), Tiling(size=32, batch=8))
     image = np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8)
-    assert len(tiled.look([image])[0]) == len(Tiled(Brightness(), Tiling(size=32, batch=8)).look([image])[0])
+    assert len(tiled.predict_tiles([image])[0]) == len(
+        Tiled(Brightness(), Tiling(size=32, batch=8)).predict_tiles([image])[0]
+    )
 
     class Full(Brightness):
         def predict(self, images):
@@ -149,12 +152,12 @@ def test_annotated_images_that_cannot_be_read_are_errors_too(tmp_path):
 
 
 def test_stages_add_up_over_threads():
-    before = stages.seconds_since()
-    with stages.measured("test stage"):
+    before = timing.seconds_since()
+    with timing.measured("test stage"):
         pass
-    first = stages.seconds_since(before)["test stage"]
+    first = timing.seconds_since(before)["test stage"]
     assert 0 < first < 1
-    assert stages.seconds_since(stages.seconds_since())["test stage"] == 0
+    assert timing.seconds_since(timing.seconds_since())["test stage"] == 0
 
 
 def test_a_job_tells_where_its_time_went(mixed, tmp_path):

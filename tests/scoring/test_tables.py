@@ -7,10 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from models.errors import DataError
-from models.geometry import rle_encode
+from models.geometry.rle import rle_encode
 from models.instances import TABLE_COLUMNS, Instances
-from pipelines.data.opening import open_dataset
-from scoring.compare import Scored, comparison_table, render
+from pipelines.data.readers.opening import open_dataset
+from scoring.comparison.compare import Scored, comparison_table, render
 from scoring.reader import Failure
 from scoring.writers.coco import write_results
 from scoring.writers.parquet import read_instances, write_failures, write_instances

@@ -1,0 +1,1 @@
+"""Models of Detectron2; the library is imported on use."""

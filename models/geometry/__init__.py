@@ -1,0 +1,1 @@
+"""Boxes and masks as arrays; no torch."""

@@ -1,0 +1,1 @@
+"""Files to pixels: one decoder for whole images and windows."""

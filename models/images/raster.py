@@ -1,0 +1,235 @@
+"""TIFF (and JPEG 2000) files through GDAL, by windows or whole: one reading of bands, range, nodata and orientation."""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import TiffImagePlugin
+
+from models.errors import DataError, one_line
+from models.images.rendering import (
+    DEFAULT,
+    Block,
+    Bounds,
+    Rendering,
+    chosen_bands,
+    find_bounds,
+    oriented,
+    oriented_size,
+    to_uint8,
+    window_in_file,
+)
+
+CACHE_MEGABYTES = "256"
+# Rows read at a time where the whole file is looked at.
+ROWS = 512
+
+# First bytes of classic TIFF and BigTIFF, in either order of bytes.
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+JPEG2000_STARTS = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
+
+_WIDTH, _HEIGHT, _ORIENTATION = 256, 257, 274
+
+
+def is_tiff(start: bytes) -> bool:
+    """Whether a file that begins with these bytes is a TIFF."""
+    return start.startswith(TIFF_STARTS)
+
+
+def is_raster(start: bytes) -> bool:
+    """Whether a file that begins with these 12 bytes is read by GDAL: what Pillow cuts down to 8 bits."""
+    return start.startswith((*TIFF_STARTS, *JPEG2000_STARTS))
+
+
+def tiff_layout(stream: IO[bytes]) -> tuple[int, int, int]:
+    """(height, width, orientation) of a TIFF's first image, as they stand in the file; of its header alone.
+
+    Raises:
+        ValueError, OSError: not a TIFF that can be read.
+    """
+    start = stream.read(16)
+    if not is_tiff(start):
+        raise ValueError("not a TIFF")
+    big = b"+" in start[2:4]
+    try:
+        tags = TiffImagePlugin.ImageFileDirectory_v2(start if big else start[:8])
+        stream.seek(tags.next)
+        tags.load(stream)
+        return int(tags[_HEIGHT]), int(tags[_WIDTH]), int(tags.get(_ORIENTATION, 1))
+    except (KeyError, SyntaxError, TypeError, IndexError, struct.error) as error:
+        raise ValueError(f"its header is damaged ({one_line(error)})") from None
+
+
+def quiet_rasterio() -> Any:
+    """The module rasterio, with what it says about odd files left to our own messages."""
+    # GDAL would keep decoded blocks up to a twentieth of the machine's memory; a row of tiles needs far less.
+    os.environ.setdefault("GDAL_CACHEMAX", CACHE_MEGABYTES)
+    import rasterio
+
+    logging.getLogger("rasterio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
+    return rasterio
+
+
+def _driver(source: str | Path | bytes, name: str) -> str:
+    """GDAL's driver for a file; no other format is opened, whatever it says that it is: some lead to further files."""
+    if isinstance(source, bytes):
+        start = source[:16]
+    else:
+        with open(source, "rb") as stream:
+            start = stream.read(16)
+    if not is_raster(start):
+        raise DataError(f"{name}: neither TIFF nor JPEG 2000", "not an image")
+    return "GTiff" if is_tiff(start) else "JP2OpenJPEG"
+
+
+class WindowedImage:
+    """A file that looks like an array of RGB uint8 (H, W, 3): ``shape``, and windows as ``image[y1:y2, x1:x2]``.
+
+    Windows are parts of the whole, pixel by pixel: bands, range and missing values are settled once for
+    the file. Alpha is dropped; a band is black where it is nodata, not finite, or left out by the file's own
+    mask, and none of that counts for the range; the orientation tag is followed.
+
+    Args:
+        source: path of the file, or its bytes.
+        name: what messages call it.
+
+    Raises:
+        DataError: not readable, or of a kind that has no RGB reading.
+    """
+
+    def __init__(self, source: str | Path | bytes, rendering: Rendering = DEFAULT, name: str = "") -> None:
+        rasterio = quiet_rasterio()
+        self.path = name or str(source)
+        self._memory = rasterio.MemoryFile(source) if isinstance(source, bytes) else None
+        try:
+            # GDAL takes some relative names for connections or parts of files; a path from the root is none.
+            where = [] if self._memory else [os.path.abspath(source)]
+            self._file = (self._memory or rasterio).open(*where, driver=_driver(source, self.path))
+        except (rasterio.errors.RasterioError, OSError) as error:
+            raise DataError(f"{self.path}: cannot be opened ({one_line(error)[:160]})", "damaged") from None
+        self.dtype, self.rendering = np.dtype(self._kind()), rendering
+        self.orientation = self._orientation(source)
+        self.shape = (*oriented_size(self._file.height, self._file.width, self.orientation), 3)
+        self._palette: np.ndarray | None = None
+        self._bands = self._layout()
+        structure = self._file.tags(ns="IMAGE_STRUCTURE")
+        self._inverted = structure.get("MINISWHITE") == "YES" and self._palette is None
+        self._masked = any(f == [rasterio.enums.MaskFlags.per_dataset] for f in self._file.mask_flag_enums)
+        self.bounds = self._find_bounds()
+
+    def __getitem__(self, key: tuple[slice, slice]) -> np.ndarray:
+        """RGB uint8 (h, w, 3) of two slices without steps.
+
+        Raises:
+            DataError: that part of the file is damaged.
+        """
+        (y1, y2, _), (x1, x2, _) = (s.indices(extent) for s, extent in zip(key, self.shape[:2], strict=True))
+        window = (x1, y1, max(x1, x2), max(y1, y2))
+        x1, y1, x2, y2 = window_in_file(window, *self.shape[:2], self.orientation)
+        return self._shown(window=((y1, y2), (x1, x2)))
+
+    def shrunk(self, height: int, width: int) -> np.ndarray:
+        """The whole image at that size, averaged where rasterio has no smaller copy of it."""
+        from rasterio.enums import Resampling
+
+        plain = self._palette is None and not self._masked and self._file.nodata is None
+        size = oriented_size(height, width, self.orientation)
+        return self._shown(out_shape=size, resampling=Resampling.average if plain else Resampling.nearest)
+
+    def _kind(self) -> str:
+        dtype = self._file.dtypes[0]
+        if np.dtype(dtype).kind not in "iuf":
+            raise DataError(f"{self.path}: {dtype} values have no RGB reading here; convert the file to real numbers")
+        return dtype
+
+    def _orientation(self, source: str | Path | bytes) -> int:
+        if self._file.driver != "GTiff":
+            return 1
+        import io
+
+        try:
+            with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+                return tiff_layout(stream)[2]
+        except (ValueError, OSError):
+            return 1
+
+    def _layout(self) -> list[int]:
+        """Numbers of the bands that are shown; finds the palette."""
+        from rasterio.enums import ColorInterp as Colour
+
+        kinds = list(self._file.colorinterp)
+        if kinds[0] == Colour.palette and self.rendering.bands is None:
+            table = self._file.colormap(1)
+            count = 2 ** (8 * self.dtype.itemsize)
+            self._palette = np.array([table.get(i, (0, 0, 0))[:3] for i in range(count)], np.uint8)
+            return [1]
+        named = [kinds.index(c) + 1 for c in (Colour.red, Colour.green, Colour.blue) if c in kinds]
+        default = named if len(named) == 3 else [1, 2, 3] if self._file.count >= 3 else [1]
+        return chosen_bands(self.rendering, self._file.count, default, self.path)
+
+    def _find_bounds(self) -> Bounds | None:
+        if self._palette is not None:
+            return None
+        bits = self._file.tags(self._bands[0], ns="IMAGE_STRUCTURE").get("NBITS")
+        bits = int(bits) if bits and self.dtype.kind != "f" else None
+        if self.dtype == np.uint8 and bits and self.rendering.range == "auto":
+            return find_bounds(self.rendering.model_copy(update={"range": "depth"}), self.dtype, bits, (), (0, 0))
+        return find_bounds(self.rendering, self.dtype, bits, self._blocks(), (self._file.height, self._file.width))
+
+    def _blocks(self) -> Iterator[Block]:
+        """The file from top to bottom, in pieces that part none of its own blocks."""
+        height, width = self._file.height, self._file.width
+        own = self._file.block_shapes[0][0]
+        rows = max(own, ROWS // own * own)
+        for top in range(0, height, rows):
+            window = ((top, min(top + rows, height)), (0, width))
+            values, missing = self._values(window=window)
+            yield Block(values, missing | self._transparent(window), top, 0)
+
+    def _transparent(self, window: Any) -> np.ndarray:
+        from rasterio.enums import ColorInterp as Colour
+
+        alpha = [i for i, kind in enumerate(self._file.colorinterp, start=1) if kind == Colour.alpha]
+        return self._read(alpha[0], window=window) == 0 if alpha else np.zeros(1, bool)
+
+    def _read(self, bands: Any, **how: Any) -> np.ndarray:
+        import rasterio
+
+        try:
+            return self._file.read(bands, **how)
+        except (rasterio.errors.RasterioError, OSError) as error:
+            raise DataError(f"{self.path}: damaged ({one_line(error)[:160]})", "damaged") from None
+
+    def _values(self, **how: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Values of the shown bands, (bands, h, w), and which of them are missing, bool of that shape."""
+        out = how.pop("out_shape", None)
+        shape = {"out_shape": (len(self._bands), *out)} if out else {}
+        values = self._read(self._bands, **shape, **how)
+        missing = ~np.isfinite(values) if values.dtype.kind == "f" else np.zeros(values.shape, bool)
+        nodata = self._file.nodata
+        if nodata is not None and not np.isnan(nodata):
+            missing |= values == np.array(nodata).astype(np.float64)
+        if self._masked:
+            one = {"out_shape": out} if out else {}
+            missing |= self._file.read_masks(1, **one, **how) == 0
+        return values, missing
+
+    def _shown(self, **how: Any) -> np.ndarray:
+        values, missing = self._values(**how)
+        if self._palette is not None:
+            image = np.where(missing[0][:, :, None], np.uint8(0), self._palette[values[0]])
+        else:
+            shown = to_uint8(values, self.bounds)
+            shown = 255 - shown if self._inverted else shown
+            # A band that is missing is black; where all are, so is the pixel.
+            image = np.moveaxis(np.where(missing, np.uint8(0), shown) if missing.any() else shown, 0, -1)
+            image = image if len(self._bands) == 3 else np.repeat(image, 3, axis=2)
+        return np.ascontiguousarray(oriented(image, self.orientation))

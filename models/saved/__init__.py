@@ -1,0 +1,1 @@
+"""A model as a folder: what it says, what it may hold, how it is written and loaded."""

@@ -1,0 +1,1 @@
+"""Any predictor on images of any size."""

@@ -1,0 +1,73 @@
+"""How images are cut into tiles."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.images.windows import AnyImage
+from models.tiling.matching import Metric
+
+if TYPE_CHECKING:
+    pass
+
+
+Window = tuple[int, int, int, int]
+
+
+class Tiling(BaseModel):
+    """How an image is cut into tiles, and how what they show is merged; part of a model version.
+
+    size: side of a tile in pixels; overlap: share of it that neighbours share, planes up to
+    that size are whole in some tile; merge: ``join`` puts the parts of a cut plane together,
+    ``nms`` keeps the best of what overlaps; match and threshold: detections of two tiles are
+    of one plane where the IoU (or ``ios``, intersection over the smaller area) of what both
+    tiles show of them reaches the threshold; full_image_size: longer side in pixels to which
+    the whole image is shrunk for one more pass, for planes larger than the overlap, null for
+    no such pass; batch: tiles per forward pass, null for 1 on a CPU and 16 on a GPU.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int = Field(default=512, ge=32, le=8192)
+    overlap: float = Field(default=0.25, ge=0, le=0.9)
+    merge: Literal["join", "nms"] = "join"
+    match: Metric = "iou"
+    threshold: float = Field(default=0.5, gt=0, le=1)
+    full_image_size: int | None = Field(default=None, ge=32, le=8192)
+    batch: int | None = Field(default=None, ge=1, le=1024)
+
+    @property
+    def shared(self) -> int:
+        """Pixels that neighbouring tiles share."""
+        return round(self.size * self.overlap)
+
+
+def tile_grid(height: int, width: int, tiling: Tiling) -> list[Window]:
+    """Windows (x1, y1, x2, y2) of the tiles, row by row; all of full size, the last ones reach beyond the image.
+
+    Their places do not depend on the image's size, so that padding an image changes nothing.
+
+    >>> tile_grid(100, 150, Tiling(size=100, overlap=0.2))
+    [(0, 0, 100, 100), (80, 0, 180, 100)]
+    """
+    size, stride = tiling.size, tiling.size - tiling.shared
+    tops, lefts = (
+        range(0, max(1, -(-(extent - size) // stride) + 1) * stride if extent > size else 1, stride)
+        for extent in (height, width)
+    )
+    return [(x, y, x + size, y + size) for y in tops for x in lefts]
+
+
+def cut_tile(image: AnyImage, window: Window) -> np.ndarray:
+    """The pixels of a window, RGB uint8, black beyond the image."""
+    x1, y1, x2, y2 = window
+    height, width = image.shape[:2]
+    part = np.asarray(image[y1 : min(y2, height), x1 : min(x2, width)])
+    if part.shape[:2] == (y2 - y1, x2 - x1):
+        return part
+    tile = np.zeros((y2 - y1, x2 - x1, 3), np.uint8)
+    tile[: part.shape[0], : part.shape[1]] = part
+    return tile

@@ -1,0 +1,1 @@
+"""Samples to training batches: tiles, augmentation, caching, images that cannot be read."""

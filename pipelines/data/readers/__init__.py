@@ -1,0 +1,1 @@
+"""Annotation files and image lists to samples."""

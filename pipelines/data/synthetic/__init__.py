@@ -1,0 +1,1 @@
+"""The drawn airfield: scenes, ground, aircraft."""

@@ -1,0 +1,1 @@
+"""Predictions and ground truth to metrics and figures; knows no MLflow and no command line."""

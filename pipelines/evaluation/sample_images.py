@@ -1,0 +1,63 @@
+"""A saved model over a data set: its evaluations, and a sheet of sample pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from models.instances import Instances
+from models.loading import load_model
+from models.saved.spec import read_spec
+from pipelines.data.dataset import Dataset, Sample
+from pipelines.evaluation import figures
+from pipelines.evaluation.inference import evaluate_predictions, is_segmenter, predict_dataset
+from pipelines.evaluation.metrics import Evaluation, instance_ious
+
+# Solutions of the course evaluate at this score, which cuts the precision-recall curve short.
+COURSE_THRESHOLD = 0.6
+
+
+def evaluate_with_sheet(
+    saved: Path, dataset: Dataset, device: str, samples: int = 3
+) -> tuple[list[tuple[str, Evaluation]], np.ndarray | None]:
+    """Predict a data set with a saved folder: its evaluations, and a sheet of the first samples, if any.
+
+    Detections are evaluated a second time at the course's score threshold, prefixed ``at_0.6_``.
+    """
+    predictor, dataset = load_model(saved, device), dataset.rendered(read_spec(saved).rendering)
+    shown: list[tuple[np.ndarray, Sample, Instances]] = []
+
+    def show(image: np.ndarray, sample: Sample, found: Instances) -> None:
+        # Images without planes are shown only where there are no others.
+        if shown and not len(shown[0][1].boxes) and len(sample.boxes):
+            shown.clear()
+        if not shown or (len(shown) < samples and len(sample.boxes)):
+            shown.append((image, sample, found))
+
+    done, segmenter = predict_dataset(predictor, dataset, show), is_segmenter(predictor)
+    evaluations = evaluate_predictions(done.found, dataset, segmenter, failed=done.failed)
+    for message in list(done.failed.values())[:1]:
+        logging.getLogger(__name__).warning(
+            "%s/%s: %d of %d images failed and count as images without detections (first: %s)",
+            *(dataset.name, dataset.split, len(done.failed), len(dataset), message),
+        )
+    if not segmenter:
+        # How many failed is said once.
+        again = evaluate_predictions(done.found, dataset, segmenter, COURSE_THRESHOLD)
+        evaluations += [(f"at_{COURSE_THRESHOLD:g}_{prefix}", e) for prefix, e in again]
+    sheet = _crops(shown) if segmenter else figures.image_sheet(shown) if shown else None
+    return evaluations, sheet
+
+
+def _crops(shown: Sequence[tuple[np.ndarray, Sample, Instances]], most: int = 12) -> np.ndarray | None:
+    rows = []
+    for image, sample, found in shown:
+        if not sample.has_masks or found.masks is None:
+            continue
+        one = Dataset("", sample.path, "", "", (sample,))
+        for i, iou in zip(sample.outlined.tolist(), instance_ious(one, [found.masks]), strict=True):
+            rows.append((image, sample.boxes[i], sample.masks[i], found.masks[i], float(iou)))
+    return figures.crop_sheet(rows[:most]) if rows else None

@@ -1,0 +1,1 @@
+"""Typed settings, filled from a YAML recipe and what overrides it."""

@@ -1,0 +1,1 @@
+"""Registered versions: registration, aliases, gates, promotion, lineage, copies, verification."""

@@ -1,0 +1,293 @@
+"""What a version must show before an alias moves to it: gates from a YAML file, and their verdicts."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from models.errors import RecipeError, one_line
+from pipelines.data.dataset import Dataset
+from pipelines.evaluation.side_by_side import SIZES, Measurement, gain_confidence, slowdown
+from pipelines.registry.training_images import TrainingImages
+
+GATES = Path(__file__).parents[1] / "gates"
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MetricGate(_Settings):
+    """Bounds of one metric: least value, least gain over the baseline, least confidence of that gain.
+
+    A ``min_gain`` below 0 allows a loss of that size; otherwise a tie leaves the baseline where it is.
+    """
+
+    minimum: float | None = None
+    min_gain: float | None = None
+    confidence: float | None = Field(default=None, ge=0.5, lt=1)
+
+    @model_validator(mode="after")
+    def confident_of_something(self) -> MetricGate:
+        """A confidence is one of a gain."""
+        if self.confidence is not None and self.min_gain is None:
+            raise ValueError("confidence needs min_gain")
+        return self
+
+
+class SliceGate(_Settings):
+    """Planes or images on which the main metric must not fall: a COCO size class, or image names like ``A00*``."""
+
+    size: str | None = None
+    images: str | None = None
+    max_loss: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def one_of_both(self) -> SliceGate:
+        """By size or by name."""
+        if (self.size is None) == (self.images is None) or self.size not in (None, *SIZES):
+            raise ValueError(f"expected size ({', '.join(SIZES)}) or images (a pattern of names)")
+        return self
+
+
+class Gates(_Settings):
+    """The gates of one alias.
+
+    ``against`` is the alias whose version the candidate is held against, the one to be
+    moved without it. ``max_slowdown`` and ``max_size`` are ratios to that version,
+    ``min_planes`` counts the annotated planes of each data set.
+    """
+
+    against: str | None = None
+    metrics: dict[str, MetricGate] = {}
+    slices: dict[str, SliceGate] = {}
+    max_slowdown: float | None = Field(default=None, gt=0)
+    max_size: float | None = Field(default=None, gt=0)
+    max_megabytes: float | None = Field(default=None, gt=0)
+    min_planes: int = Field(default=0, ge=0)
+
+    @property
+    def need_data(self) -> bool:
+        """Whether anything has to be predicted."""
+        return bool(self.metrics or self.slices or self.max_slowdown or self.min_planes)
+
+
+class RequiredData(_Settings):
+    """A data set to evaluate on; with ``digest`` exactly this content, wherever it lies."""
+
+    path: str
+    split: str = "test"
+    digest: str | None = None
+
+
+class GateFile(_Settings):
+    """A model's gates by alias; an alias that is not named has those of ``production``."""
+
+    data: list[RequiredData] = []
+    gates: dict[str, Gates]
+
+    def of(self, alias: str) -> Gates:
+        """The gates of an alias.
+
+        Raises:
+            RecipeError: none for it, and none for production.
+        """
+        found = self.gates.get(alias) or self.gates.get("production")
+        if found is None:
+            raise RecipeError(f"gates: none for {alias}, and none for production; known: {', '.join(self.gates) or 'none'}")
+        return found
+
+
+def find_gates(name: str, given: str | None = None) -> tuple[GateFile, str]:
+    """A model's gates and where they were found: the file that was given, ``gates/<name>.yaml``, or those of the project.
+
+    ``prod.planes-det`` without a file of its own has those of ``planes-det``.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key (naming the nearest), a value out of range.
+    """
+    names = [name] + ([name.rpartition(".")[2]] if "." in name else [])
+    places = [Path(given)] if given else [folder / f"{n}.yaml" for n in names for folder in (Path("gates"), GATES)]
+    path = next((p for p in places if p.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(p.stem for p in GATES.glob("*.yaml")))
+        raise RecipeError(
+            f"gates {given}: no such file"
+            if given
+            else f"gates/{name}.yaml: no such file; give --gates FILE (known: {known})"
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"gates {path}: not valid YAML ({one_line(error)[:200]})") from None
+    return parse_gates(content, f"gates {path}"), str(path)
+
+
+def parse_gates(content: Any, where: str) -> GateFile:
+    """Validate raw gates; ``where`` begins the error message."""
+    try:
+        return GateFile.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            fields = {f for k in (GateFile, RequiredData, Gates, SliceGate, MetricGate) for f in k.model_fields}
+            near = difflib.get_close_matches(str(first["loc"][-1]), sorted(fields), 1, 0.5)
+            raise RecipeError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")) from None
+        raise RecipeError(f"{where}: {key or 'whole file'}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One gate's verdict: what it requires and what was measured; ``metric``: it is on a metric of all images."""
+
+    gate: str
+    data: str
+    required: str
+    candidate: str
+    baseline: str
+    passed: bool
+    metric: bool = False
+
+    def __str__(self) -> str:
+        beside = f" against {self.baseline}" if self.baseline != "-" else ""
+        return f"{self.gate} {self.candidate}{beside} ({self.required} required)"
+
+
+def judge(gates: Gates, main: str, candidate: Measurement, baseline: Measurement | None) -> list[Check]:
+    """All gates of one data set; without a baseline those that compare pass.
+
+    ``main`` is the metric of slices. What cannot be measured does not pass.
+
+    Raises:
+        RecipeError: a metric that this kind of model does not have.
+    """
+    where = f"{candidate.dataset.name}/{candidate.dataset.split}"
+    # Where the data has no outlines, slices are judged by boxes.
+    main = main if main in candidate.metrics else main.removeprefix("mask_")
+    checks = []
+    if gates.min_planes:
+        planes = candidate.dataset.planes
+        checks.append(Check("planes", where, f">= {gates.min_planes}", str(planes), "-", planes >= gates.min_planes))
+    failed = [None if m is None else len(m.failed) for m in (candidate, baseline)]
+    if any(failed):
+        # They count in every metric; no gate of its own.
+        ours, theirs = ("-" if count is None else str(count) for count in failed)
+        checks.append(Check("images that failed", where, "taken for empty", ours, theirs, True))
+    for metric, gate in gates.metrics.items():
+        checks += _judge_metric(metric, gate, where, candidate, baseline)
+    for title, part in gates.slices.items():
+        mine, its = (None if m is None else _slice(part, main, m) for m in (candidate, baseline))
+        checks.append(_against(f"{title}: {main}", where, -part.max_loss, mine, its))
+    if gates.max_slowdown is not None:
+        ratio = 1.0 if baseline is None else slowdown(candidate, baseline)
+        shown = "-" if baseline is None else f"{ratio:.2f} times" if math.isfinite(ratio) else "cannot be measured"
+        checks.append(Check("time", where, f"<= {gates.max_slowdown:g} times", shown, "-", ratio <= gates.max_slowdown))
+    return checks
+
+
+def _slice(part: SliceGate, main: str, of: Measurement) -> float:
+    return of.of_size(part.size, main) if part.size else of.of_images(str(part.images), main)
+
+
+def _judge_metric(
+    metric: str, gate: MetricGate, where: str, candidate: Measurement, baseline: Measurement | None
+) -> Iterable[Check]:
+    ours = candidate.at(metric)
+    theirs = None if baseline is None else baseline.at(metric)
+    if gate.minimum is not None:
+        yield Check(metric, where, f">= {gate.minimum:g}", _shown(ours), "-", ours >= gate.minimum, metric=True)
+    if gate.min_gain is None:
+        return
+    yield replace(_against(f"{metric} gain", where, gate.min_gain, ours, theirs, strict=True), metric=True)
+    if gate.confidence is not None:
+        share = 1.0 if baseline is None else gain_confidence(metric, gate.min_gain, candidate, baseline)
+        shown = "-" if baseline is None else _shown(share)
+        yield Check(f"{metric} gain, confidence", where, f">= {gate.confidence:g}", shown, "-", share >= gate.confidence)
+
+
+def _against(gate: str, where: str, least: float, ours: float | None, theirs: float | None, strict: bool = False) -> Check:
+    """Gain of at least ``least``; with ``strict`` a tie is no gain."""
+    assert ours is not None
+    required = f"> {least:+g}" if strict and least == 0 else f">= {least:+g}"
+    if theirs is None:
+        return Check(gate, where, required, _shown(ours), "-", math.isfinite(ours))
+    gain = ours - theirs
+    passed = gain > least if strict and least == 0 else gain >= least - 1e-12
+    shown = f"{_shown(ours)} ({gain:+.4f})" if math.isfinite(gain) else _shown(ours)
+    return Check(gate, where, required, shown, _shown(theirs), passed)
+
+
+def _shown(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "cannot be measured"
+
+
+def judge_size(gates: Gates, megabytes: float, baseline: float | None) -> list[Check]:
+    """The gates on a version's size, which need no data."""
+    checks = []
+    if gates.max_size is not None:
+        ratio = 1.0 if baseline is None else megabytes / baseline
+        shown = "-" if baseline is None else f"{baseline:.1f} MB"
+        found = f"{megabytes:.1f} MB ({ratio:.2f} times)"
+        checks.append(Check("size", "-", f"<= {gates.max_size:g} times", found, shown, ratio <= gates.max_size))
+    if gates.max_megabytes is not None:
+        required = f"<= {gates.max_megabytes:g} MB"
+        checks.append(Check("size", "-", required, f"{megabytes:.1f} MB", "-", megabytes <= gates.max_megabytes))
+    return checks
+
+
+def judge_data(required: Sequence[RequiredData], digests: Sequence[str]) -> list[Check]:
+    """Whether every required content was evaluated on."""
+    return [
+        Check(
+            "data set",
+            f"{r.path}/{r.split}",
+            str(r.digest),
+            "there" if r.digest in digests else "not evaluated",
+            "-",
+            r.digest in digests,
+        )
+        for r in required
+        if r.digest
+    ]
+
+
+def judge_images(
+    datasets: Sequence[Dataset],
+    trained_on: TrainingImages | None,
+    baseline: TrainingImages | None = None,
+    data_digest: str = "unknown",
+) -> list[Check]:
+    """Whether the candidate was trained on none of the images that it is judged on.
+
+    What is not known is said and does not fail. That the baseline was trained on some is said too: its numbers
+    are flattered, and a gain over them is harder.
+
+    Args:
+        data_digest: digest of the training set, all that releases before 0.6.1 noted.
+    """
+    required, checks = "none trained on", []
+    for dataset in datasets:
+        where = f"{dataset.name}/{dataset.split}"
+        flattered = _share(baseline, dataset) if baseline is not None and baseline.shared_with(dataset) else "-"
+        if trained_on is None:
+            same = dataset.digest() == data_digest
+            told = "it is the training set" if same else "not known (imported, or registered before 0.6.1)"
+            checks.append(Check("images", where, required, told, flattered, not same))
+            continue
+        parts = "".join(f"; not known of {part}" for part in trained_on.unknown)
+        shared = trained_on.shared_with(dataset)
+        checks.append(Check("images", where, required, _share(trained_on, dataset) + parts, flattered, not shared))
+    return checks
+
+
+def _share(trained_on: TrainingImages, dataset: Dataset) -> str:
+    shared = trained_on.shared_with(dataset)
+    return f"{len(shared)} of {len(dataset)}" + (f" (first: {shared[0]})" if shared else "")

@@ -1,0 +1,343 @@
+"""The model registry: resolve what a user names, read and move aliases, fetch a version's files."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.tracking import MlflowClient
+
+from models.errors import RegistryError, one_line
+from models.saved.allowed_files import SPEC_FILE, check_folder, check_names
+from models.saved.folder import folder_digest
+
+# Tag of a version: digest of its saved folder.
+DIGEST = "digest"
+# Registered model that holds every move of an alias, see pipelines.journal.
+JOURNAL = "planes-journal"
+# Tag of what is no model but the journal of one, see pipelines.journal.
+JOURNAL_OF = "planes_journal_of"
+MAX_ENTRIES = 20
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A registered version or a saved folder, and how it was named.
+
+    ``name`` and ``version`` are None for a folder, ``folder`` is None for a version;
+    ``digest`` is that of the version's saved folder, as its tag says.
+    """
+
+    asked: str
+    name: str | None = None
+    version: str | None = None
+    run_id: str | None = None
+    model_id: str | None = None
+    folder: Path | None = None
+    digest: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Short name for tables: ``planes-det/3`` or the folder's name."""
+        return f"{self.name}/{self.version}" if self.name else (self.folder.name if self.folder else self.asked)
+
+
+def resolve(text: str) -> Resolved:
+    """Find what ``text`` names.
+
+    A saved folder; ``name/3`` (version), ``name/Production`` (alias, else stage, in any
+    case), ``name/latest``, ``name@alias``, each with or without ``models:/`` before it.
+
+    Raises:
+        RegistryError: nothing of that name (listing what exists), or two aliases that
+            differ only in case.
+    """
+    if (Path(text) / SPEC_FILE).is_file():
+        return Resolved(text, folder=Path(text))
+    plain = re.sub(r"^models:/+", "", text)
+    name, sign, what = plain.partition("@") if "@" in plain else plain.partition("/")
+    if not sign or not name or not what or "/" in what:
+        raise RegistryError(
+            f"model {text!r}: expected a saved folder, NAME/VERSION, NAME/ALIAS or NAME@ALIAS; {_known_models()}"
+        )
+    versions = versions_of(name)
+    if not versions:
+        raise RegistryError(f"model {text!r}: no registered model {name!r}; {_known_models()}")
+    found = _pick(name, what, sign == "@", versions)
+    if found is not None and JOURNAL_OF in found.tags:
+        raise RegistryError(f"model {text!r}: is the journal of {found.tags[JOURNAL_OF]}, not a model")
+    if found is None:
+        raise RegistryError(f"model {text!r}: {name} has no version, alias or stage {what!r}; {describe(name, versions)}")
+    digest = found.tags.get(DIGEST)
+    return Resolved(text, name, str(found.version), found.run_id, logged_model_id(found), digest=digest)
+
+
+def logged_model_id(version: ModelVersion) -> str | None:
+    """MLflow's id of the logged model behind a version; SQL stores tell it by the version's source only.
+
+    That of a copy names the version it was copied from.
+    """
+    for _ in range(10):
+        match = re.search(r"^models:/(?:(m-\w+)|([^/]+)/(\d+))$", version.source or "")
+        if version.model_id or match is None or match[1]:
+            break
+        try:
+            version = MlflowClient().get_model_version(match[2], match[3])
+        except mlflow.MlflowException:
+            return None
+    return version.model_id or (match[1] if match else None)
+
+
+def version_of(resolved: Resolved) -> ModelVersion:
+    """MLflow's record of a registered version, with its tags.
+
+    Raises:
+        RegistryError: a folder, or the store refuses.
+    """
+    if resolved.name is None or resolved.version is None:
+        raise RegistryError(f"{resolved.asked}: a saved folder; name a registered version, such as planes-det/3")
+    try:
+        return MlflowClient().get_model_version(resolved.name, resolved.version)
+    except mlflow.MlflowException as error:
+        raise RegistryError(f"{resolved.label}: cannot be read from the registry ({one_line(error)[:200]})") from None
+
+
+def _pick(name: str, what: str, alias_only: bool, versions: Sequence[ModelVersion]) -> ModelVersion | None:
+    by_number = {str(v.version): v for v in versions}
+    if not alias_only and re.fullmatch(r"v?\d+", what):
+        return by_number.get(what.removeprefix("v"))
+    number = find_alias(name, what)
+    if number is not None:
+        return by_number.get(number)
+    if alias_only:
+        return None
+    if what.lower() == "latest":
+        return max(versions, key=lambda v: int(v.version))
+    # Stages are deprecated in MLflow; a server that still has them is heard last.
+    staged = [v for v in versions if (v.current_stage or "None").lower() == what.lower() != "none"]
+    return max(staged, key=lambda v: int(v.version), default=None)
+
+
+def find_alias(name: str, alias: str) -> str | None:
+    """The version number that an alias, in any case, points to; None where there is none.
+
+    Raises:
+        RegistryError: two aliases differ only in case and point to different versions.
+    """
+    same = {k: str(v) for k, v in aliases_of(name).items() if k.lower() == alias.lower()}
+    if len(set(same.values())) > 1:
+        listed = ", ".join(f"{k} -> {v}" for k, v in sorted(same.items()))
+        raise RegistryError(f"{name}: aliases that differ only in case ({listed}); delete all but the lower-case one")
+    return next(iter(same.values()), None)
+
+
+def aliases_of(name: str) -> dict[str, str]:
+    """Alias -> version number of a registered model."""
+    try:
+        return {k: str(v) for k, v in MlflowClient().get_registered_model(name).aliases.items()}
+    except mlflow.MlflowException as error:
+        raise RegistryError(f"{name}: cannot be read from the registry ({one_line(error)[:200]})") from None
+
+
+def set_alias(name: str, alias: str, version: str) -> None:
+    """Point an alias, in lower case, to a version; other spellings of it follow first and are removed at last.
+
+    So that whoever reads the alias meanwhile, in any spelling, finds the old or the new version.
+
+    Raises:
+        RegistryError: the store refuses.
+    """
+    client = MlflowClient()
+    written = alias.lower()
+    others = [a for a in aliases_of(name) if a.lower() == written and a != written]
+    try:
+        for spelling in (*others, written):
+            client.set_registered_model_alias(name, spelling, version)
+        for other in others:
+            client.delete_registered_model_alias(name, other)
+    except mlflow.MlflowException as error:
+        raise RegistryError(f"{name}: {written} cannot be moved ({one_line(error)[:200]})") from None
+
+
+def set_tags(version: ModelVersion, tags: Mapping[str, str]) -> None:
+    """Set tags of a version that differ from those it has.
+
+    Raises:
+        RegistryError: the store refuses.
+    """
+    try:
+        for key, value in tags.items():
+            if version.tags.get(key) != value:
+                MlflowClient().set_model_version_tag(version.name, str(version.version), key, value)
+    except mlflow.MlflowException as error:
+        raise RegistryError(f"{version.name}/{version.version}: cannot be tagged ({one_line(error)[:200]})") from None
+
+
+def find_trained(name: str, key: str) -> ModelVersion | None:
+    """The newest version that was trained with this key (recipe, data, code), if any."""
+    matching = [v for v in versions_of(name) if v.tags.get("training_key") == key and v.status == "READY"]
+    # One whose evaluation failed is evaluated again, not reused.
+    matching = [v for v in matching if v.tags.get("evaluation", "complete") == "complete"]
+    return max(matching, key=lambda v: int(v.version), default=None)
+
+
+def describe(name: str, versions: Sequence[ModelVersion] | None = None) -> str:
+    """What exists under a name: ``versions 1-3; aliases production -> 2``."""
+    versions = versions_of(name) if versions is None else versions
+    numbers = sorted(int(v.version) for v in versions)
+    listed = ", ".join(map(str, numbers)) if len(numbers) < 8 else f"{numbers[0]} to {numbers[-1]}"
+    aliases = ", ".join(f"{k} -> {v}" for k, v in sorted(aliases_of(name).items())) or "none"
+    return f"versions: {listed}; aliases: {aliases}"
+
+
+def versions_of(name: str) -> list[ModelVersion]:
+    """All versions of a registered model.
+
+    Raises:
+        RegistryError: the store refuses.
+    """
+    quoted = name.replace("'", "")
+    try:
+        return list(MlflowClient().search_model_versions(f"name = '{quoted}'", max_results=1000))
+    except mlflow.MlflowException as error:
+        raise RegistryError(f"{name}: cannot be read from the registry ({one_line(error)[:200]})") from None
+
+
+def registered_names() -> list[str]:
+    """Names of the registered models, without the journals of promotions."""
+    found: list[str] = []
+    token = None
+    while True:
+        page = MlflowClient().search_registered_models(max_results=100, page_token=token)
+        found += [m.name for m in page if JOURNAL_OF not in m.tags]
+        token = page.token
+        if not token:
+            return sorted(found)
+
+
+def _known_models() -> str:
+    try:
+        names = registered_names()
+    except mlflow.MlflowException:
+        names = []
+    return f"registered: {', '.join(names)}" if names else "nothing is registered here yet; train a model first"
+
+
+def cache_folder() -> Path:
+    """Where downloaded versions are kept: ``PLANES_CACHE``, or ``planes/versions`` in the user's cache folder."""
+    given = os.environ.get("PLANES_CACHE")
+    return (
+        Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "planes" / "versions"
+    )
+
+
+def fetch(resolved: Resolved) -> Path:
+    """Local saved folder of what was resolved; where the artefacts are elsewhere, downloaded once and kept by digest.
+
+    Raises:
+        RegistryError: the artefacts are gone, hold no saved model of ours, or are not what
+            the version's digest says.
+    """
+    if resolved.folder is not None:
+        return resolved.folder
+    uri = f"models:/{resolved.name}/{resolved.version}"
+    if resolved.digest is not None and not re.fullmatch(r"[0-9a-f]{16,64}", resolved.digest):
+        raise RegistryError(f"{uri}: its tag {DIGEST} is no digest ({resolved.digest!r:.80}); do not use it")
+    kept = cache_folder() / resolved.digest if resolved.digest else None
+    if kept is not None and _is_whole(kept):
+        return kept
+    try:
+        source = MlflowClient().get_model_version_download_uri(str(resolved.name), str(resolved.version))
+        local = Path(source.removeprefix("file://"))
+        if local.is_dir():
+            return _checked(local, uri, resolved.digest)
+        inside = _saved_folder(uri)
+        if kept is None:
+            return _checked(_download(f"{uri}/{inside}", None), uri, None)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".download-") as into:
+            saved = _checked(_download(f"{uri}/{inside}", into), uri, resolved.digest)
+            # Another process may have been faster, and be reading it.
+            if not _is_whole(kept):
+                shutil.rmtree(kept, ignore_errors=True)
+                saved.rename(kept)
+    except (mlflow.MlflowException, OSError) as error:
+        raise RegistryError(f"{uri}: its artefacts cannot be fetched ({one_line(error)[:200]})") from None
+    return kept
+
+
+def read_artifact(version: Resolved, name: str, most_bytes: int) -> bytes | None:
+    """A file that lies beside a version's saved folder; None where it has none.
+
+    Raises:
+        RegistryError: the artefacts cannot be read, a link, or larger than ``most_bytes``.
+    """
+    uri = f"models:/{version.name}/{version.version}"
+    try:
+        source = MlflowClient().get_model_version_download_uri(str(version.name), str(version.version))
+        local = Path(source.removeprefix("file://"))
+        if local.is_dir():
+            path = local / "artifacts" / name
+            if not os.path.lexists(path):
+                return None
+            size = -1 if path.is_symlink() or not path.is_file() else path.stat().st_size
+        else:
+            entries = mlflow.artifacts.list_artifacts(artifact_uri=f"{uri}/artifacts")
+            sizes = [int(e.file_size or 0) for e in entries if e.path == f"artifacts/{name}"]
+            if not sizes:
+                return None
+            size = sizes[0]
+        if not 0 <= size <= most_bytes:
+            raise RegistryError(f"{uri}: its {name} is no plain file of at most {most_bytes:,} bytes; do not use it")
+        if not local.is_dir():
+            path = _download(f"{uri}/artifacts/{name}", None)
+        return path.read_bytes()
+    except (mlflow.MlflowException, OSError) as error:
+        raise RegistryError(f"{uri}: its artefacts cannot be fetched ({one_line(error)[:200]})") from None
+
+
+def _is_whole(kept: Path) -> bool:
+    return (kept / SPEC_FILE).is_file() and folder_digest(kept).startswith(kept.name)
+
+
+def _download(uri: str, into: str | None) -> Path:
+    return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=into))
+
+
+def _saved_folder(uri: str) -> str:
+    """Path of the saved folder in a version that is elsewhere; what would be downloaded is checked first."""
+    folders = [f.path for f in mlflow.artifacts.list_artifacts(artifact_uri=f"{uri}/artifacts") if f.is_dir]
+    if len(folders) != 1 or not re.fullmatch(r"artifacts/[\w.-]*\w[\w.-]*", folders[0]):
+        raise RegistryError(f"{uri}: not a version made by this project (no artifacts/*/{SPEC_FILE})")
+    found, left = [], [folders[0]]
+    while left:
+        for entry in mlflow.artifacts.list_artifacts(artifact_uri=f"{uri}/{left.pop()}"):
+            found.append((entry.path.removeprefix(f"{folders[0]}/"), int(entry.file_size or 0)))
+            if entry.is_dir:
+                found.pop()
+                left.append(entry.path)
+        if len(found) + len(left) > MAX_ENTRIES:
+            raise RegistryError(f"{uri}: holds more than {MAX_ENTRIES} files; no saved model does")
+    check_names(found, uri)
+    return folders[0]
+
+
+def _checked(local: Path, uri: str, digest: str | None) -> Path:
+    """The saved folder in a version's local files (or those files, where they are it), nothing but what was registered."""
+    specs = [local / SPEC_FILE] if (local / SPEC_FILE).exists() else list(local.glob(f"artifacts/*/{SPEC_FILE}"))
+    if len(specs) != 1:
+        raise RegistryError(f"{uri}: not a version made by this project (no artifacts/*/{SPEC_FILE})")
+    saved = specs[0].parent
+    check_folder(saved)
+    if saved.is_symlink():
+        raise RegistryError(f"{uri}: {saved.name} is a link; a saved model holds its files itself; do not use it")
+    if digest is not None and not folder_digest(saved).startswith(digest):
+        raise RegistryError(f"{uri}: its files are not those that were registered (digest {digest}); do not use it")
+    return saved

@@ -1,0 +1,132 @@
+"""From a saved folder to a registered version that any MLflow tool can load, with an example and its output."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+import cv2
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.models import ModelSignature
+from mlflow.tracking import MlflowClient
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import Array
+
+import models
+from models.errors import RegistryError, one_line
+from models.instances import to_rows
+from models.loading import load_model
+from models.saved.folder import folder_digest
+from pipelines.registry.model_versions import DIGEST, JOURNAL, logged_model_id
+from pipelines.registry.training_images import TRAINING_IMAGES_FILE, TrainingImages
+
+PACKAGE = Path(models.__file__).parent
+
+# Artefact of a version: the example image (PNG, base64) and the rows that the model predicts for it.
+EXAMPLE_FILE = "example.json"
+
+# What a version needs to run by itself; the rest of the project is not in it.
+SERVING_REQUIREMENTS = (
+    "mlflow",
+    "numpy",
+    "opencv-python",
+    "pandas",
+    "pillow",
+    "pycocotools",
+    "pydantic",
+    "rasterio",
+    "safetensors",
+    "segmentation-models-pytorch",
+    "timm",
+    "torch",
+    "torchvision",
+)
+
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string, "image")]),
+    outputs=Schema(
+        [
+            ColSpec(DataType.string, "image_id"),
+            ColSpec(DataType.long, "instance"),
+            *[ColSpec(DataType.double, name) for name in ("x1", "y1", "x2", "y2", "score")],
+            *[ColSpec(DataType.long, name) for name in ("label", "height", "width")],
+            ColSpec(Array(DataType.long), "mask_size", required=False),
+            ColSpec(DataType.string, "mask_counts", required=False),
+        ]
+    ),
+)
+
+
+def log_and_register(
+    folder: Path,
+    name: str,
+    example: np.ndarray,
+    tags: Mapping[str, str],
+    run_id: str,
+    register: bool = True,
+    trained_on: TrainingImages | None = None,
+) -> tuple[ModelVersion | None, str]:
+    """Log a saved folder to the active run as a models-from-code pyfunc and, with ``register``, register it.
+
+    Args:
+        example: RGB uint8 image, logged (base64 PNG) as the input example, with what the model predicts for it.
+        tags: tags of the version, beside that of its digest.
+        trained_on: what is known of the images that decided its weights; None where nothing is.
+
+    Returns:
+        The version (None where it is not registered) and MLflow's id of the logged model. Where the run has already
+        registered one (a process that was killed just after), that one.
+
+    Raises:
+        RegistryError: the store refuses.
+    """
+    client = MlflowClient()
+    if name == JOURNAL:
+        raise RegistryError(f"{name}: is the journal of promotions; give the model another name")
+    try:
+        for known in client.search_model_versions(f"run_id = '{run_id}'"):
+            if known.name == name:
+                return known, str(logged_model_id(known))
+        with tempfile.TemporaryDirectory() as work:
+            shown = Path(work) / EXAMPLE_FILE
+            shown.write_text(json.dumps(_answered(example, folder)))
+            artifacts = {"model": str(folder), "example": str(shown)}
+            if trained_on is not None:
+                listed = Path(work) / TRAINING_IMAGES_FILE
+                listed.write_text(trained_on.model_dump_json())
+                artifacts["training_images"] = str(listed)
+            info = mlflow.pyfunc.log_model(
+                # Names of logged models know fewer characters than those of registered ones, such as dev.planes-det.
+                name=re.sub(r"[/:.%\"']", "-", name),
+                python_model=str(PACKAGE / "pyfunc.py"),
+                artifacts=artifacts,
+                code_paths=[str(PACKAGE)],
+                signature=SIGNATURE,
+                input_example=pd.DataFrame({"image": [_encoded(example)]}),
+                pip_requirements=[f"{p}=={installed(p)}" for p in SERVING_REQUIREMENTS],
+            )
+        tags = {DIGEST: folder_digest(folder), **tags}
+        version = mlflow.register_model(info.model_uri, name, tags=tags) if register else None
+    except mlflow.MlflowException as error:
+        raise RegistryError(f"{name}: cannot be registered ({one_line(error)[:300]})") from None
+    return version, str(info.model_id)
+
+
+def _encoded(image: np.ndarray) -> str:
+    _, encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    return base64.b64encode(encoded.tobytes()).decode("ascii")
+
+
+def _answered(image: np.ndarray, folder: Path) -> dict[str, Any]:
+    """The example and the rows that the saved model predicts for it on the CPU, where every machine can repeat it."""
+    found = load_model(folder, "cpu").predict([image])[0].named("0")
+    return {"image": _encoded(image), "rows": to_rows([found])}

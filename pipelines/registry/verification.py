@@ -1,0 +1,150 @@
+"""Is a version still what was registered, and does it still predict what it did?"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from models.errors import DataError, PlanesError, RegistryError, one_line
+from models.geometry.rle import checked_rle, rle_iou
+from models.images.decoding import read_image
+from models.instances import Instances, from_rows
+from models.loading import load_model
+from models.saved.folder import folder_digest
+from pipelines.registry import model_versions
+from pipelines.registry.model_versions import Resolved
+from pipelines.registry.registration import EXAMPLE_FILE
+
+MOST_BYTES = 200_000_000
+# Other CPUs and numbers of threads change the last bits of a float; nothing changes this much.
+PIXELS, SCORE, MASK_IOU = 0.5, 0.01, 0.98
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; ``passed`` is None where it could not be."""
+
+    what: str
+    passed: bool | None
+    found: str
+
+
+class Row(BaseModel):
+    """A row of the instance table."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image_id: str
+    instance: int
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    score: float
+    label: int
+    height: int = Field(ge=1, le=100_000)
+    width: int = Field(ge=1, le=100_000)
+    mask_size: tuple[int, int] | None
+    mask_counts: str | None
+
+    @model_validator(mode="after")
+    def mask_of_this_image(self) -> Row:
+        """Masks are compared as images of that size, so none may claim another."""
+        if self.mask_size is not None and self.mask_size != (self.height, self.width):
+            raise ValueError("mask_size is not the image's size")
+        if (self.mask_size is None) != (not self.mask_counts):
+            raise ValueError("mask_size and mask_counts belong together")
+        if self.mask_counts:
+            checked_rle({"size": self.mask_size, "counts": self.mask_counts}, self.height, self.width)
+        return self
+
+
+class Example(BaseModel):
+    """Content of a version's example: the image (base64 of a file) and the rows that it predicted when registered."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: str
+    rows: list[Row] = Field(max_length=100_000)
+
+    def decoded(self) -> np.ndarray:
+        """The image, RGB uint8 (H, W, 3).
+
+        Raises:
+            DataError: not an image.
+        """
+        try:
+            return read_image(base64.b64decode(self.image, validate=True))
+        except (binascii.Error, ValueError):
+            raise DataError(f"{EXAMPLE_FILE}: image is not valid base64") from None
+
+
+def read_example(version: Resolved) -> Example | None:
+    """A version's example; None where it has none (registered by a release before 0.6).
+
+    Raises:
+        RegistryError: the artefacts cannot be read, or are no example.
+    """
+    content = model_versions.read_artifact(version, EXAMPLE_FILE, MOST_BYTES)
+    if content is None:
+        return None
+    try:
+        return Example.model_validate_json(content)
+    except ValidationError:
+        raise RegistryError(f"{version.label}: its {EXAMPLE_FILE} is damaged") from None
+
+
+def verify(version: Resolved) -> list[Finding]:
+    """Hash the files again, load the model, predict the example on the CPU and hold it against what was logged."""
+    findings = []
+    try:
+        folder = model_versions.fetch(version)
+        if version.digest is None:
+            findings.append(Finding("files", None, "no digest was noted when it was registered"))
+        else:
+            findings.append(Finding("files", True, f"are those of digest {folder_digest(folder)[:16]}"))
+        predictor = load_model(folder, "cpu")
+        findings.append(Finding("model", True, "loads"))
+        example = read_example(version)
+        if example is None:
+            findings.append(Finding("example", None, "no output was logged when it was registered"))
+        else:
+            found = predictor.predict([example.decoded()])[0].named("0")
+            logged = from_rows(row.model_dump() for row in example.rows)
+            findings.append(_compare(found, logged[0] if logged else None))
+    except PlanesError as error:
+        step = ("files", "model", "example")[min(len(findings), 2)]
+        findings.append(Finding(step, False, one_line(error)))
+    return findings
+
+
+def _compare(found: Instances, logged: Instances | None) -> Finding:
+    """The example's prediction now and then, plane by plane in order of score."""
+    if logged is None or not len(found):
+        same = logged is None and not len(found)
+        text = (
+            "no plane in the example, now and when logged" if same else f"{len(found)} planes, {len(logged or ())} logged"
+        )
+        return Finding("example", same, text)
+    if len(found) != len(logged):
+        return Finding("example", False, f"{len(found)} planes, {len(logged)} when logged")
+    pixels = float(np.abs(found.boxes - logged.boxes).max())
+    scores = float(np.abs(found.scores - logged.scores).max())
+    least = _least_iou(found.masks, logged.masks)
+    passed = pixels <= PIXELS and scores <= SCORE and least >= MASK_IOU
+    text = f"{len(found)} planes as logged: boxes within {pixels:.3g} pixels, scores within {scores:.2g}"
+    return Finding("example", passed, text + ("" if found.masks is None else f", masks' IoU at least {least:.4f}"))
+
+
+def _least_iou(found: Sequence[dict[str, Any]] | None, logged: Sequence[dict[str, Any]] | None) -> float:
+    if found is None and logged is None:
+        return 1.0
+    if found is None or logged is None:
+        return 0.0
+    return min(float(rle_iou([a], [b])[0, 0]) for a, b in zip(found, logged, strict=True))

@@ -1,0 +1,94 @@
+"""Commands of ``planes-registry`` that move aliases, and the one that tells what was moved.
+
+What loads networks is imported on use: a rollback, or a look at the history, should not wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+from tabulate import tabulate
+
+from models.errors import RegistryError
+from pipelines.registry import journal, lineage, model_versions, promotion
+from pipelines.tracking import mlflow_runs
+
+
+def promote_version(
+    model: str,
+    target: str,
+    *,
+    gates: str | None,
+    data: tuple[str, ...],
+    split: str | None,
+    dry_run: bool,
+    force: bool,
+    reason: str,
+    device: str,
+) -> bool:
+    """Promote; with ``NAME@ALIAS`` as target a copy of the version in that model. False where a gate failed."""
+    from pipelines.registry.copying import copy_version
+    from pipelines.steps.promote import PromotionRequest, promote
+
+    mlflow_runs.connect()
+    name, sign, alias = target.rpartition("@")
+    promotion.checked_alias(alias)
+    if sign and name != model_versions.resolve(model).name:
+        version = model_versions.resolve(model)
+        if dry_run:
+            raise RegistryError(f"--dry-run: {version.label} has no copy in {name} yet; give --to {alias} to try its gates")
+        copied = copy_version(version, name)
+        click.echo(f"{version.label} is {copied.label} there")
+        model = copied.label
+    request = PromotionRequest(model, alias, data, split, device, gates, dry_run, force, reason)
+    return promote(request).passed or force
+
+
+def roll_back(name: str, alias: str, version: str | None, reason: str, unchecked: bool) -> None:
+    """Move an alias back, once the version that it goes to is seen to load."""
+    mlflow_runs.connect()
+    model_versions.aliases_of(name)
+    at = promotion.read_alias_state(name, alias)
+    if at.finished is not None:
+        click.echo(f"finished a move that was interrupted: {lineage.format_entry(at.finished)}")
+    target = model_versions.resolve(f"{name}/{version or promotion.rollback_target(at)}")
+    if target.version == at.version:
+        click.echo(f"{target.label} is {at.alias} already")
+        return
+    if not unchecked:
+        from models.loading import load_model
+
+        load_model(model_versions.fetch(target), "cpu")
+    promotion.move(at, str(target.version), "rollback", reason)
+    click.echo(f"{target.label} is {at.alias} again, instead of version {at.version or 'none'}: {reason}")
+
+
+def tell_history(name: str, alias: str | None, as_json: bool) -> None:
+    """All moves, oldest first, and where the aliases stand now."""
+    mlflow_runs.connect()
+    aliases = model_versions.aliases_of(name)
+    entries = [e for e in journal.read_journal(name) if alias in (None, e.move.alias)]
+    if as_json:
+        click.echo(json.dumps({"aliases": aliases, "moves": [asdict(e) for e in entries]}, indent=2))
+        return
+    rows = [
+        [e.number, e.at, e.move.alias, f"{e.move.origin or 'none'} -> {e.move.to}", e.move.kind, e.by, e.state, e.move.why]
+        for e in entries
+    ]
+    head = ["", "when", "alias", "version", "how", "by", "state", "why"]
+    widths = [None] * (len(head) - 1) + [70]
+    click.echo(
+        tabulate(rows, headers=head, tablefmt="simple", maxcolwidths=widths) if rows else f"{name}: nothing was moved"
+    )
+    click.echo("now: " + (", ".join(f"{k} -> {v}" for k, v in sorted(aliases.items())) or "no aliases"))
+    champions = {e.move.to for e in entries if e.move.alias == promotion.PRODUCTION}
+    for moved in sorted({e.move.alias for e in entries}):
+        last = journal.effective_entries(entries, moved)[-1]
+        if last.state == "pending":
+            click.echo(f"{moved}: the last move was interrupted; the next promote or rollback finishes it first")
+        elif moved == promotion.CHALLENGER and moved not in aliases and last.move.to in champions:
+            click.echo(f"{moved}: version {last.move.to} went on to {promotion.PRODUCTION}")
+        elif last.state == "committed" and aliases.get(moved) != last.move.to:
+            click.echo(f"{moved}: stands at {aliases.get(moved, 'none')}, moved past planes-registry since")

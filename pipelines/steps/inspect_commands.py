@@ -1,0 +1,104 @@
+"""Commands of ``planes-registry`` that look at versions, copy them and sweep those that nobody needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import click
+from tabulate import tabulate
+
+from pipelines.registry import copying, lineage, model_versions
+from pipelines.registry.verification import verify
+from pipelines.tracking import mlflow_runs
+
+
+def list_versions(models: Sequence[str], as_json: bool) -> None:
+    """A table of versions."""
+    mlflow_runs.connect()
+    rows = lineage.overview(models)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    elif rows:
+        click.echo(tabulate(rows, headers="keys", tablefmt="simple"))
+    else:
+        click.echo("nothing is registered here yet; train a model first")
+
+
+def show_version(text: str, as_json: bool) -> None:
+    """A version's lineage."""
+    mlflow_runs.connect()
+    facts = lineage.lineage(model_versions.resolve(text))
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        lines = _lines(value)
+        click.echo(f"{key:<{width}}  {lines[0]}")
+        for line in lines[1:]:
+            click.echo(f"{'':<{width}}  {line}")
+
+
+def _lines(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return ["  ".join(f"{k} {v:.4g}" for k, v in value.items()) or "none"]
+    return [str(v) for v in value] or ["none"] if isinstance(value, list) else [str(value) or "none"]
+
+
+def show_difference(first: str, second: str, as_json: bool) -> None:
+    """What differs between two versions."""
+    mlflow_runs.connect()
+    pair = model_versions.resolve(first), model_versions.resolve(second)
+    rows, code = lineage.difference(*pair), lineage.code_difference(*pair)
+    if as_json:
+        keys = ("section", "key", pair[0].label, pair[1].label)
+        click.echo(json.dumps({"rows": [dict(zip(keys, r, strict=True)) for r in rows], "code": code}, indent=2))
+        return
+    if not rows:
+        click.echo(f"{pair[0].label} and {pair[1].label}: the same params, metrics, data, code and files")
+        return
+    heads = ["", "", pair[0].label, pair[1].label]
+    click.echo(tabulate(rows, headers=heads, tablefmt="simple", disable_numparse=True, maxcolwidths=[None, 40, 50, 50]))
+    if code:
+        click.echo(code)
+
+
+def verify_version(text: str) -> bool:
+    """Whether nothing that was looked at is wrong."""
+    mlflow_runs.connect()
+    version = model_versions.resolve(text)
+    findings = verify(version)
+    words = {True: "ok", False: "FAIL", None: "?"}
+    click.echo(f"{version.label}:\n{tabulate([[words[f.passed], f.what, f.found] for f in findings], tablefmt='plain')}")
+    return all(f.passed is not False for f in findings)
+
+
+def copy(text: str, name: str, server: str | None) -> None:
+    """Copy a version to another registered model."""
+    mlflow_runs.connect()
+    version = model_versions.resolve(text)
+    copied = copying.copy_version(version, name, server)
+    click.echo(f"{version.label} is {copied.label}" + (f" on {server}" if server else ""))
+
+
+def sweep(models: Sequence[str], keep: int, dry_run: bool, yes: bool) -> None:
+    """Tell which versions nothing names; delete them after asking."""
+    mlflow_runs.connect()
+    names = models or model_versions.registered_names()
+    if not names:
+        click.echo("nothing is registered here yet")
+    for name in names:
+        model_versions.aliases_of(name)
+        found = lineage.sweep(name, keep)
+        unnamed = [k.version for k in found if not k.reason]
+        rows = [[f"{name}/{k.version}", "keep" if k.reason else "delete", k.reason or "nothing names it"] for k in found]
+        click.echo(tabulate(rows, tablefmt="plain"))
+        if dry_run or not unnamed:
+            continue
+        if not yes and not click.confirm(f"Delete {len(unnamed)} versions of {name}?", default=False):
+            continue
+        for version in unnamed:
+            lineage.delete(name, version, keep)
+            click.echo(f"{name}/{version} deleted; its artefacts stay until `mlflow gc`")

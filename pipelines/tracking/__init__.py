@@ -1,0 +1,1 @@
+"""MLflow runs, and stores that were moved with their folder."""

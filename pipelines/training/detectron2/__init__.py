@@ -1,0 +1,1 @@
+"""Detectron2's own trainer, with hooks that log to ours; imported on use."""

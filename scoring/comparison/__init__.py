@@ -1,0 +1,1 @@
+"""Several predictions of the same images against each other: tables, intervals, a report."""

@@ -1,0 +1,248 @@
+"""Several predictions of the same images, compared; metrics come from pipelines.evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from models.errors import DataError
+from models.instances import Instances
+from pipelines.data.dataset import Dataset
+from pipelines.evaluation.matching import Diagnosis, Kind, bootstrap_difference, diagnose, disagreement, rank
+from pipelines.evaluation.metrics import COCO_METRICS, evaluate_instances
+
+# First the numbers that people look for, then the rest as they come.
+ORDER = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "mask_AP", "mask_AP50", "IoU", "Dice")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One column of the comparison: what was scored, on which data, with which result.
+
+    failed: images that could not be read or predicted; leaves_out: whether its metrics are without them.
+    """
+
+    label: str
+    data: str
+    digest: str
+    metrics: Mapping[str, float]
+    images: int
+    seconds: float
+    source: str = ""
+    score_threshold: float = 0.05
+    megabytes: float = math.nan
+    category: str = "plane"
+    failed: int = 0
+    leaves_out: bool = False
+    segmenter: bool = False
+
+
+def check_same_data(runs: Sequence[Scored]) -> None:
+    """Refuse to compare over different images.
+
+    Raises:
+        DataError: naming the runs and data sets that differ.
+    """
+    first = runs[0]
+    for other in runs[1:]:
+        if other.digest != first.digest:
+            raise DataError(
+                f"{other.label} was scored on {other.data} (digest {other.digest}), "
+                f"{first.label} on {first.data} (digest {first.digest}); only equal data can be compared"
+            )
+
+
+def comparison_table(runs: Sequence[Scored]) -> pd.DataFrame:
+    """One row per run; metrics as columns in reading order, then images per second.
+
+    Raises:
+        DataError: the runs are over different images.
+    """
+    check_same_data(runs)
+    known = [{} if r.leaves_out else r.metrics for r in runs]
+    columns = [k for k in ORDER if any(k in r.metrics for r in runs)]
+    rows = []
+    for run, metrics in zip(runs, known, strict=True):
+        row: dict[str, object] = {"model": run.label, **{k: metrics.get(k, math.nan) for k in columns}}
+        row |= {"images": run.images, **({"failed": run.failed} if any(r.failed for r in runs) else {})}
+        row["images/s"] = run.images / run.seconds if run.seconds else math.nan
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def render(table: pd.DataFrame) -> str:
+    """The table as text for a terminal."""
+    return table.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.3f}")
+
+
+# Errors and disagreements are counted among detections of at least this score.
+SHOWN_SCORE = 0.5
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Predictions that take part; the score below which none were kept, speed and size where known.
+
+    failed: how many images could not be read or predicted, None where that is not known.
+    """
+
+    label: str
+    found: Sequence[Instances]
+    score_threshold: float = 0.05
+    images_per_second: float = math.nan
+    megabytes: float = math.nan
+    failed: int | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A candidate against the first one: difference of AP and its 95 % interval over resampled images."""
+
+    label: str
+    kind: Kind
+    difference: float
+    interval: tuple[float, float] | None
+
+    @property
+    def verdict(self) -> str:
+        """What the interval allows to say."""
+        if self.interval is None:
+            return "one image: no interval, nothing can be said about others"
+        if self.interval[0] > 0:
+            return "better"
+        return "worse" if self.interval[1] < 0 else "no difference shown"
+
+
+@dataclass(frozen=True)
+class ImageDifference:
+    """How far candidates disagree on one image; ``box`` (xyxy) is where most is to be seen."""
+
+    image_id: str
+    disagreements: int
+    correct: tuple[int, ...]
+    false: tuple[int, ...]
+    missed: tuple[int, ...]
+    box: tuple[float, float, float, float] | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a report shows; labels are in the order of the candidates."""
+
+    labels: list[str]
+    kinds: list[Kind]
+    metrics: dict[Kind, dict[str, dict[str, float]]]
+    curves: dict[Kind, dict[str, np.ndarray]]
+    pairs: list[Pair]
+    errors: dict[str, dict[str, int]]
+    matched_iou: dict[str, float]
+    images: list[ImageDifference]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def table(self, candidates: Sequence[Candidate]) -> pd.DataFrame:
+        """One row per candidate: metrics (masks prefixed ``mask_``), IoU of matched planes, errors, speed, size."""
+        rows = []
+        for one in candidates:
+            row: dict[str, object] = {"model": one.label}
+            if any(c.failed for c in candidates):
+                row["failed"] = one.failed
+            for kind in self.kinds:
+                prefix = "mask_" if kind == "segm" else ""
+                row |= {prefix + k: v for k, v in self.metrics[kind][one.label].items()}
+            row |= {"matched_IoU": self.matched_iou[one.label], **self.errors[one.label]}
+            rows.append({**row, "images/s": one.images_per_second, "MB": one.megabytes})
+        return pd.DataFrame(rows)
+
+
+def compare(dataset: Dataset, candidates: Sequence[Candidate], resamples: int = 500) -> Comparison:
+    """Compare two or more candidates on a data set with truth; the first is what the others are held against.
+
+    Masks are compared where truth and every candidate have them, boxes always. All
+    metrics count detections from the highest score threshold of the candidates on:
+    one that kept more would else be measured by another rule.
+
+    Raises:
+        DataError: fewer than two, equal labels, no truth, or predictions for other images.
+    """
+    labels = [c.label for c in candidates]
+    if len(candidates) < 2 or len(set(labels)) < len(labels):
+        raise DataError(f"a comparison needs two or more different candidates, not {', '.join(labels) or 'none'}")
+    threshold = max(c.score_threshold for c in candidates)
+    masks = dataset.has_masks and all(f.masks is not None or not len(f) for c in candidates for f in c.found)
+    kinds: list[Kind] = ["bbox", "segm"] if masks else ["bbox"]
+    kept = {c.label: [f.above(threshold) for f in c.found] for c in candidates}
+    metrics: dict[Kind, dict[str, dict[str, float]]] = {}
+    curves: dict[Kind, dict[str, np.ndarray]] = {}
+    pairs = []
+    for kind in kinds:
+        metrics[kind] = {k: evaluate_instances(dataset, kept[k], kind, threshold).metrics for k in labels}
+        ranked = {k: rank(dataset, kept[k], kind) for k in labels}
+        curves[kind] = {k: r.curve() for k, r in ranked.items()}
+        for label in labels[1:]:
+            difference = metrics[kind][label]["AP"] - metrics[kind][labels[0]]["AP"]
+            pairs.append(Pair(label, kind, difference, bootstrap_difference(ranked[labels[0]], ranked[label], resamples)))
+    said = {k: _diagnoses(dataset, kept[k], masks) for k in labels}
+    errors = {k: _sum([d.counts() for d in of.values()]) for k, of in said.items()}
+    overlaps = {k: [o for d in of.values() for o in d.overlaps] for k, of in said.items()}
+    settings = {
+        "data": f"{dataset.name}/{dataset.split}", "digest": dataset.digest(), "images": len(dataset),
+        "planes": dataset.planes, "score_threshold": threshold, "max_dets": 100, "resamples": resamples,
+        "errors_at_score": SHOWN_SCORE,
+        "images_failed": ", ".join(f"{c.label} {c.failed}" for c in candidates if c.failed) or "none known",
+    }  # fmt: skip
+    matched = {k: float(np.mean(v)) if v else math.nan for k, v in overlaps.items()}
+    images = _rank_images(dataset, kept, said, masks)
+    return Comparison(labels, kinds, metrics, curves, pairs, errors, matched, images, settings)
+
+
+def _diagnoses(dataset: Dataset, found: Sequence[Instances], masks: bool) -> dict[str, Diagnosis]:
+    by_id = {f.image_id: f.above(SHOWN_SCORE) for f in found}
+    return {s.image_id: diagnose(s, by_id.get(s.image_id, _nothing(s)), masks) for s in dataset.samples}
+
+
+def _nothing(sample: Any) -> Instances:
+    return Instances.make(sample.image_id, sample.height, sample.width, [], [], [], [])
+
+
+def _sum(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return {key: sum(c[key] for c in counts) for key in counts[0]}
+
+
+def _rank_images(
+    dataset: Dataset, kept: Mapping[str, Sequence[Instances]], said: Mapping[str, Mapping[str, Diagnosis]], masks: bool
+) -> list[ImageDifference]:
+    labels = list(kept)
+    by_id = {k: {f.image_id: f.above(SHOWN_SCORE) for f in of} for k, of in kept.items()}
+    rows = []
+    for sample in dataset.samples:
+        shown = {k: by_id[k].get(sample.image_id, _nothing(sample)) for k in labels}
+        total, places = 0, []
+        for label in labels[1:]:
+            left, right = disagreement(shown[labels[0]], shown[label], masks)
+            total += len(left) + len(right)
+            places += [(shown[labels[0]].scores[i], shown[labels[0]].boxes[i]) for i in left]
+            places += [(shown[label].scores[i], shown[label].boxes[i]) for i in right]
+        counts = [said[k][sample.image_id].counts() for k in labels]
+        box = max(places, key=lambda p: p[0])[1] if places else None
+        rows.append(
+            ImageDifference(
+                sample.image_id,
+                total,
+                tuple(c["correct"] for c in counts),
+                tuple(c["false"] + c["duplicate"] for c in counts),
+                tuple(c["missed"] for c in counts),
+                None if box is None else (float(box[0]), float(box[1]), float(box[2]), float(box[3])),
+            )
+        )
+    return sorted(rows, key=lambda r: (-r.disagreements, r.image_id))
+
+
+def deltas(comparison: Comparison, kind: Kind, label: str) -> dict[str, float]:
+    """COCO's twelve numbers of a candidate minus those of the first."""
+    first, other = comparison.metrics[kind][comparison.labels[0]], comparison.metrics[kind][label]
+    return {k: other[k] - first[k] for k in COCO_METRICS}

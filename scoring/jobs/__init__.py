@@ -1,0 +1,1 @@
+"""A scoring job: its manifest, shards, resuming, tables; and its MLflow run."""

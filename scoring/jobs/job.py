@@ -1,0 +1,318 @@
+"""One scoring job: a predictor over a data set into a folder; knows no MLflow and no command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.errors import DataError, OutputError, one_line
+from models.instances import Instances
+from models.predictor import Predictor
+from models.runtime.devices import Precision
+from models.tiling.predictor import tiling_of
+from pipelines.data.dataset import Dataset, Sample
+from pipelines.evaluation.inference import evaluate_predictions, is_segmenter
+from pipelines.evaluation.metrics import Evaluation
+from scoring.jobs.export import FORMATS, export
+from scoring.jobs.manifest import Manifest, claimed, make_manifest
+from scoring.jobs.retry import can_be_tried_again, failed_before, part_again, replace_in_shard
+from scoring.jobs.shards import ERRORS, INSTANCES, finished, join_shards, totals_of, write_shard
+from scoring.reader import Failure
+from scoring.runners.local import LocalRunner, auto_batch, auto_workers
+from scoring.runners.runner import Runner
+from scoring.writers import kaggle, parquet
+
+Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """How to score.
+
+    batch_size: images at a time, and tiles per forward pass where it is given, None to leave it to
+    us; score_threshold: least score kept; overlays: how many; rle: convention of the Kaggle CSV;
+    tiling: settings of `models.tiling.settings.Tiling` instead of the version's, ``{"size": 0}`` for whole
+    images; shard_size: images that are written, and after a stop lost, together; workers: threads
+    that decode, None to leave it to us; fresh: throw away what is in the folder; precision: of
+    the networks, as `models.runtime.devices.precision` takes it; value_range and bands: how image files
+    are read, as `models.images.rendering.parse_rendering` takes them, None to leave it to the version.
+    """
+
+    batch_size: int | None = None
+    score_threshold: float = 0.05
+    overlays: int = 3
+    rle: kaggle.Convention = "course"
+    tiling: Mapping[str, Any] = field(default_factory=dict)
+    shard_size: int = 32
+    workers: int | None = None
+    fresh: bool = False
+    precision: Precision = "32"
+    value_range: str | None = None
+    bands: str | None = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What to change of the version's tiling."""
+        return {**self.tiling, **({"batch": self.batch_size} if self.batch_size and self.tiling.get("size") != 0 else {})}
+
+
+@dataclass
+class JobResult:
+    """What a job left: its folder, counts, times, and metrics where there is ground truth.
+
+    resumed: how many of the images had been scored by an earlier, interrupted call; stages:
+    seconds by stage, of all threads together; peaks: highest memory in MB by kind; unlogged: why
+    the tracking store did not take it; little: how many images fill little of the range that they are
+    read with, and the first of them.
+    """
+
+    label: str
+    folder: Path
+    images: int
+    instances: int
+    failures: int
+    seconds: float
+    evaluations: list[tuple[str, Evaluation]] = field(default_factory=list)
+    segmenter: bool = False
+    score_threshold: float = 0.05
+    megabytes: float = math.nan
+    resumed: int = 0
+    stages: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+    unlogged: str | None = None
+    little: int = 0
+    first_little: str = ""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metrics of all evaluations, prefixed; only those that exist."""
+        return {k: v for prefix, e in self.evaluations for k, v in e.finite(prefix).items()}
+
+
+def claim_folder(folder: Path) -> None:
+    """Make the output folder and prove that files can be written there.
+
+    Raises:
+        OutputError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot be written ({error.strerror or one_line(error)}); name another --out"
+        ) from None
+
+
+def folder_name(label: str) -> str:
+    """A label such as ``planes-det/3`` as a folder name.
+
+    >>> folder_name("planes-det/3")
+    'planes-det-3'
+    """
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", label)
+
+
+def run_job(
+    predictor: Predictor,
+    label: str,
+    dataset: Dataset,
+    out: Path,
+    settings: JobSettings,
+    progress: Progress,
+    *,
+    model: str = "",
+    device: str = "cpu",
+    runner: Runner | None = None,
+) -> JobResult:
+    """Predict every image, write table, COCO results, overlays and metrics into ``out/<label>``.
+
+    The work is done in shards that are on disk whole or not at all: called again after a
+    stop, the missing ones are made, and the tables are those of an undisturbed call.
+    Unreadable images are listed in ``errors.parquet`` and the others scored.
+
+    Args:
+        model: digest of the saved model, device: where it runs; both decide the rows.
+        runner: what predicts, ``predictor`` in this process without it; decides no row.
+
+    Raises:
+        DataError: no image could be read, or the folder holds another job.
+        OutputError: the folder cannot be written, or somebody else is writing there.
+    """
+    folder = out / folder_name(label)
+    claim_folder(folder)
+    batch_size = settings.batch_size or auto_batch(device)
+    decisive = _decisive(predictor, dataset, settings, device)
+    workers = settings.workers or auto_workers(device, dataset)
+    runner = runner or LocalRunner(predictor, device, batch_size, workers, settings.precision)
+    manifest = make_manifest(label, model, decisive, dataset, settings.shard_size)
+    try:
+        with claimed(folder, manifest, dataset, settings.fresh):
+            again = _try_again(runner, manifest, folder, dataset, settings.score_threshold, progress)
+            resumed, totals = len(dataset) - again, totals_of(folder)
+            if totals is None:
+                resumed = _make_missing(runner, manifest, folder, dataset, settings.score_threshold, progress) - again
+                join_shards(folder, len(manifest.shards()))
+                totals = totals_of(folder)
+            assert totals is not None
+            if not totals.images:
+                first = parquet.read_failures(folder / ERRORS)[0]
+                raise DataError(
+                    f"none of {len(dataset)} images could be scored; the first: {first.message} (--fresh tries again)"
+                )
+            job = JobResult(label, folder, totals.images, totals.instances, totals.failures, totals.seconds)
+            job.segmenter, job.score_threshold, job.resumed = is_segmenter(predictor), settings.score_threshold, resumed
+            job.stages, job.peaks = totals.stages, runner.peak_megabytes()
+            job.little, job.first_little = totals.little, totals.first_little
+            _write(job, dataset, totals.masks, settings)
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot be written ({error.strerror or one_line(error)}); what is done is kept, call again"
+        ) from None
+    return job
+
+
+def _decisive(predictor: Predictor, dataset: Dataset, settings: JobSettings, device: str) -> dict[str, Any]:
+    """The settings that decide a job's rows, as the manifest keeps them."""
+    tiling = tiling_of(predictor)
+    return {
+        "score_threshold": settings.score_threshold,
+        "batch_size": settings.batch_size or auto_batch(device),
+        "tiling": tiling.model_dump() if tiling else None,
+        "device": device.partition(":")[0],
+        "precision": settings.precision,
+        "rendering": dataset.rendering.model_dump(mode="json"),
+    }
+
+
+def _try_again(
+    runner: Runner, manifest: Manifest, folder: Path, dataset: Dataset, score_threshold: float, progress: Progress
+) -> int:
+    """Predict once more what could not be fetched in an earlier call; return how many images came of it."""
+    failed, shards = failed_before(folder, manifest, dataset), manifest.shards()
+    if not failed:
+        return 0
+    samples = {number: dataset.samples[shards[number].start : shards[number].stop] for number in failed}
+    numbers = sorted(failed)
+    parts = [[samples[number][position] for position in failed[number]] for number in numbers]
+    begun, total, changed = time.monotonic(), sum(map(len, parts)), 0
+    results: dict[int, dict[int, Instances | Failure]] = {}
+    for part, index, result in progress(runner.results(parts), total, f"trying {total} images again"):
+        number = numbers[part]
+        mine = results.setdefault(number, {})
+        mine[failed[number][index]] = result.above(score_threshold) if isinstance(result, Instances) else result
+        if len(mine) < len(parts[part]):
+            continue
+        # A shard at a time, so that a stop loses no more than one.
+        news = {p: r for p, r in results.pop(number).items() if not _failed_again(r, samples[number][p])}
+        if news:
+            totals = totals_of(folder)
+            if totals is not None:
+                part_again(folder, manifest, dataset, totals)
+            replace_in_shard(folder, number, samples[number], news, time.monotonic() - begun, runner.little(part))
+            begun, changed = time.monotonic(), changed + len(news)
+    return changed
+
+
+def _failed_again(result: Instances | Failure, sample: Sample) -> bool:
+    return isinstance(result, Failure) and can_be_tried_again(result, sample)
+
+
+def _make_missing(
+    runner: Runner, manifest: Manifest, folder: Path, dataset: Dataset, score_threshold: float, progress: Progress
+) -> int:
+    """Predict and write the shards that are not there; return how many images the others hold."""
+    done, shards = finished(folder), manifest.shards()
+    missing = [i for i in range(len(shards)) if i not in done]
+    parts = [dataset.samples[shards[i].start : shards[i].stop] for i in missing]
+    total = sum(map(len, parts))
+    if not total:
+        return len(dataset)
+    collected: dict[int, dict[int, Instances | Failure]] = {}
+    begun, counted = time.monotonic(), runner.stages()
+    with _Writer() as writer:
+        for position, index, result in progress(runner.results(parts), total, f"scoring with {manifest.label}"):
+            mine = collected.setdefault(position, {})
+            mine[index] = result.above(score_threshold) if isinstance(result, Instances) else result
+            if len(mine) < len(parts[position]):
+                continue
+            results = [mine[i] for i in range(len(mine))]
+            del collected[position]
+            now, stages = time.monotonic(), runner.stages()
+            spent = {stage: seconds - counted.get(stage, 0.0) for stage, seconds in stages.items()}
+            writer.submit(write_shard, folder, missing[position], results, now - begun, spent, runner.little(position))
+            begun, counted = now, stages
+    return len(dataset) - total
+
+
+class _Writer:
+    """Writes shards in a thread of its own while the next ones are predicted; one waits at most."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[None] | None = None
+
+    def submit(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Write, once what is being written is on disk.
+
+        Raises:
+            OSError: what was being written could not be.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+        self._pending = self._pool.submit(write, *arguments)
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Interrupted or failed, what has been predicted is still written.
+        self._pool.shutdown(wait=True)
+        if error is None and self._pending is not None:
+            self._pending.result()
+
+
+def _write(job: JobResult, dataset: Dataset, has_masks: bool, settings: JobSettings) -> None:
+    table = parquet.InstanceTable(job.folder / INSTANCES)
+    made = set(FORMATS) if has_masks or not job.instances else set(FORMATS) - {"kaggle"}
+    made -= set() if settings.overlays else {"overlays"}
+    export(table, dataset, job.folder, made, settings.rle, settings.overlays)
+    if not dataset.has_truth:
+        return
+    failed = {f.image_id for f in parquet.read_failures(job.folder / ERRORS)} if job.failures else set()
+    if job.segmenter and not dataset.has_masks:
+        # Outlines in boxes can be made where none are known, but not measured; what the table is, is said all the same.
+        content = [{"prefix": "", "metrics": {}, "settings": {"kind": "crop masks"}}]
+        write_text(job.folder / "metrics.json", json.dumps(content, indent=2) + "\n")
+    elif dataset.planes:
+        found = list(table)
+        listed = {f.image_id for f in found}
+        # Images without a plane have no row; that masks were looked for there counts. Nor have those that failed, and
+        # what is not found in them is missed.
+        empty = [
+            Instances.make(s.image_id, s.height, s.width, [], [], [], [] if has_masks else None)
+            for s in dataset.samples
+            if s.image_id not in listed
+        ]
+        how = (job.segmenter, settings.score_threshold, failed)
+        job.evaluations = evaluate_predictions([*found, *empty], dataset, *how)
+        content = [{"prefix": p, "metrics": e.finite(), "settings": e.settings} for p, e in job.evaluations]
+        write_text(job.folder / "metrics.json", json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

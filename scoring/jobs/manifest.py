@@ -1,0 +1,271 @@
+"""What a scoring job is to do, written down before it begins: model, settings, inputs, shards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from models.errors import DataError, OutputError
+from models.images.rendering import DEFAULT, Rendering
+from pipelines.data.dataset import Dataset, Sample
+from pipelines.data.remote import UNREADABLE, absolute, to_path
+from pipelines.evaluation.categories import PLANE
+
+MANIFEST, INPUTS, SHARDS, DONE, LOCK = "manifest.json", "inputs.parquet", "shards", "done.json", ".lock"
+
+# All that a job writes beside its manifest; ``.run`` is the MLflow run that is being logged (scoring.jobs.mlflow_log).
+WRITTEN = (
+    "instances.parquet",
+    "errors.parquet",
+    "coco_results.json",
+    "kaggle.csv",
+    "metrics.json",
+    ".run",
+    DONE,
+    INPUTS,
+)
+PICTURES = {"overlays": ".jpg", "geojson": ".geojson"}
+
+INPUT_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("path", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("number", pa.int64()),
+        ("digest", pa.string()),
+    ]
+)
+
+
+class Manifest(BaseModel):
+    """All that decides a job's rows.
+
+    model: digest of the saved folder; settings: threshold, tiling, batch, device; inputs:
+    digest of the images in their order; category: what is looked for, category_id: its number in COCO
+    results.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    label: str
+    model: str
+    settings: dict[str, Any]
+    data: str
+    split: str
+    category_id: int
+    inputs: str
+    images: int
+    shard_size: int
+    category: str = PLANE
+
+    def shards(self) -> list[range]:
+        """Positions of each shard's images among the inputs."""
+        return [range(a, min(a + self.shard_size, self.images)) for a in range(0, self.images, self.shard_size)]
+
+
+def make_manifest(label: str, model: str, settings: Mapping[str, Any], dataset: Dataset, shard_size: int) -> Manifest:
+    """The manifest of a job over a data set."""
+    return Manifest(
+        label=label,
+        model=model,
+        settings=dict(settings),
+        data=dataset.name,
+        split=dataset.split,
+        category_id=dataset.category_id,
+        inputs=_digest_in_order(dataset),
+        images=len(dataset),
+        shard_size=shard_size,
+        category=dataset.category,
+    )
+
+
+def _digest_in_order(dataset: Dataset, file_digests: Sequence[str] | None = None, as_in_060: bool = False) -> str:
+    """Of images, annotations and order: shards count the images."""
+    fingerprints = file_digests or dataset.file_digests()
+    content = dataset.digest_with(fingerprints, as_in_060) if file_digests or as_in_060 else dataset.digest()
+    digest = hashlib.sha256(content.encode())
+    for sample in dataset.samples:
+        digest.update(b"\0" + sample.image_id.encode())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def claimed(folder: Path, manifest: Manifest, dataset: Dataset, fresh: bool) -> Iterator[None]:
+    """Hold a job's folder: write the manifest and the list of inputs, or go on where an equal job stopped.
+
+    Args:
+        fresh: throw away what a job left there, whatever it was.
+
+    Raises:
+        DataError: the folder holds a job of another model, other settings or inputs (saying which).
+        OutputError: another process is working there.
+    """
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            if fresh:
+                # First of all: where what follows is interrupted, the next call finds no job and clears the rest.
+                (folder / MANIFEST).unlink(missing_ok=True)
+            if (folder / MANIFEST).exists():
+                _check(folder, read_manifest(folder), manifest, dataset)
+            else:
+                clear(folder)
+                write_durably(folder / INPUTS, lambda path: pq.write_table(_inputs(dataset), path, compression="zstd"))
+                text = manifest.model_dump_json(indent=2) + "\n"
+                write_durably(folder / MANIFEST, lambda path: path.write_text(text))
+            yield
+    except Timeout:
+        raise OutputError(f"{folder}: another score is writing there; wait for it or name another --out") from None
+
+
+def clear(folder: Path) -> None:
+    """Remove what a job wrote into its folder, and nothing else: somebody may keep notes there.
+
+    Raises:
+        OSError: something of it cannot be removed; it must not be taken for another job's.
+    """
+    shards = folder / SHARDS
+    if shards.is_symlink():
+        shards.unlink()
+    elif shards.exists():
+        shutil.rmtree(shards)
+    if not any((folder / name).exists() for name in (INPUTS, DONE)):
+        # Never a job's folder: what has such names is somebody's own.
+        return
+    for name, ending in PICTURES.items():
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            for path in (folder / name).glob(f"*{ending}"):
+                path.unlink()
+            if not any((folder / name).iterdir()):
+                (folder / name).rmdir()
+    # The list of inputs last: while it is there, an interrupted call is gone on with.
+    for name in (*(f".{name}.tmp" for name in (*WRITTEN, MANIFEST)), *WRITTEN):
+        (folder / name).unlink(missing_ok=True)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a job's folder.
+
+    Raises:
+        DataError: absent, damaged, or of another release.
+    """
+    try:
+        held = Manifest.model_validate_json((folder / MANIFEST).read_text())
+        # Releases before 0.6.1 had no other way to read image files.
+        return held.model_copy(update={"settings": {"rendering": DEFAULT.model_dump(mode="json"), **held.settings}})
+    except FileNotFoundError:
+        raise DataError(f"{folder}: not the folder of a scoring (no {MANIFEST})") from None
+    except (OSError, ValidationError, ValueError):
+        raise DataError(f"{folder / MANIFEST}: damaged or of another release; score with --fresh") from None
+
+
+def read_inputs(folder: Path, manifest: Manifest) -> Dataset:
+    """The images of a job as a data set without ground truth, for what is made from its table.
+
+    Raises:
+        DataError: the list is absent or damaged.
+    """
+    try:
+        rows = pq.read_table(folder / INPUTS).to_pylist()
+    except (OSError, pa.ArrowException):
+        raise DataError(f"{folder / INPUTS}: absent or damaged; score with --fresh") from None
+    none = np.zeros((0, 4), np.float32), (), np.zeros(0, bool)
+    rendering = Rendering.model_validate(manifest.settings["rendering"])
+    samples = [
+        Sample(
+            r["image_id"],
+            to_path(r["path"]),
+            r["height"],
+            r["width"],
+            r["image_id"],
+            *none,
+            False,
+            r["number"],
+            None,
+            rendering,
+        )
+        for r in rows
+    ]
+    return Dataset(
+        manifest.data, folder, manifest.split, manifest.category, tuple(samples), category_id=manifest.category_id
+    )
+
+
+def _inputs(dataset: Dataset) -> pa.Table:
+    columns: dict[str, list[Any]] = {name: [getattr(s, name) for s in dataset.samples] for name in ("image_id", "number")}
+    # The size of a lost image is a guess, and nothing is drawn into it.
+    columns |= {name: [0 if s.lost else getattr(s, name) for s in dataset.samples] for name in ("height", "width")}
+    columns["path"] = [absolute(s.path) for s in dataset.samples]
+    columns["digest"] = dataset.file_digests()
+    return pa.Table.from_pydict(columns, schema=INPUT_SCHEMA)
+
+
+def _check(folder: Path, held: Manifest, asked: Manifest, dataset: Dataset) -> None:
+    if held == asked or (held.inputs != asked.inputs and _but_for_fingerprints(folder, held, asked, dataset)):
+        return
+    what = [f"{k} {held.settings.get(k)}, not {v}" for k, v in asked.settings.items() if held.settings.get(k) != v]
+    for key in ("label", "model", "category", "shard_size"):
+        if getattr(held, key) != getattr(asked, key):
+            what.append(f"{key} {getattr(held, key)}, not {getattr(asked, key)}")
+    if held.inputs != asked.inputs:
+        what.append(_other_inputs(folder, dataset))
+    what = what or ["other data"]
+    raise DataError(f"{folder}: holds a scoring with {'; '.join(what)}; name another --out, or --fresh to score anew")
+
+
+def _but_for_fingerprints(folder: Path, held: Manifest, asked: Manifest, dataset: Dataset) -> bool:
+    """Whether two jobs are equal but for files of which one knows nothing: a store did not answer, a file was missing."""
+    if held.model_copy(update={"inputs": asked.inputs}) != asked:
+        return False
+    if _digest_in_order(dataset, as_in_060=True) == held.inputs:
+        return True
+    then = pq.read_table(folder / INPUTS, columns=["digest"])["digest"].to_pylist()
+    now = dataset.file_digests()
+    if len(then) != len(now) or UNREADABLE not in {*then, *now}:
+        return False
+    fingerprints = [old if UNREADABLE in (old, new) else new for old, new in zip(then, now, strict=True)]
+    return _digest_in_order(dataset, fingerprints) == held.inputs
+
+
+def _other_inputs(folder: Path, dataset: Dataset) -> str:
+    held = {r["image_id"]: r["digest"] for r in pq.read_table(folder / INPUTS).to_pylist()}
+    asked = dict(zip((s.image_id for s in dataset.samples), dataset.file_digests(), strict=True))
+    kinds = {
+        "new": sorted(asked.keys() - held.keys()),
+        "gone": sorted(held.keys() - asked.keys()),
+        "changed": sorted(
+            k for k in asked.keys() & held.keys() if asked[k] != held[k] and UNREADABLE not in (asked[k], held[k])
+        ),
+    }
+    parts = [f"{len(names)} images {kind} (first: {names[0]})" for kind, names in kinds.items() if names]
+    return f"other inputs: {', '.join(parts) or 'other annotations or another order'}"
+
+
+def write_durably(path: Path, write: Any) -> None:
+    """Let ``write`` fill a temporary file; flush it to disk and rename it over ``path``."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    flush(temporary)
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """fsync a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

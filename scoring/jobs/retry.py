@@ -1,0 +1,86 @@
+"""Images that could not be fetched when a job ran, tried again when it is called again; all others keep their rows."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from models.instances import Instances
+from pipelines.data.dataset import Dataset, Sample
+from scoring.jobs.manifest import DONE, Manifest
+from scoring.jobs.shards import ERRORS, INSTANCES, NOTES, Totals, finished, shard_folder, totals_of, write_shard
+from scoring.reader import Failure
+from scoring.writers import parquet
+from scoring.writers.walk import side_by_side
+
+UNREACHABLE, MISSING = "unreachable", "missing"
+
+
+def can_be_tried_again(failure: Failure, sample: Sample) -> bool:
+    """Whether what failed may work now: a store that did not answer, a file of this machine that is there by now."""
+    if failure.kind == UNREACHABLE:
+        return True
+    try:
+        return failure.kind == MISSING and isinstance(sample.path, Path) and sample.path.exists()
+    except OSError:
+        return False
+
+
+def failed_before(folder: Path, manifest: Manifest, dataset: Dataset) -> dict[int, list[int]]:
+    """Shard -> positions in it of the images of its finished shards, or of the finished job, that are worth another try."""
+    if totals_of(folder) is not None:
+        failures = parquet.read_failures(folder / ERRORS)
+    else:
+        shards = sorted(finished(folder))
+        failures = [f for i in shards for f in parquet.read_failures(shard_folder(folder, i) / ERRORS)]
+    by_id = {f.image_id: f for f in failures if f.kind in (UNREACHABLE, MISSING)}
+    found: defaultdict[int, list[int]] = defaultdict(list)
+    for number, sample in enumerate(dataset.samples if by_id else ()):
+        failure = by_id.get(sample.image_id)
+        if failure is not None and can_be_tried_again(failure, sample):
+            found[number // manifest.shard_size].append(number % manifest.shard_size)
+    return dict(found)
+
+
+def part_again(folder: Path, manifest: Manifest, dataset: Dataset, totals: Totals) -> None:
+    """Turn the tables of a finished job into its shards again, as before they were joined; it is unfinished then."""
+    rows = side_by_side(parquet.InstanceTable(folder / INSTANCES), dataset)
+    failures = {f.image_id: f for f in parquet.read_failures(folder / ERRORS)}
+    for number, positions in enumerate(manifest.shards()):
+        results: list[Instances | Failure] = []
+        for _ in positions:
+            sample, found = next(rows)
+            nothing = failures.get(sample.image_id) or _nothing(sample, totals.masks)
+            results.append(nothing if found is None else found)
+        # What the whole job took stands in the first shard.
+        seconds, stages = (totals.seconds, totals.stages) if number == 0 else (0.0, {})
+        little = [totals.first_little] * totals.little if number == 0 else []
+        write_shard(folder, number, results, seconds, stages, little)
+    # Until here a stop changes nothing: shards beside a finished job are removed.
+    (folder / DONE).unlink()
+
+
+def _nothing(sample: Sample, masks: bool) -> Instances:
+    return Instances.make(sample.image_id, sample.height, sample.width, [], [], [], [] if masks else None)
+
+
+def replace_in_shard(
+    folder: Path,
+    number: int,
+    samples: Sequence[Sample],
+    again: dict[int, Instances | Failure],
+    seconds: float,
+    little: Sequence[str] = (),
+) -> None:
+    """Write a finished shard anew with other results for some of its images; the rows of the rest stay as they are."""
+    shard = shard_folder(folder, number)
+    notes = json.loads((shard / NOTES).read_text())
+    found = {f.image_id: f for f in parquet.read_instances(shard / INSTANCES)}
+    failures = {f.image_id: f for f in parquet.read_failures(shard / ERRORS)}
+    results: list[Instances | Failure] = []
+    for position, sample in enumerate(samples):
+        known = found.get(sample.image_id) or failures.get(sample.image_id) or _nothing(sample, notes["masks"])
+        results.append(again.get(position, known))
+    write_shard(folder, number, results, notes["seconds"] + seconds, notes["stages"], [*notes.get("little", []), *little])

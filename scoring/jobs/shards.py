@@ -1,0 +1,135 @@
+"""Shards of a scoring job: a folder each, there whole or not at all, joined into the job's tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.instances import Instances
+from scoring.jobs.manifest import DONE, SHARDS, flush, write_durably
+from scoring.reader import Failure
+from scoring.writers import parquet
+
+INSTANCES, ERRORS, NOTES = "instances.parquet", "errors.parquet", "shard.json"
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What all shards hold: images predicted, planes, images that failed, seconds of work, whether masks were made.
+
+    stages: seconds by stage, of all threads together; little: how many images fill little of the range that
+    they are read with, first_little the id of the first.
+    """
+
+    images: int
+    instances: int
+    failures: int
+    seconds: float
+    masks: bool
+    stages: dict[str, float] = field(default_factory=dict)
+    little: int = 0
+    first_little: str = ""
+
+
+def shard_folder(folder: Path, number: int) -> Path:
+    """Where a shard is: six digits, and as many more as it takes."""
+    return folder / SHARDS / f"{number:06d}"
+
+
+def finished(folder: Path) -> set[int]:
+    """Numbers of the shards that are there; what a killed process left half-written is removed."""
+    numbers = set()
+    for path in (folder / SHARDS).iterdir() if (folder / SHARDS).is_dir() else ():
+        if re.fullmatch(r"\d{6,}", path.name):
+            numbers.add(int(path.name))
+        elif re.fullmatch(r"\.(old-)?\d{6,}", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    return numbers
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    results: Sequence[Instances | Failure],
+    seconds: float,
+    stages: Mapping[str, float],
+    little: Sequence[str] = (),
+) -> None:
+    """Write one shard, in place of an earlier one: temporary folder, fsync, rename.
+
+    Args:
+        seconds: that its images took, stages: the same by stage; the time of writing is added here.
+        little: ids of its images that fill little of their range.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    started = time.perf_counter()
+    found = [r for r in results if isinstance(r, Instances)]
+    failures = [r for r in results if isinstance(r, Failure)]
+    target = shard_folder(folder, number)
+    temporary = target.with_name(f".{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        parquet.write_instances(found, temporary / INSTANCES)
+        parquet.write_failures(failures, temporary / ERRORS)
+        for name in (INSTANCES, ERRORS):
+            flush(temporary / name)
+        counts = {"images": len(found), "instances": sum(map(len, found)), "failures": len(failures)}
+        notes: dict[str, Any] = {**counts, "seconds": seconds}
+        notes["masks"] = any(f.masks is not None for f in found)
+        notes["little"] = list(little)
+        notes["stages"] = {**stages, "write": time.perf_counter() - started}
+        (temporary / NOTES).write_text(json.dumps(notes))
+        for path in (temporary / NOTES, temporary):
+            flush(path)
+        old = target.with_name(f".old-{target.name}")
+        if target.exists():
+            # A kill between the two renames leaves the shard to be made again.
+            os.rename(target, old)
+        os.rename(temporary, target)
+        flush(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def totals_of(folder: Path) -> Totals | None:
+    """What a finished job holds, its shards removed; None where shards are missing or not yet joined."""
+    path = folder / DONE
+    if not path.exists():
+        return None
+    shutil.rmtree(folder / SHARDS, ignore_errors=True)
+    return Totals(**json.loads(path.read_text()))
+
+
+def join_shards(folder: Path, count: int) -> None:
+    """Write the job's instances.parquet and errors.parquet, a row group per shard, then done.json."""
+    shards = [shard_folder(folder, i) for i in range(count)]
+    for name, schema in ((INSTANCES, parquet.SCHEMA), (ERRORS, parquet.ERROR_SCHEMA)):
+
+        def fill(path: Path, name: str = name, schema: object = schema) -> None:
+            parquet.join_tables([shard / name for shard in shards], path, schema)
+
+        write_durably(folder / name, fill)
+    notes = [json.loads((shard / NOTES).read_text()) for shard in shards]
+    counts = {key: sum(n[key] for n in notes) for key in ("images", "instances", "failures", "seconds")}
+    stages: defaultdict[str, float] = defaultdict(float)
+    for stage, seconds in (item for n in notes for item in n["stages"].items()):
+        stages[stage] += seconds
+    # Shards of 0.6.0 have no such list.
+    little = [image_id for n in notes for image_id in n.get("little", [])]
+    first = little[0] if little else ""
+    masks = any(n["masks"] for n in notes)
+    totals = Totals(**counts, masks=masks, stages=dict(stages), little=len(little), first_little=first)
+    write_durably(folder / DONE, lambda path: path.write_text(json.dumps(asdict(totals)) + "\n"))

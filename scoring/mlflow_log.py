@@ -1,0 +1,119 @@
+"""Scoring runs in MLflow: linked to the version and the data set, and read back for comparison."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import mlflow
+from mlflow.tracking import MlflowClient
+
+from models.errors import RegistryError, one_line
+from pipelines.data.dataset import Dataset
+from pipelines.evaluation.categories import PLANE
+from pipelines.registry.model_versions import Resolved
+from pipelines.tracking import mlflow_runs
+from scoring.comparison.compare import Comparison, Scored
+from scoring.jobs.job import JobResult, folder_name
+
+# File in a job's folder that holds the id of a run that is not logged to its end.
+BEGUN = ".run"
+
+
+def log_job(
+    job: JobResult, resolved: Resolved, dataset: Dataset, params: dict[str, object], megabytes: float = math.nan
+) -> str:
+    """Log one scoring as an MLflow run with its outputs; return the run's id.
+
+    ``megabytes`` is the size of the model's saved folder.
+    """
+    # A number on training images must never look like one on test images.
+    prefix = next((f"{name}/" for name in ("train", "val") if dataset.split.startswith(name)), "test/")
+    tags = {"task": "score", "version": job.label, "metric_prefix": prefix}
+    tags |= {"outlines_given_boxes": "true"} if job.segmenter else {}
+    # Written while a run is being logged: after a stop, or a store that went away, it is gone on with.
+    begun = job.folder / BEGUN
+    resumed = begun.read_text() if begun.exists() else None
+    with mlflow_runs.tracked_run(f"score {job.label} on {dataset.name}/{dataset.split}", tags, resumed) as run:
+        begun.write_text(run.info.run_id)
+        mlflow_runs.log_params(
+            {**params, "model": job.label, "data_digest": dataset.digest(), "category": dataset.category}
+        )
+        mlflow_runs.log_dataset(dataset, "scoring")
+        model_id = mlflow_runs.link_model(resolved.model_id)
+        counts = {"images": job.images, "instances": job.instances, "errors": job.failures}
+        counts |= {"images_filling_little_of_their_range": job.little} if job.little else {}
+        if not math.isnan(megabytes):
+            mlflow.log_metric("model_megabytes", megabytes)
+        mlflow.log_metrics({**counts, "seconds": job.seconds, "images_per_second": job.images / job.seconds})
+        mlflow.log_metrics({f"stage_{name}_seconds": seconds for name, seconds in job.stages.items()})
+        mlflow.log_metrics({f"peak_{name}_megabytes": megabytes for name, megabytes in job.peaks.items()})
+        for kind, evaluation in job.evaluations:
+            mlflow_runs.log_evaluation(prefix + kind, evaluation, dataset, model_id)
+        for path in sorted(job.folder.iterdir()):
+            if path.is_dir():
+                mlflow.log_artifacts(str(path), f"scoring/{path.name}")
+            elif not path.name.startswith("."):
+                mlflow.log_artifact(str(path), "scoring")
+    begun.unlink(missing_ok=True)
+    return run.info.run_id
+
+
+def load_scored(run_id: str) -> Scored:
+    """Read a past scoring run back.
+
+    Raises:
+        RegistryError: no such run, or not a scoring run.
+    """
+    client = MlflowClient()
+    try:
+        run = client.get_run(run_id)
+    except mlflow.MlflowException as error:
+        raise RegistryError(f"run {run_id!r}: not found ({one_line(error)[:120]}); {recent_runs()}") from None
+    if run.data.tags.get("task") != "score":
+        raise RegistryError(f"run {run_id!r}: not a scoring run; {recent_runs()}")
+    prefix = run.data.tags.get("metric_prefix", "test/")
+    metrics = {k.removeprefix(prefix): v for k, v in run.data.metrics.items() if k.startswith(prefix)}
+    failed = int(run.data.metrics.get("errors", 0))
+    data = next((i.dataset for i in (run.inputs.dataset_inputs if run.inputs else ())), None)
+    return Scored(
+        run.data.tags.get("version", run_id),
+        data.name if data else "unknown data",
+        run.data.params.get("data_digest", "unknown"),
+        metrics,
+        int(run.data.metrics.get("images", 0)),
+        run.data.metrics.get("seconds", 0.0),
+        run.data.params.get("data.used", run.data.params.get("data", "")),
+        float(run.data.params.get("score_threshold", 0.05)),
+        run.data.metrics.get("model_megabytes", math.nan),
+        # Releases before 0.6.1 measured every version against planes.
+        run.data.params.get("category", PLANE),
+        failed,
+        # They left failed images out of their metrics, too.
+        leaves_out=bool(failed and metrics and "images_failed" not in metrics),
+        segmenter="IoU" in metrics or run.data.tags.get("outlines_given_boxes") == "true",
+    )
+
+
+def recent_runs(most: int = 5) -> str:
+    """The newest scoring runs, for error messages."""
+    experiments = [e.experiment_id for e in MlflowClient().search_experiments(max_results=100)]
+    runs = MlflowClient().search_runs(experiments, "tags.task = 'score'", max_results=most)
+    listed = ", ".join(f"{r.info.run_id} ({r.data.tags.get('version', '?')})" for r in runs)
+    return f"newest scoring runs: {listed}" if listed else "there are no scoring runs yet"
+
+
+def log_comparison(folder: Path, comparison: Comparison, dataset: Dataset) -> str:
+    """Log a comparison with its report, table and differences as a run of its own; return the run's id."""
+    labels = comparison.labels
+    with mlflow_runs.tracked_run(f"compare {', '.join(labels)}", {"task": "compare"}) as run:
+        mlflow_runs.log_params({"models": ", ".join(labels), **comparison.settings})
+        mlflow_runs.log_dataset(dataset, "comparison")
+        for pair in comparison.pairs:
+            name = f"{folder_name(pair.label)}/{'mask_' if pair.kind == 'segm' else ''}AP_difference"
+            mlflow.log_metric(name, pair.difference)
+            if pair.interval is not None:
+                mlflow.log_metrics({f"{name}_low": pair.interval[0], f"{name}_high": pair.interval[1]})
+        for name in ("report.html", "comparison.csv"):
+            mlflow.log_artifact(str(folder / name))
+        return run.info.run_id
