@@ -228,7 +228,7 @@ def test_every_evaluation_opens_its_data_with_the_lost_images(tmp_path, monkeypa
     assert "5 images" in done.output
 
     opened = []
-    monkeypatch.setattr(commands.tracking, "connect", lambda: "")
+    monkeypatch.setattr(commands.mlflow_runs, "connect", lambda: "")
     monkeypatch.setattr(commands, "finish", lambda candidates, dataset, out: opened.append(dataset))
     targets = tuple(str(job.folder) for job in jobs)
     commands.run_comparison(commands.ComparisonRequest(targets, str(folder), "test", str(tmp_path / "c"), "cpu", 0.05))

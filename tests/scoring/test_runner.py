@@ -153,7 +153,7 @@ def test_annotated_images_that_cannot_be_read_are_errors_too(tmp_path):
 
 def test_stages_add_up_over_threads():
     before = timing.seconds_since()
-    with timing.measured("test stage"):
+    with timing.timed("test stage"):
         pass
     first = timing.seconds_since(before)["test stage"]
     assert 0 < first < 1
