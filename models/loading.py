@@ -79,4 +79,4 @@ def retiled(spec: ModelSpec, changes: Mapping[str, Any]) -> Tiling | None:
         return Tiling.model_validate({**known, **changes})
     except ValidationError as error:
         first = error.errors()[0]
-        raise ModelError(f"tiles: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ModelError(f"tiles: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

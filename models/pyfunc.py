@@ -75,7 +75,7 @@ def image_bytes(value: object, paths: bool) -> bytes | str:
     encoded = text.partition(",")[2] if text.startswith("data:") else text
     try:
         return base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError):
+    except (binascii.Error, ValueError) as error:
         shown = f"{text[:80]!r}{'...' if len(text) > 80 else ''}"
         hint = (
             "no such file"
@@ -84,7 +84,7 @@ def image_bytes(value: object, paths: bool) -> bytes | str:
         )
         raise mlflow.MlflowException(
             f"image {shown}: not a base64-encoded image file ({hint})", error_code=INVALID_PARAMETER_VALUE
-        ) from None
+        ) from error
 
 
 class PlanesModel(PythonModel):

@@ -45,11 +45,11 @@ def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
             logging.getLogger(__name__).warning("%s: waiting for %s", path.parent / _name(path), _holder(path))
             lock.acquire()
         path.write_text(f"{what} (process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')})")
-    except Timeout:
+    except Timeout as error:
         remedy = "wait for it or stop it, or give another --name or --work-dir"
-        raise OutputError(f"{path.parent / _name(path)}: held by {_holder(path)}; {remedy}") from None
+        raise OutputError(f"{path.parent / _name(path)}: held by {_holder(path)}; {remedy}") from error
     except OSError as error:
-        raise OutputError(f"{path}: cannot be locked ({one_line(error)[:160]})") from None
+        raise OutputError(f"{path}: cannot be locked ({one_line(error)[:160]})") from error
     try:
         yield
     finally:

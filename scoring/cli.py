@@ -234,9 +234,9 @@ def _auto(option: str, options) -> int | None:  # type: ignore[no-untyped-def]
 def _number(option: str, text: str, kind):  # type: ignore[no-untyped-def]
     try:
         return kind(text)
-    except ValueError:
+    except ValueError as error:
         name = f"--{option.replace('_', '-')}"
-        raise click.UsageError(f"{name} {text}: expected {'a whole number' if kind is int else 'a number'}") from None
+        raise click.UsageError(f"{name} {text}: expected {'a whole number' if kind is int else 'a number'}") from error
 
 
 def _export(folder: str, formats: str, out: str | None, score_threshold: float, overlays: int, rle) -> None:  # type: ignore[no-untyped-def]

@@ -162,8 +162,8 @@ def checked_rle(rle: Any, height: int, width: int) -> RLE:
         size = [int(v) for v in rle["size"]]
         counts = rle["counts"].decode("ascii") if isinstance(rle["counts"], bytes) else rle["counts"]
         codes = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
-    except (KeyError, TypeError, AttributeError, OverflowError, UnicodeError):
-        raise ValueError("no size and text of runs") from None
+    except (KeyError, TypeError, AttributeError, OverflowError, UnicodeError) as error:
+        raise ValueError("no size and text of runs") from error
     if size != [height, width]:
         raise ValueError(f"RLE of size {size} in an image of [{height}, {width}]")
     whole = len(codes) > 0 and codes.min() >= 0 and codes.max() < 64 and codes[-1] < 32

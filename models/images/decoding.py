@@ -125,17 +125,17 @@ def _told(name: str) -> Iterator[None]:
     """What the decoder and the file system raise, as a DataError with its kind."""
     try:
         yield
-    except UnidentifiedImageError:
+    except UnidentifiedImageError as error:
         what = f"{name}: not an image that can be read (PNG, JPEG, TIFF, BMP, WebP)"
-        raise DataError(what, "not an image") from None
-    except FileNotFoundError:
-        raise DataError(f"{name}: no such file", "missing") from None
-    except PermissionError:
-        raise DataError(f"{name}: may not be read (permission denied)", "permission denied") from None
+        raise DataError(what, "not an image") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: no such file", "missing") from error
+    except PermissionError as error:
+        raise DataError(f"{name}: may not be read (permission denied)", "permission denied") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         # A decoder's own errors have no number; those of a disk that is away for the moment have one.
         kind = "damaged" if getattr(error, "errno", None) is None else "unreachable"
-        raise DataError(f"{name}: cannot be decoded ({one_line(error)})", kind) from None
+        raise DataError(f"{name}: cannot be decoded ({one_line(error)})", kind) from error
 
 
 def _fetched(source: RemoteFile) -> bytes:
@@ -148,7 +148,7 @@ def _fetched(source: RemoteFile) -> bytes:
         except Exception as error:
             # Each store's library has errors of its own.
             if pause is None:
-                raise DataError(f"{source}: cannot be fetched ({one_line(error)[:160]})", "unreachable") from None
+                raise DataError(f"{source}: cannot be fetched ({one_line(error)[:160]})", "unreachable") from error
         time.sleep(pause)
     raise AssertionError
 

@@ -94,7 +94,7 @@ def parse_rendering(value_range: str | None, bands: str | None, base: Rendering 
             "range": (value_range, "auto, percentile, depth or LOW,HIGH such as 0,2047"),
             "bands": (bands, "auto, one band or three such as 4,3,2"),
         }[field]
-        raise RecipeError(f"--{field} {given}: expected {expected}") from None
+        raise RecipeError(f"--{field} {given}: expected {expected}") from error
 
 
 def chosen_bands(settings: Rendering, count: int, default: list[int], name: str) -> list[int]:

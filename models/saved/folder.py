@@ -52,7 +52,7 @@ def write_folder(folder: str | Path, spec: ModelSpec, fill: Callable[[Path], Non
             shutil.rmtree(folder)
         os.rename(temporary, folder)
     except OSError as error:
-        raise ModelError(f"{folder}: cannot save the model ({one_line(error)})") from None
+        raise ModelError(f"{folder}: cannot save the model ({one_line(error)})") from error
     return folder
 
 
@@ -78,7 +78,7 @@ def read_weights(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / WEIGHTS_FILE
     try:
         return load_file(str(path))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: not a saved model (no {WEIGHTS_FILE})") from None
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder}: not a saved model (no {WEIGHTS_FILE})") from error
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: damaged weights ({one_line(error)})") from None
+        raise ModelError(f"{path}: damaged weights ({one_line(error)})") from error

@@ -48,10 +48,10 @@ def read_spec(folder: str | Path) -> ModelSpec:
         if path.stat().st_size > MAX_BYTES[SPEC_FILE]:
             raise ModelError(f"{path}: larger than {MAX_BYTES[SPEC_FILE]:,} bytes, not a model description")
         content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: not a saved model (no {SPEC_FILE})") from None
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder}: not a saved model (no {SPEC_FILE})") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not valid JSON ({one_line(error)})") from None
+        raise ModelError(f"{path}: not valid JSON ({one_line(error)})") from error
     if isinstance(content, dict) and content.get("format") not in (None, FORMAT):
         raise ModelError(f"{path}: format {content['format']!r}, this release reads {FORMAT}; install the matching release")
     try:
@@ -59,7 +59,7 @@ def read_spec(folder: str | Path) -> ModelSpec:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(v) for v in first["loc"]) or "whole file"
-        raise ModelError(f"{path}: {where}: {first['msg']}") from None
+        raise ModelError(f"{path}: {where}: {first['msg']}") from error
 
 
 def parse_architecture(spec: ModelSpec, kind: type[A]) -> A:
@@ -72,4 +72,4 @@ def parse_architecture(spec: ModelSpec, kind: type[A]) -> A:
         return kind.model_validate(spec.architecture)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ModelError(f"{SPEC_FILE}: architecture.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ModelError(f"{SPEC_FILE}: architecture.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error

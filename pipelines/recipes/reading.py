@@ -70,12 +70,12 @@ def _read(name: str) -> tuple[dict[str, Any], Path]:
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         near = difflib.get_close_matches(name, known_recipes(), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RecipeError(f"recipe {name!r}: not found{hint} Known: {', '.join(known_recipes())}") from None
+        raise RecipeError(f"recipe {name!r}: not found{hint} Known: {', '.join(known_recipes())}") from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path}: not valid YAML ({one_line(error)[:200]})") from None
+        raise RecipeError(f"recipe {path}: not valid YAML ({one_line(error)[:200]})") from error
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {path}: expected keys and values")
     return content, path
@@ -100,10 +100,10 @@ def parse_recipe(content: Mapping[str, Any], where: str, task: str | None = None
         first = error.errors()[0]
         loc = [v for v in first["loc"] if isinstance(v, str)]
         if first["type"] == "extra_forbidden":
-            raise RecipeError(f"{where}: {unknown_key(model, loc)}") from None
+            raise RecipeError(f"{where}: {unknown_key(model, loc)}") from error
         raise RecipeError(
             f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r}"
-        ) from None
+        ) from error
 
 
 def unknown_key(model: type[BaseModel], loc: Sequence[str]) -> str:
@@ -167,8 +167,8 @@ def _apply(content: dict[str, Any], override: str) -> None:
         content = inner
     try:
         content[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: value is not valid YAML") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: value is not valid YAML") from error
     # YAML 1.1 reads 1e-4 as text; a number was meant.
     if isinstance(content[last], str):
         try:

@@ -43,7 +43,7 @@ def copy_version(version: Resolved, name: str, server: str | None = None) -> Res
             if key.startswith(LEFT):
                 client.delete_model_version_tag(name, made.version, key)
     except mlflow.MlflowException as error:
-        raise RegistryError(f"{version.label}: cannot be copied to {name} ({one_line(error)[:200]})") from None
+        raise RegistryError(f"{version.label}: cannot be copied to {name} ({one_line(error)[:200]})") from error
     return model_versions.resolve(f"{name}/{made.version}")
 
 

@@ -126,7 +126,7 @@ def find_gates(name: str, given: str | None = None) -> tuple[GateFile, str]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"gates {path}: not valid YAML ({one_line(error)[:200]})") from None
+        raise RecipeError(f"gates {path}: not valid YAML ({one_line(error)[:200]})") from error
     return parse_gates(content, f"gates {path}"), str(path)
 
 
@@ -140,8 +140,8 @@ def parse_gates(content: Any, where: str) -> GateFile:
         if first["type"] == "extra_forbidden":
             fields = {f for k in (GateFile, RequiredData, Gates, SliceGate, MetricGate) for f in k.model_fields}
             near = difflib.get_close_matches(str(first["loc"][-1]), sorted(fields), 1, 0.5)
-            raise RecipeError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")) from None
-        raise RecipeError(f"{where}: {key or 'whole file'}: {first['msg'].removeprefix('Value error, ')}") from None
+            raise RecipeError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")) from error
+        raise RecipeError(f"{where}: {key or 'whole file'}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 @dataclass(frozen=True)

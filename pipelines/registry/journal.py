@@ -118,7 +118,7 @@ def read_journal(name: str) -> list[Entry]:
         versions = _versions(f"name = '{JOURNAL}' and tags.{JOURNAL_OF} = '{_quoted(name)}'")
         proofs = _proofs(name) if versions else {}
     except MlflowException as error:
-        raise RegistryError(f"journal of {name}: cannot be read ({one_line(error)[:200]})") from None
+        raise RegistryError(f"journal of {name}: cannot be read ({one_line(error)[:200]})") from error
     entries = [_entry(v, "", EARLIER.get(v.tags.get("state", ""), "pending")) for v in earlier if JOURNAL_OF in v.tags]
     for version in versions:
         token = version.tags.get("token", "")
@@ -233,7 +233,7 @@ def append(name: str, move: Move) -> Entry:
         if written and not hint:
             # The answer may have got lost, the entry not: what is told to have failed must not happen later.
             hint = _give_up(client, name, MOVE_TAG + token, f"aborted {_digest(tags)}")
-        raise RegistryError(f"{JOURNAL}: cannot be written ({one_line(error)[:200]}){hint}") from None
+        raise RegistryError(f"{JOURNAL}: cannot be written ({one_line(error)[:200]}){hint}") from error
     added = next((e for e in read_journal(name) if e.token == token), None)
     if added is None:
         raise RegistryError(f"{JOURNAL}: the entry for {name} is not there any more; somebody deleted or changed it")
@@ -293,4 +293,4 @@ def mark(name: str, entry: Entry, state: State) -> None:
         digest = client.get_registered_model(name).tags[MOVE_TAG + entry.token].partition(" ")[2]
         client.set_registered_model_tag(name, MOVE_TAG + entry.token, f"{state} {digest}")
     except (mlflow.MlflowException, KeyError) as error:
-        raise RegistryError(f"{name}: its tag of a move cannot be written ({one_line(error)[:200]})") from None
+        raise RegistryError(f"{name}: its tag of a move cannot be written ({one_line(error)[:200]})") from error

@@ -122,8 +122,8 @@ def read_training_images(version: Resolved) -> TrainingImages | None:
         return None
     try:
         return TrainingImages.model_validate_json(content)
-    except ValidationError:
-        raise RegistryError(f"{version.label}: its {TRAINING_IMAGES_FILE} is damaged") from None
+    except ValidationError as error:
+        raise RegistryError(f"{version.label}: its {TRAINING_IMAGES_FILE} is damaged") from error
 
 
 def _run(run_id: str | None) -> Run | None:
@@ -266,4 +266,4 @@ def delete(name: str, version: str, keep_newest: int) -> None:
     try:
         MlflowClient().delete_model_version(name, version)
     except mlflow.MlflowException as error:
-        raise RegistryError(f"{name}/{version}: cannot be deleted ({one_line(error)[:200]})") from None
+        raise RegistryError(f"{name}/{version}: cannot be deleted ({one_line(error)[:200]})") from error

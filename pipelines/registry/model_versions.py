@@ -106,7 +106,7 @@ def version_of(resolved: Resolved) -> ModelVersion:
     try:
         return MlflowClient().get_model_version(resolved.name, resolved.version)
     except mlflow.MlflowException as error:
-        raise RegistryError(f"{resolved.label}: cannot be read from the registry ({one_line(error)[:200]})") from None
+        raise RegistryError(f"{resolved.label}: cannot be read from the registry ({one_line(error)[:200]})") from error
 
 
 def _pick(name: str, what: str, alias_only: bool, versions: Sequence[ModelVersion]) -> ModelVersion | None:
@@ -143,7 +143,7 @@ def aliases_of(name: str) -> dict[str, str]:
     try:
         return {k: str(v) for k, v in MlflowClient().get_registered_model(name).aliases.items()}
     except mlflow.MlflowException as error:
-        raise RegistryError(f"{name}: cannot be read from the registry ({one_line(error)[:200]})") from None
+        raise RegistryError(f"{name}: cannot be read from the registry ({one_line(error)[:200]})") from error
 
 
 def set_alias(name: str, alias: str, version: str) -> None:
@@ -163,7 +163,7 @@ def set_alias(name: str, alias: str, version: str) -> None:
         for other in others:
             client.delete_registered_model_alias(name, other)
     except mlflow.MlflowException as error:
-        raise RegistryError(f"{name}: {written} cannot be moved ({one_line(error)[:200]})") from None
+        raise RegistryError(f"{name}: {written} cannot be moved ({one_line(error)[:200]})") from error
 
 
 def set_tags(version: ModelVersion, tags: Mapping[str, str]) -> None:
@@ -177,7 +177,7 @@ def set_tags(version: ModelVersion, tags: Mapping[str, str]) -> None:
             if version.tags.get(key) != value:
                 MlflowClient().set_model_version_tag(version.name, str(version.version), key, value)
     except mlflow.MlflowException as error:
-        raise RegistryError(f"{version.name}/{version.version}: cannot be tagged ({one_line(error)[:200]})") from None
+        raise RegistryError(f"{version.name}/{version.version}: cannot be tagged ({one_line(error)[:200]})") from error
 
 
 def find_trained(name: str, key: str) -> ModelVersion | None:
@@ -207,7 +207,7 @@ def versions_of(name: str) -> list[ModelVersion]:
     try:
         return list(MlflowClient().search_model_versions(f"name = '{quoted}'", max_results=1000))
     except mlflow.MlflowException as error:
-        raise RegistryError(f"{name}: cannot be read from the registry ({one_line(error)[:200]})") from None
+        raise RegistryError(f"{name}: cannot be read from the registry ({one_line(error)[:200]})") from error
 
 
 def registered_names() -> list[str]:
@@ -269,7 +269,7 @@ def fetch(resolved: Resolved) -> Path:
                 shutil.rmtree(kept, ignore_errors=True)
                 saved.rename(kept)
     except (mlflow.MlflowException, OSError) as error:
-        raise RegistryError(f"{uri}: its artefacts cannot be fetched ({one_line(error)[:200]})") from None
+        raise RegistryError(f"{uri}: its artefacts cannot be fetched ({one_line(error)[:200]})") from error
     return kept
 
 
@@ -300,7 +300,7 @@ def read_artifact(version: Resolved, name: str, most_bytes: int) -> bytes | None
             path = _download(f"{uri}/artifacts/{name}", None)
         return path.read_bytes()
     except (mlflow.MlflowException, OSError) as error:
-        raise RegistryError(f"{uri}: its artefacts cannot be fetched ({one_line(error)[:200]})") from None
+        raise RegistryError(f"{uri}: its artefacts cannot be fetched ({one_line(error)[:200]})") from error
 
 
 def _is_whole(kept: Path) -> bool:

@@ -162,7 +162,7 @@ def _exists(name: str, version: str) -> bool:
     except mlflow.MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False
-        raise RegistryError(f"{name}/{version}: cannot be read ({one_line(error)[:200]})") from None
+        raise RegistryError(f"{name}/{version}: cannot be read ({one_line(error)[:200]})") from error
 
 
 def _follow(name: str, entry: Entry) -> None:
@@ -183,7 +183,7 @@ def _follow(name: str, entry: Entry) -> None:
     except mlflow.MlflowException as error:
         raise RegistryError(
             f"{name}: {what.alias} was moved, but not all that goes with it ({one_line(error)[:200]})"
-        ) from None
+        ) from error
     mirror_stage(name, what.alias, what.to)
 
 

@@ -117,7 +117,7 @@ def log_and_register(
         tags = {DIGEST: folder_digest(folder), **tags}
         version = mlflow.register_model(info.model_uri, name, tags=tags) if register else None
     except mlflow.MlflowException as error:
-        raise RegistryError(f"{name}: cannot be registered ({one_line(error)[:300]})") from None
+        raise RegistryError(f"{name}: cannot be registered ({one_line(error)[:300]})") from error
     return version, str(info.model_id)
 
 

@@ -81,8 +81,8 @@ class Example(BaseModel):
         """
         try:
             return read_image(base64.b64decode(self.image, validate=True))
-        except (binascii.Error, ValueError):
-            raise DataError(f"{EXAMPLE_FILE}: image is not valid base64") from None
+        except (binascii.Error, ValueError) as error:
+            raise DataError(f"{EXAMPLE_FILE}: image is not valid base64") from error
 
 
 def read_example(version: Resolved) -> Example | None:
@@ -96,8 +96,8 @@ def read_example(version: Resolved) -> Example | None:
         return None
     try:
         return Example.model_validate_json(content)
-    except ValidationError:
-        raise RegistryError(f"{version.label}: its {EXAMPLE_FILE} is damaged") from None
+    except ValidationError as error:
+        raise RegistryError(f"{version.label}: its {EXAMPLE_FILE} is damaged") from error
 
 
 def verify(version: Resolved) -> list[Finding]:

@@ -29,12 +29,12 @@ def friendly(command: Callable[..., T]) -> Callable[..., T]:
         try:
             return command(*arguments, **options)
         except PlanesError as error:
-            raise click.ClickException(one_line(error)) from None
+            raise click.ClickException(one_line(error)) from error
         except Exception as error:
             # MLflow is not imported here: a mistake in a file name should be told at once.
             if type(error).__module__.partition(".")[0] != "mlflow":
                 raise
-            raise click.ClickException(f"MLflow: {one_line(error)[:400]}") from None
+            raise click.ClickException(f"MLflow: {one_line(error)[:400]}") from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             raise SystemExit(130) from None

@@ -34,7 +34,7 @@ def prepare(out: str, train: int = 60, test: int = 12, size: int = 1024, seed: i
     try:
         made = prepare_airfield(Path(out), settings, lambda items, total: show_progress(items, total, "scenes"))
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror})") from None
+        raise DataError(f"{out}: cannot be written ({error.strerror})") from error
     click.echo(f"{out}: {'made' if made else 'already there'}, {train} training and {test} test scenes")
 
 

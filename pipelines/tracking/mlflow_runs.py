@@ -64,7 +64,7 @@ def connect(given: str | None = None) -> str:
         raise RegistryError(
             f"tracking store {uri}: cannot be reached ({one_line(error)[:200]}); "
             "check MLFLOW_TRACKING_URI and that the server runs"
-        ) from None
+        ) from error
     return uri
 
 

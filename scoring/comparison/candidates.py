@@ -35,7 +35,7 @@ def data_of(runs: Sequence[Scored]) -> Dataset:
     try:
         check_same_data(runs)
     except DataError as error:
-        raise DataError(f"{error}{_difference(runs)}") from None
+        raise DataError(f"{error}{_difference(runs)}") from error
     first = runs[0]
     dataset = open_dataset(first.source, first.data.rpartition("/")[2], first.category, keep=True)
     if dataset.digest() != first.digest:
@@ -68,7 +68,7 @@ def from_run(run_id: str, scored: Scored, dataset: Dataset) -> Candidate:
     try:
         local = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="scoring/instances.parquet")
     except (mlflow.MlflowException, OSError) as error:
-        raise RegistryError(f"run {run_id}: its instance table cannot be fetched ({one_line(error)[:160]})") from None
+        raise RegistryError(f"run {run_id}: its instance table cannot be fetched ({one_line(error)[:160]})") from error
     speed = scored.images / scored.seconds if scored.seconds else math.nan
     found = checked_sizes(read_instances(Path(local)), dataset, f"run {run_id}")
     return Candidate(scored.label, found, scored.score_threshold, speed, scored.megabytes, scored.failed)

@@ -111,7 +111,7 @@ def claim_folder(folder: Path) -> None:
     except OSError as error:
         raise OutputError(
             f"{folder}: cannot be written ({error.strerror or one_line(error)}); name another --out"
-        ) from None
+        ) from error
 
 
 def folder_name(label: str) -> str:
@@ -178,7 +178,7 @@ def run_job(
     except OSError as error:
         raise OutputError(
             f"{folder}: cannot be written ({error.strerror or one_line(error)}); what is done is kept, call again"
-        ) from None
+        ) from error
     return job
 
 

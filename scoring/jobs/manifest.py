@@ -126,8 +126,8 @@ def claimed(folder: Path, manifest: Manifest, dataset: Dataset, fresh: bool) -> 
                 text = manifest.model_dump_json(indent=2) + "\n"
                 write_durably(folder / MANIFEST, lambda path: path.write_text(text))
             yield
-    except Timeout:
-        raise OutputError(f"{folder}: another score is writing there; wait for it or name another --out") from None
+    except Timeout as error:
+        raise OutputError(f"{folder}: another score is writing there; wait for it or name another --out") from error
 
 
 def clear(folder: Path) -> None:
@@ -165,10 +165,10 @@ def read_manifest(folder: Path) -> Manifest:
         held = Manifest.model_validate_json((folder / MANIFEST).read_text())
         # Releases before 0.6.1 had no other way to read image files.
         return held.model_copy(update={"settings": {"rendering": DEFAULT.model_dump(mode="json"), **held.settings}})
-    except FileNotFoundError:
-        raise DataError(f"{folder}: not the folder of a scoring (no {MANIFEST})") from None
-    except (OSError, ValidationError, ValueError):
-        raise DataError(f"{folder / MANIFEST}: damaged or of another release; score with --fresh") from None
+    except FileNotFoundError as error:
+        raise DataError(f"{folder}: not the folder of a scoring (no {MANIFEST})") from error
+    except (OSError, ValidationError, ValueError) as error:
+        raise DataError(f"{folder / MANIFEST}: damaged or of another release; score with --fresh") from error
 
 
 def read_inputs(folder: Path, manifest: Manifest) -> Dataset:
@@ -179,8 +179,8 @@ def read_inputs(folder: Path, manifest: Manifest) -> Dataset:
     """
     try:
         rows = pq.read_table(folder / INPUTS).to_pylist()
-    except (OSError, pa.ArrowException):
-        raise DataError(f"{folder / INPUTS}: absent or damaged; score with --fresh") from None
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{folder / INPUTS}: absent or damaged; score with --fresh") from error
     none = np.zeros((0, 4), np.float32), (), np.zeros(0, bool)
     rendering = Rendering.model_validate(manifest.settings["rendering"])
     samples = [

@@ -182,8 +182,8 @@ def _import_ray() -> Any:
     try:
         import ray
         import ray.data
-    except ImportError:
-        raise EngineMissing("--runner ray: Ray is not installed; pip install 'ray[data]' (the extra 'ray')") from None
+    except ImportError as error:
+        raise EngineMissing("--runner ray: Ray is not installed; pip install 'ray[data]' (the extra 'ray')") from error
     return ray
 
 
@@ -204,7 +204,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ModelError(
             f"Ray at {address or 'this machine'}: cannot be started or reached ({one_line(error)[:200]})"
-        ) from None
+        ) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -233,5 +233,5 @@ def _told() -> Iterator[None]:
         while cause is not None and not isinstance(cause, PlanesError):
             cause = getattr(cause, "cause", None) or cause.__cause__
         if cause is not None:
-            raise cause from None
-        raise ModelError(f"Ray: {one_line(error)[-300:]}") from None
+            raise cause from error
+        raise ModelError(f"Ray: {one_line(error)[-300:]}") from error

@@ -89,8 +89,8 @@ def decode_mask(text: str, height: int, width: int, convention: Convention = "co
     """
     try:
         numbers = np.array([int(part) for part in text.split()], dtype=np.int64)
-    except (ValueError, OverflowError):
-        raise ValueError(f"not whole numbers of pixels: {text[:40]!r}") from None
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"not whole numbers of pixels: {text[:40]!r}") from error
     if len(numbers) % 2:
         raise ValueError(f"{len(numbers)} numbers, expected pairs of start and length")
     starts, lengths = numbers[::2] - (convention == "airbus"), numbers[1::2]
@@ -139,7 +139,7 @@ def read_submission(path: Path, dataset: Dataset, convention: Convention = "cour
         try:
             planes.append(decode_mask(text, *sizes[sample.image_id], convention))
         except ValueError as error:
-            raise DataError(f"{path}: line {number}: {error}; is --rle {convention} right?") from None
+            raise DataError(f"{path}: line {number}: {error}; is --rle {convention} right?") from error
     return [_instances(image_id, sizes, of_image) for image_id, of_image in masks.items()]
 
 
@@ -157,7 +157,7 @@ def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
                     raise DataError(f"{path}: line {reader.line_num}: {len(row)} fields, expected 2")
                 yield reader.line_num, row[0], row[1]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
+        raise DataError(f"{path}: cannot be read ({error})") from error
 
 
 def _instances(image_id: str, sizes: Mapping[str, tuple[int, int]], masks: Sequence[RLE]) -> Instances:

@@ -66,9 +66,9 @@ def weights_source(weights: str, config: str, cfg: Any) -> str:
 
             return str(model_zoo.get_checkpoint_url(f"{config.removesuffix('.yaml')}.yaml"))
         except ImportError as error:
-            raise ModelError(f"Detectron2's model zoo cannot be imported ({error}); pip install 'setuptools<81'") from None
-        except RuntimeError:
-            raise ModelError(f"weights zoo: Detectron2's model zoo has none for {config}") from None
+            raise ModelError(f"Detectron2's model zoo cannot be imported ({error}); pip install 'setuptools<81'") from error
+        except RuntimeError as error:
+            raise ModelError(f"weights zoo: Detectron2's model zoo has none for {config}") from error
     if "://" in weights:
         return weights
     path = Path(weights)
@@ -91,8 +91,8 @@ def load_file(model: nn.Module, source: str) -> tuple[list[str], list[str]]:
         raise
     except Exception as error:
         if "://" in source:
-            raise download_error(source, error) from None
-        raise ModelError(f"weights {source}: cannot be loaded ({one_line(error)[:200]})") from None
+            raise download_error(source, error) from error
+        raise ModelError(f"weights {source}: cannot be loaded ({one_line(error)[:200]})") from error
     found = checkpointer.incompatible
     return [*found.missing_keys, *(entry[0] for entry in found.incorrect_shapes)], list(found.unexpected_keys)
 

@@ -184,7 +184,7 @@ def _backbone(architecture: DetectorArchitecture, pretrained: bool) -> BackboneW
     try:
         body = torchvision.models.get_model(name, weights=enum, norm_layer=norm)
     except OSError as error:
-        raise download_error(f"torchvision {name}", error) from None
+        raise download_error(f"torchvision {name}", error) from error
     if name.startswith("mobilenet"):
         body = body.features
         stages = [0, *[i for i, b in enumerate(body) if getattr(b, "_is_cn", False)], len(body) - 1]
@@ -260,4 +260,4 @@ def _coco_weights(architecture: DetectorArchitecture) -> Mapping[str, torch.Tens
     try:
         return torchvision.models.get_weight(f"{name}.DEFAULT").get_state_dict(progress=True)
     except OSError as error:
-        raise download_error(f"torchvision {name}", error) from None
+        raise download_error(f"torchvision {name}", error) from error

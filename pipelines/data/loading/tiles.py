@@ -175,7 +175,7 @@ def cached_tiles(tiles: Dataset, folder: Path, progress: Progress, unreadable: U
             if sizes != known:
                 write_whole(folder / DONE, lambda handle: handle.write(json.dumps(sizes).encode()))
         except OSError as error:
-            raise DataError(f"{folder}: tiles cannot be written ({error.strerror or one_line(error)})") from None
+            raise DataError(f"{folder}: tiles cannot be written ({error.strerror or one_line(error)})") from error
     pairs = zip(tiles.samples, samples, strict=True)
     return replace(tiles, samples=tuple(sample if sample.path.is_file() else tile for tile, sample in pairs))
 

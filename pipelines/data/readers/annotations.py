@@ -46,10 +46,10 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not valid JSON ({one_line(error)})") from None
+        raise DataError(f"{path}: not valid JSON ({one_line(error)})") from error
 
 
 def read_plane(entry: Mapping[str, Any], height: int, width: int, where: str, problems: Problems) -> Plane | None:

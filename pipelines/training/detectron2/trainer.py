@@ -113,7 +113,7 @@ def train_detectron2(
     except torch.multiprocessing.ProcessRaisedException as error:
         # The child's traceback as text; its last line says what was wrong.
         last = str(error).strip().splitlines()[-1]
-        raise ModelError(f"a training process failed: {last[:300]}") from None
+        raise ModelError(f"a training process failed: {last[:300]}") from error
     content = json.loads((folder / OUTCOME).read_text())
     return folder / "model", Outcome({}, content["step"], content["best"], content["history"])
 
@@ -155,7 +155,7 @@ def _work(
             try:
                 trainer.resume_or_load(resume=True)
             except Exception as error:
-                raise ModelError(f"{folder}: cannot be resumed ({one_line(error)[:200]}); train with --fresh") from None
+                raise ModelError(f"{folder}: cannot be resumed ({one_line(error)[:200]}); train with --fresh") from error
         else:
             load_initial(_bare(trainer.model), recipe.weights, recipe.config, cfg)
         trainer.train()
@@ -163,7 +163,7 @@ def _work(
         raise
     except FloatingPointError as error:
         rate = f"now {cfg.SOLVER.BASE_LR:g}"
-        raise ModelError(f"{one_line(error)[:100]}; lower SOLVER.BASE_LR ({rate}) or raise SOLVER.WARMUP_ITERS") from None
+        raise ModelError(f"{one_line(error)[:100]}; lower SOLVER.BASE_LR ({rate}) or raise SOLVER.WARMUP_ITERS") from error
     except Exception as error:
         # Settings that do not fit together come out of Detectron2 as errors of many kinds.
         what = f"{type(error).__name__}: {one_line(error)[:160]}"
