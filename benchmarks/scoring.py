@@ -117,7 +117,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 from benchmarks.scoring import score
-from models.predictor import load_model
+from models.loading import load_model
 from scoring.runners.local import peak_memory
 score(load_model(sys.argv[1], "cpu"), Path(sys.argv[2]), Path(sys.argv[3]))
 print(peak_memory() / 2**20)

@@ -26,10 +26,10 @@ import json, sys
 from pathlib import Path
 import cv2
 import numpy as np
-from pipelines import tracking
+from pipelines.tracking import mlflow_runs
 from pipelines.registry.registration import log_and_register
-tracking.connect()
-with tracking.tracked_run("given", {"mlflow.user": "trainer"}) as run:
+mlflow_runs.connect()
+with mlflow_runs.tracked_run("given", {"mlflow.user": "trainer"}) as run:
     image = np.full((96, 96, 3), 90, np.uint8)
     cv2.line(image, (48, 10), (48, 86), (250, 250, 250), 8)
     cv2.line(image, (14, 44), (82, 44), (250, 250, 250), 10)
