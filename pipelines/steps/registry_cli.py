@@ -33,7 +33,7 @@ def _run(function: str, *arguments: Any, **options: Any) -> Any:
     module, name = function.split(":")
 
     def call() -> Any:
-        target: Callable[..., Any] = getattr(importlib.import_module(f"pipelines.steps.{module}"), name)
+        target: Callable[..., Any] = getattr(importlib.import_module(module), name)
         return target(*arguments, **options)
 
     return friendly(call)()
@@ -64,7 +64,14 @@ def promote(model: str, version: str | None, target: str, force: bool, reason: s
     """
     if force and not reason.strip():
         raise click.UsageError("--force needs --reason TEXT: the history must tell why")
-    if not _run("moves:promote_version", _named(model, version), target, force=force, reason=reason, **options):
+    if not _run(
+        "pipelines.steps.alias_commands:promote_version",
+        _named(model, version),
+        target,
+        force=force,
+        reason=reason,
+        **options,
+    ):
         raise SystemExit(2)
 
 
@@ -76,7 +83,7 @@ def promote(model: str, version: str | None, target: str, force: bool, reason: s
 @click.option("--unchecked", is_flag=True, help="Do not load the version first to see that it works.")
 def rollback(model: str, **options: Any) -> None:
     """Move an alias of MODEL back to the version that it pointed to before; no gates, no data, seconds."""
-    _run("moves:roll_back", model, **options)
+    _run("pipelines.steps.alias_commands:roll_back", model, **options)
 
 
 @main.command()
@@ -85,7 +92,7 @@ def rollback(model: str, **options: Any) -> None:
 @JSON
 def history(model: str, alias: str | None, as_json: bool) -> None:
     """Tell every move of MODEL's aliases: when, from which version to which, by whom, why."""
-    _run("moves:tell_history", model, alias, as_json)
+    _run("pipelines.steps.alias_commands:tell_history", model, alias, as_json)
 
 
 @main.command(name="list")
@@ -93,7 +100,7 @@ def history(model: str, alias: str | None, as_json: bool) -> None:
 @JSON
 def list_versions(models: tuple[str, ...], as_json: bool) -> None:
     """List registered MODELS (all without a name) with their versions, aliases and metrics."""
-    _run("views:list_versions", models, as_json)
+    _run("pipelines.steps.inspect_commands:list_versions", models, as_json)
 
 
 @main.command()
@@ -102,7 +109,7 @@ def list_versions(models: tuple[str, ...], as_json: bool) -> None:
 @JSON
 def show(model: str, version: str | None, as_json: bool) -> None:
     """Show where MODEL VERSION comes from (data, code, run, parts), its gates and moves, and what uses it."""
-    _run("views:show_version", _named(model, version), as_json)
+    _run("pipelines.steps.inspect_commands:show_version", _named(model, version), as_json)
 
 
 @main.command()
@@ -111,7 +118,7 @@ def show(model: str, version: str | None, as_json: bool) -> None:
 @JSON
 def diff(first: str, second: str, as_json: bool) -> None:
     """Show how two versions differ: params, metrics, data, code."""
-    _run("views:show_difference", first, second, as_json)
+    _run("pipelines.steps.inspect_commands:show_difference", first, second, as_json)
 
 
 @main.command()
@@ -122,7 +129,7 @@ def verify(model: str, version: str | None) -> None:
 
     Exit code 0: all is as it was; 1: it is not.
     """
-    if not _run("views:verify_version", _named(model, version)):
+    if not _run("pipelines.steps.inspect_commands:verify_version", _named(model, version)):
         raise SystemExit(1)
 
 
@@ -132,7 +139,7 @@ def verify(model: str, version: str | None) -> None:
 @click.option("--to-server", default=None, help="Tracking URI of another server; without it the copy stays in this one.")
 def copy(version: str, name: str, to_server: str | None) -> None:
     """Copy VERSION (dev.planes-det/7) to the registered model NAME (prod.planes-det)."""
-    _run("views:copy", version, name, to_server)
+    _run("pipelines.steps.inspect_commands:copy", version, name, to_server)
 
 
 @main.command()
@@ -145,7 +152,7 @@ def gc(models: tuple[str, ...], keep: int, dry_run: bool, yes: bool) -> None:
 
     Artefacts stay until MLflow's own `mlflow gc`.
     """
-    _run("views:sweep", models, keep, dry_run, yes)
+    _run("pipelines.steps.inspect_commands:sweep", models, keep, dry_run, yes)
 
 
 if __name__ == "__main__":
