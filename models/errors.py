@@ -45,7 +45,11 @@ class OutputError(PlanesError):
     """A result that cannot be written."""
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of any exception as one line, never empty."""
+def one_line(error: BaseException, longest: int | None = None) -> str:
+    """The message of any exception as one line, never empty, cut after ``longest`` characters.
+
+    >>> one_line(ValueError("first\\n  second")), one_line(ValueError("first second"), 5), one_line(ValueError())
+    ('first second', 'first', 'ValueError')
+    """
     text = " ".join(str(error).split())
-    return text or type(error).__name__
+    return (text or type(error).__name__)[:longest]

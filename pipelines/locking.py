@@ -49,7 +49,7 @@ def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
         remedy = "wait for it or stop it, or give another --name or --work-dir"
         raise OutputError(f"{path.parent / _name(path)}: held by {_holder(path)}; {remedy}") from error
     except OSError as error:
-        raise OutputError(f"{path}: cannot be locked ({one_line(error)[:160]})") from error
+        raise OutputError(f"{path}: cannot be locked ({one_line(error, 160)})") from error
     try:
         yield
     finally:

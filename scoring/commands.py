@@ -244,7 +244,7 @@ def score_version(
         if os.environ.get("PLANES_TRACEBACK"):
             raise
         # What was scored is on disk; a store that is away must not keep the next model from being scored.
-        job.unlogged = one_line(error)[:200]
+        job.unlogged = one_line(error, 200)
         click.echo(f"   outputs in {job.folder}; NOT LOGGED: {job.unlogged}")
     name = f"{dataset.name}/{dataset.split}"
     measured = (job.metrics, job.images, job.seconds)

@@ -69,7 +69,7 @@ def load_scored(run_id: str) -> Scored:
     try:
         run = client.get_run(run_id)
     except mlflow.MlflowException as error:
-        raise RegistryError(f"run {run_id!r}: not found ({one_line(error)[:120]}); {recent_runs()}") from error
+        raise RegistryError(f"run {run_id!r}: not found ({one_line(error, 120)}); {recent_runs()}") from error
     if run.data.tags.get("task") != "score":
         raise RegistryError(f"run {run_id!r}: not a scoring run; {recent_runs()}")
     prefix = run.data.tags.get("metric_prefix", "test/")

@@ -74,7 +74,7 @@ def _read(sample: Sample, windows: bool) -> AnyImage | Failure:
         return failure(sample, "too large", f"{sample.path}: does not fit in memory")
     except Exception as error:
         # A decoder may raise anything on a damaged file; one file must not end the job.
-        what = f"{type(error).__name__}: {one_line(error)[:160]}"
+        what = f"{type(error).__name__}: {one_line(error, 160)}"
         return failure(sample, "damaged", f"{sample.path}: cannot be decoded ({what})")
 
 

@@ -148,7 +148,7 @@ def _fetched(source: RemoteFile) -> bytes:
         except Exception as error:
             # Each store's library has errors of its own.
             if pause is None:
-                raise DataError(f"{source}: cannot be fetched ({one_line(error)[:160]})", "unreachable") from error
+                raise DataError(f"{source}: cannot be fetched ({one_line(error, 160)})", "unreachable") from error
         time.sleep(pause)
     raise AssertionError
 

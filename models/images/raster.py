@@ -114,7 +114,7 @@ class WindowedImage:
             where = [] if self._memory else [os.path.abspath(source)]
             self._file = (self._memory or rasterio).open(*where, driver=_driver(source, self.path))
         except (rasterio.errors.RasterioError, OSError) as error:
-            raise DataError(f"{self.path}: cannot be opened ({one_line(error)[:160]})", "damaged") from error
+            raise DataError(f"{self.path}: cannot be opened ({one_line(error, 160)})", "damaged") from error
         self.dtype, self.rendering = np.dtype(self._kind()), rendering
         self.orientation = self._orientation(source)
         self.shape = (*oriented_size(self._file.height, self._file.width, self.orientation), 3)
@@ -206,7 +206,7 @@ class WindowedImage:
         try:
             return self._file.read(bands, **how)
         except (rasterio.errors.RasterioError, OSError) as error:
-            raise DataError(f"{self.path}: damaged ({one_line(error)[:160]})", "damaged") from error
+            raise DataError(f"{self.path}: damaged ({one_line(error, 160)})", "damaged") from error
 
     def _values(self, **how: Any) -> tuple[np.ndarray, np.ndarray]:
         """Values of the shown bands, (bands, h, w), and which of them are missing, bool of that shape."""

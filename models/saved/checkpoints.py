@@ -23,7 +23,7 @@ def load_strict(model: nn.Module, weights: Mapping[str, torch.Tensor], name: str
     try:
         model.load_state_dict(dict(weights), strict=True)
     except RuntimeError as error:
-        raise ModelError(f"{name}: weights do not fit the architecture ({one_line(error)[:300]})") from error
+        raise ModelError(f"{name}: weights do not fit the architecture ({one_line(error, 300)})") from error
 
 
 def build_fitting(
@@ -84,7 +84,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return _from_arrays(read_pickled_arrays(path), path)
         content = load_safely(path)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"weights {path}: cannot be read safely ({one_line(error)[:200]})") from error
+        raise ModelError(f"weights {path}: cannot be read safely ({one_line(error, 200)})") from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -102,7 +102,7 @@ def load_safely(path: str | Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ModelError(f"weights {path}: cannot be read safely ({one_line(error)[:200]})") from error
+        raise ModelError(f"weights {path}: cannot be read safely ({one_line(error, 200)})") from error
 
 
 def _from_arrays(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
@@ -116,6 +116,6 @@ def _from_arrays(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]
 def download_error(what: str, error: Exception) -> ModelError:
     """The error for pretrained weights that cannot be fetched."""
     return ModelError(
-        f"weights of {what} cannot be downloaded ({one_line(error)[:160]}); "
+        f"weights of {what} cannot be downloaded ({one_line(error, 160)}); "
         "set weights to none, or to a local .pth or .safetensors file"
     )

@@ -132,7 +132,7 @@ def read_pickled_arrays(path: str | Path) -> dict[str, Any]:
             # Detectron's older files were written by Python 2.
             content = _plain(_ArraysOnly(handle, encoding="latin1").load())
     except Exception as error:
-        raise ModelError(f"weights {path}: cannot be read safely ({one_line(error)[:200]})") from error
+        raise ModelError(f"weights {path}: cannot be read safely ({one_line(error, 200)})") from error
     if not isinstance(content, dict):
         raise ModelError(f"weights {path}: holds a {type(content).__name__}, not a table of arrays")
     return content

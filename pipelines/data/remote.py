@@ -49,7 +49,7 @@ def to_path(where: str | os.PathLike) -> AnyPath:
         # Made on first use; only then does a missing library show.
         _ = path.fs
     except (ImportError, ValueError) as error:
-        raise DataError(f"{text}: cannot be opened ({one_line(error)[:160]})") from error
+        raise DataError(f"{text}: cannot be opened ({one_line(error, 160)})") from error
     return path
 
 
@@ -76,7 +76,7 @@ def list_remote(path: AnyPath) -> list[AnyPath]:
         raise DataError(f"{text}: no such file or folder") from error
     except Exception as error:
         # Each store's library has errors of its own.
-        raise DataError(f"{text}: cannot be listed ({one_line(error)[:200]})") from error
+        raise DataError(f"{text}: cannot be listed ({one_line(error, 200)})") from error
     chosen = sorted(name for name in found if name == path.path or name.lower().endswith(IMAGE_SUFFIXES))
     return [UPath(fs.unstrip_protocol(name), **path.storage_options) for name in chosen]
 

@@ -57,7 +57,7 @@ def image_failure(error: Exception, predictor: Predictor, sample: Sample) -> Dat
         return error if path in what else DataError(f"{path}: {what}", error.kind)
     if os.environ.get("PLANES_TRACEBACK") or "CUDA error" in str(error):
         return None
-    what = f"{path}: {type(error).__name__}: {one_line(error)[:200]}"
+    what = f"{path}: {type(error).__name__}: {one_line(error, 200)}"
     return DataError(what, "too large" if out_of_memory(error) else "prediction")
 
 

@@ -75,7 +75,7 @@ def _read(name: str) -> tuple[dict[str, Any], Path]:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise RecipeError(f"recipe {name!r}: not found{hint} Known: {', '.join(known_recipes())}") from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path}: not valid YAML ({one_line(error)[:200]})") from error
+        raise RecipeError(f"recipe {path}: not valid YAML ({one_line(error, 200)})") from error
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {path}: expected keys and values")
     return content, path

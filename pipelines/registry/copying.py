@@ -5,13 +5,14 @@ from __future__ import annotations
 import mlflow
 from mlflow.tracking import MlflowClient
 
-from models.errors import RegistryError, one_line
+from models.errors import RegistryError
 from pipelines.registry import model_versions
 from pipelines.registry.lineage import read_training_images
 from pipelines.registry.model_versions import Resolved
 from pipelines.registry.registration import log_and_register
 from pipelines.registry.verification import read_example
 from pipelines.tracking import mlflow_runs
+from pipelines.tracking.mlflow_runs import store_errors
 
 # What a copy does not inherit: it was neither promoted nor judged where it comes to.
 LEFT = ("promoted_to_", "last_gates_run", "training_key")
@@ -36,14 +37,12 @@ def copy_version(version: Resolved, name: str, server: str | None = None) -> Res
     if known is not None:
         return known
     client = MlflowClient()
-    try:
+    with store_errors(f"{version.label}: cannot be copied to {name}"):
         made = client.copy_model_version(f"models:/{version.label}", name)
         client.set_model_version_tag(name, made.version, "copied_from", version.label)
         for key in record.tags:
             if key.startswith(LEFT):
                 client.delete_model_version_tag(name, made.version, key)
-    except mlflow.MlflowException as error:
-        raise RegistryError(f"{version.label}: cannot be copied to {name} ({one_line(error)[:200]})") from error
     return model_versions.resolve(f"{name}/{made.version}")
 
 

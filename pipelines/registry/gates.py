@@ -126,7 +126,7 @@ def find_gates(name: str, given: str | None = None) -> tuple[GateFile, str]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"gates {path}: not valid YAML ({one_line(error)[:200]})") from error
+        raise RecipeError(f"gates {path}: not valid YAML ({one_line(error, 200)})") from error
     return parse_gates(content, f"gates {path}"), str(path)
 
 

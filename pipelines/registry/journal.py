@@ -29,15 +29,14 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
-import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking import MlflowClient
 
 from models.errors import RegistryError, one_line
-from pipelines.registry.model_versions import JOURNAL, JOURNAL_OF
-from pipelines.tracking.mlflow_runs import denied
+from pipelines.registry.model_versions import JOURNAL, JOURNAL_OF, search_versions
+from pipelines.tracking.mlflow_runs import denied, store_errors
 
 # Journals of 0.6.0, one a model.
 SUFFIX = "-journal"
@@ -113,12 +112,10 @@ def read_journal(name: str) -> list[Entry]:
     Raises:
         RegistryError: the store refuses.
     """
-    try:
-        earlier = _versions(f"name = '{_quoted(name)}{SUFFIX}'")
-        versions = _versions(f"name = '{JOURNAL}' and tags.{JOURNAL_OF} = '{_quoted(name)}'")
+    with store_errors(f"journal of {name}: cannot be read"):
+        earlier = _oldest_first(f"name = '{_quoted(name)}{SUFFIX}'")
+        versions = _oldest_first(f"name = '{JOURNAL}' and tags.{JOURNAL_OF} = '{_quoted(name)}'")
         proofs = _proofs(name) if versions else {}
-    except MlflowException as error:
-        raise RegistryError(f"journal of {name}: cannot be read ({one_line(error)[:200]})") from error
     entries = [_entry(v, "", EARLIER.get(v.tags.get("state", ""), "pending")) for v in earlier if JOURNAL_OF in v.tags]
     for version in versions:
         token = version.tags.get("token", "")
@@ -142,15 +139,8 @@ def _quoted(name: str) -> str:
     return name.replace("'", "")
 
 
-def _versions(condition: str) -> list[ModelVersion]:
-    versions: list[ModelVersion] = []
-    token = None
-    while True:
-        page = MlflowClient().search_model_versions(condition, max_results=1000, page_token=token)
-        versions += page
-        token = page.token
-        if not token:
-            return sorted(versions, key=lambda v: int(v.version))
+def _oldest_first(condition: str) -> list[ModelVersion]:
+    return search_versions(condition)[::-1]
 
 
 def _proofs(name: str) -> dict[str, str]:
@@ -233,7 +223,7 @@ def append(name: str, move: Move) -> Entry:
         if written and not hint:
             # The answer may have got lost, the entry not: what is told to have failed must not happen later.
             hint = _give_up(client, name, MOVE_TAG + token, f"aborted {_digest(tags)}")
-        raise RegistryError(f"{JOURNAL}: cannot be written ({one_line(error)[:200]}){hint}") from error
+        raise RegistryError(f"{JOURNAL}: cannot be written ({one_line(error, 200)}){hint}") from error
     added = next((e for e in read_journal(name) if e.token == token), None)
     if added is None:
         raise RegistryError(f"{JOURNAL}: the entry for {name} is not there any more; somebody deleted or changed it")
@@ -285,12 +275,10 @@ def mark(name: str, entry: Entry, state: State) -> None:
         RegistryError: the store refuses.
     """
     client = MlflowClient()
-    try:
+    with store_errors(f"{name}: its tag of a move cannot be written", KeyError):
         if not entry.token:
             word = next(earlier for earlier, now in EARLIER.items() if now == state)
             client.set_model_version_tag(f"{name}{SUFFIX}", str(entry.number), "state", word)
             return
         digest = client.get_registered_model(name).tags[MOVE_TAG + entry.token].partition(" ")[2]
         client.set_registered_model_tag(name, MOVE_TAG + entry.token, f"{state} {digest}")
-    except (mlflow.MlflowException, KeyError) as error:
-        raise RegistryError(f"{name}: its tag of a move cannot be written ({one_line(error)[:200]})") from error

@@ -16,11 +16,12 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
 from pydantic import ValidationError
 
-from models.errors import RegistryError, one_line
+from models.errors import RegistryError
 from models.saved.allowed_files import PARTS
 from pipelines.registry import journal, model_versions
 from pipelines.registry.model_versions import Resolved
 from pipelines.registry.training_images import TRAINING_IMAGES_FILE, TrainingImages
+from pipelines.tracking.mlflow_runs import store_errors
 
 # Of a list of training images: some twenty million of them.
 MOST_BYTES = 1_000_000_000
@@ -164,9 +165,9 @@ def users(version: Resolved) -> list[str]:
     client, found = MlflowClient(), []
     for role in PARTS:
         # Only versions of planes-inst have such tags, of any name.
-        for other in client.search_model_versions(f"tags.{role} = '{version.label}'"):
+        for other in model_versions.search_versions(f"tags.{role} = '{version.label}'"):
             found.append(f"{role} of {other.name}/{other.version}")
-    for other in client.search_model_versions(f"tags.copied_from = '{version.label}'"):
+    for other in model_versions.search_versions(f"tags.copied_from = '{version.label}'"):
         found.append(f"copied to {other.name}/{other.version}")
     experiments = [e.experiment_id for e in client.search_experiments(max_results=1000)]
     quoted = version.label.replace("'", "")
@@ -263,7 +264,5 @@ def delete(name: str, version: str, keep_newest: int) -> None:
     needed = next((k.reason for k in sweep(name, keep_newest) if k.version == version), "")
     if needed:
         raise RegistryError(f"{name}/{version}: is needed by now ({needed})")
-    try:
+    with store_errors(f"{name}/{version}: cannot be deleted"):
         MlflowClient().delete_model_version(name, version)
-    except mlflow.MlflowException as error:
-        raise RegistryError(f"{name}/{version}: cannot be deleted ({one_line(error)[:200]})") from error

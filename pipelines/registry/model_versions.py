@@ -14,10 +14,13 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
 
-from models.errors import RegistryError, one_line
+from models.errors import RegistryError
 from models.saved.allowed_files import SPEC_FILE, check_folder, check_names
 from models.saved.folder import folder_digest
+from pipelines.tracking.mlflow_runs import store_errors
 
+# Versions asked for at once; MLflow cuts longer answers into pages.
+PAGE = 1000
 # Tag of a version: digest of its saved folder.
 DIGEST = "digest"
 # Registered model that holds every move of an alias, see pipelines.journal.
@@ -103,10 +106,8 @@ def version_of(resolved: Resolved) -> ModelVersion:
     """
     if resolved.name is None or resolved.version is None:
         raise RegistryError(f"{resolved.asked}: a saved folder; name a registered version, such as planes-det/3")
-    try:
+    with store_errors(f"{resolved.label}: cannot be read from the registry"):
         return MlflowClient().get_model_version(resolved.name, resolved.version)
-    except mlflow.MlflowException as error:
-        raise RegistryError(f"{resolved.label}: cannot be read from the registry ({one_line(error)[:200]})") from error
 
 
 def _pick(name: str, what: str, alias_only: bool, versions: Sequence[ModelVersion]) -> ModelVersion | None:
@@ -140,10 +141,8 @@ def find_alias(name: str, alias: str) -> str | None:
 
 def aliases_of(name: str) -> dict[str, str]:
     """Alias -> version number of a registered model."""
-    try:
+    with store_errors(f"{name}: cannot be read from the registry"):
         return {k: str(v) for k, v in MlflowClient().get_registered_model(name).aliases.items()}
-    except mlflow.MlflowException as error:
-        raise RegistryError(f"{name}: cannot be read from the registry ({one_line(error)[:200]})") from error
 
 
 def set_alias(name: str, alias: str, version: str) -> None:
@@ -157,13 +156,11 @@ def set_alias(name: str, alias: str, version: str) -> None:
     client = MlflowClient()
     written = alias.lower()
     others = [a for a in aliases_of(name) if a.lower() == written and a != written]
-    try:
+    with store_errors(f"{name}: {written} cannot be moved"):
         for spelling in (*others, written):
             client.set_registered_model_alias(name, spelling, version)
         for other in others:
             client.delete_registered_model_alias(name, other)
-    except mlflow.MlflowException as error:
-        raise RegistryError(f"{name}: {written} cannot be moved ({one_line(error)[:200]})") from error
 
 
 def set_tags(version: ModelVersion, tags: Mapping[str, str]) -> None:
@@ -172,12 +169,10 @@ def set_tags(version: ModelVersion, tags: Mapping[str, str]) -> None:
     Raises:
         RegistryError: the store refuses.
     """
-    try:
+    with store_errors(f"{version.name}/{version.version}: cannot be tagged"):
         for key, value in tags.items():
             if version.tags.get(key) != value:
                 MlflowClient().set_model_version_tag(version.name, str(version.version), key, value)
-    except mlflow.MlflowException as error:
-        raise RegistryError(f"{version.name}/{version.version}: cannot be tagged ({one_line(error)[:200]})") from error
 
 
 def find_trained(name: str, key: str) -> ModelVersion | None:
@@ -204,10 +199,24 @@ def versions_of(name: str) -> list[ModelVersion]:
         RegistryError: the store refuses.
     """
     quoted = name.replace("'", "")
-    try:
-        return list(MlflowClient().search_model_versions(f"name = '{quoted}'", max_results=1000))
-    except mlflow.MlflowException as error:
-        raise RegistryError(f"{name}: cannot be read from the registry ({one_line(error)[:200]})") from error
+    with store_errors(f"{name}: cannot be read from the registry"):
+        return search_versions(f"name = '{quoted}'")
+
+
+def search_versions(condition: str) -> list[ModelVersion]:
+    """All versions that a filter of MLflow's finds, however many, the highest numbers first.
+
+    Raises:
+        mlflow.MlflowException: the store refuses.
+    """
+    found: list[ModelVersion] = []
+    token = None
+    while True:
+        page = MlflowClient().search_model_versions(condition, max_results=PAGE, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return sorted(found, key=lambda v: -int(v.version))
 
 
 def registered_names() -> list[str]:
@@ -253,7 +262,7 @@ def fetch(resolved: Resolved) -> Path:
     kept = cache_folder() / resolved.digest if resolved.digest else None
     if kept is not None and _is_whole(kept):
         return kept
-    try:
+    with store_errors(f"{uri}: its artefacts cannot be fetched", OSError):
         source = MlflowClient().get_model_version_download_uri(str(resolved.name), str(resolved.version))
         local = Path(source.removeprefix("file://"))
         if local.is_dir():
@@ -268,8 +277,6 @@ def fetch(resolved: Resolved) -> Path:
             if not _is_whole(kept):
                 shutil.rmtree(kept, ignore_errors=True)
                 saved.rename(kept)
-    except (mlflow.MlflowException, OSError) as error:
-        raise RegistryError(f"{uri}: its artefacts cannot be fetched ({one_line(error)[:200]})") from error
     return kept
 
 
@@ -280,7 +287,7 @@ def read_artifact(version: Resolved, name: str, most_bytes: int) -> bytes | None
         RegistryError: the artefacts cannot be read, a link, or larger than ``most_bytes``.
     """
     uri = f"models:/{version.name}/{version.version}"
-    try:
+    with store_errors(f"{uri}: its artefacts cannot be fetched", OSError):
         source = MlflowClient().get_model_version_download_uri(str(version.name), str(version.version))
         local = Path(source.removeprefix("file://"))
         if local.is_dir():
@@ -299,8 +306,6 @@ def read_artifact(version: Resolved, name: str, most_bytes: int) -> bytes | None
         if not local.is_dir():
             path = _download(f"{uri}/artifacts/{name}", None)
         return path.read_bytes()
-    except (mlflow.MlflowException, OSError) as error:
-        raise RegistryError(f"{uri}: its artefacts cannot be fetched ({one_line(error)[:200]})") from error
 
 
 def _is_whole(kept: Path) -> bool:

@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 from models.errors import RegistryError, one_line
 from pipelines.registry import journal, model_versions
 from pipelines.registry.journal import Entry, Kind, Move
-from pipelines.tracking.mlflow_runs import denied
+from pipelines.tracking.mlflow_runs import denied, store_errors
 
 PRODUCTION, PREVIOUS, CHALLENGER = "production", "previous", "challenger"
 
@@ -162,14 +162,14 @@ def _exists(name: str, version: str) -> bool:
     except mlflow.MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False
-        raise RegistryError(f"{name}/{version}: cannot be read ({one_line(error)[:200]})") from error
+        raise RegistryError(f"{name}/{version}: cannot be read ({one_line(error, 200)})") from error
 
 
 def _follow(name: str, entry: Entry) -> None:
     """What goes with an alias: `previous`, the stage, tags of who, when, why and from which; a challenger that won."""
     client, what = MlflowClient(), entry.move
     tags = {"": what.why, "_by": entry.by, "_at": entry.at, "_from": what.origin or "none", "_run": what.run or "none"}
-    try:
+    with store_errors(f"{name}: {what.alias} was moved, but not all that goes with it"):
         for ending, value in tags.items():
             client.set_model_version_tag(name, what.to, f"promoted_to_{what.alias}{ending}", value[:4000])
         if what.alias == PRODUCTION:
@@ -180,10 +180,6 @@ def _follow(name: str, entry: Entry) -> None:
                 _drop_alias(name, PREVIOUS)
             if model_versions.find_alias(name, CHALLENGER) == what.to:
                 _drop_alias(name, CHALLENGER)
-    except mlflow.MlflowException as error:
-        raise RegistryError(
-            f"{name}: {what.alias} was moved, but not all that goes with it ({one_line(error)[:200]})"
-        ) from error
     mirror_stage(name, what.alias, what.to)
 
 

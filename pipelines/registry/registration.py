@@ -22,12 +22,13 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
 
 import models
-from models.errors import RegistryError, one_line
+from models.errors import RegistryError
 from models.instances import to_rows
 from models.loading import load_model
 from models.saved.folder import folder_digest
 from pipelines.registry.model_versions import DIGEST, JOURNAL, logged_model_id
 from pipelines.registry.training_images import TRAINING_IMAGES_FILE, TrainingImages
+from pipelines.tracking.mlflow_runs import store_errors
 
 PACKAGE = Path(models.__file__).parent
 
@@ -92,7 +93,7 @@ def log_and_register(
     client = MlflowClient()
     if name == JOURNAL:
         raise RegistryError(f"{name}: is the journal of promotions; give the model another name")
-    try:
+    with store_errors(f"{name}: cannot be registered"):
         for known in client.search_model_versions(f"run_id = '{run_id}'"):
             if known.name == name:
                 return known, str(logged_model_id(known))
@@ -116,8 +117,6 @@ def log_and_register(
             )
         tags = {DIGEST: folder_digest(folder), **tags}
         version = mlflow.register_model(info.model_uri, name, tags=tags) if register else None
-    except mlflow.MlflowException as error:
-        raise RegistryError(f"{name}: cannot be registered ({one_line(error)[:300]})") from error
     return version, str(info.model_id)
 
 

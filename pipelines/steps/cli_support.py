@@ -34,7 +34,7 @@ def friendly(command: Callable[..., T]) -> Callable[..., T]:
             # MLflow is not imported here: a mistake in a file name should be told at once.
             if type(error).__module__.partition(".")[0] != "mlflow":
                 raise
-            raise click.ClickException(f"MLflow: {one_line(error)[:400]}") from error
+            raise click.ClickException(f"MLflow: {one_line(error, 400)}") from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             raise SystemExit(130) from None

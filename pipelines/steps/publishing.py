@@ -97,7 +97,7 @@ def _evaluate(what: Publication, device: str) -> tuple[list[tuple[str, Evaluatio
             # Whatever it is, hours of training must not be lost for it.
             if os.environ.get("PLANES_TRACEBACK"):
                 raise
-            failed.append(f"{dataset.name}/{dataset.split}: {one_line(error)[:300]}")
+            failed.append(f"{dataset.name}/{dataset.split}: {one_line(error, 300)}")
     return results, "; ".join(failed)
 
 

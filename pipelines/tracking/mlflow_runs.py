@@ -62,7 +62,7 @@ def connect(given: str | None = None) -> str:
                     logging.getLogger(__name__).warning("%s: was moved here from %s; its paths are put right", uri, left)
     except Exception as error:
         raise RegistryError(
-            f"tracking store {uri}: cannot be reached ({one_line(error)[:200]}); "
+            f"tracking store {uri}: cannot be reached ({one_line(error, 200)}); "
             "check MLFLOW_TRACKING_URI and that the server runs"
         ) from error
     return uri
@@ -117,6 +117,20 @@ def _exists(run_id: str) -> bool:
         return MlflowClient().get_run(run_id).info.lifecycle_stage == "active"
     except mlflow.MlflowException:
         return False
+
+
+@contextlib.contextmanager
+def store_errors(what: str, *more: type[Exception]) -> Iterator[None]:
+    """Turn errors of the store, and ``more``, into one line: ``what`` could not be done, and why.
+
+    Raises:
+        RegistryError: such an error, which is kept as its cause.
+    """
+    kinds: tuple[type[Exception], ...] = (mlflow.MlflowException, *more)
+    try:
+        yield
+    except kinds as error:
+        raise RegistryError(f"{what} ({one_line(error, 300)})") from error
 
 
 def source_tags() -> dict[str, str]:

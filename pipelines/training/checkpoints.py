@@ -24,7 +24,7 @@ def write_atomically(content: Any, path: Path) -> None:
         write_whole(path, lambda handle: torch.save(content, handle))
     except (OSError, RuntimeError) as error:
         # torch's own writer turns a full disk into a RuntimeError.
-        raise OutputError(f"{path}: cannot be written ({one_line(error)[:160]}); is the disk full?") from error
+        raise OutputError(f"{path}: cannot be written ({one_line(error, 160)}); is the disk full?") from error
 
 
 def best_path(folder: Path, step: int) -> Path:
@@ -56,6 +56,6 @@ def read_best(folder: Path, step: int) -> dict[str, torch.Tensor]:
     try:
         weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)["model"]
     except Exception as error:
-        what = f"the weights of its best step {step} cannot be read ({one_line(error)[:160]})"
+        what = f"the weights of its best step {step} cannot be read ({one_line(error, 160)})"
         raise ModelError(f"{path}: {what}; train with --fresh") from error
     return weights

@@ -257,7 +257,7 @@ def _restore(job: Job, machine: _Machine) -> dict[str, Any]:
             machine.scaler.load_state_dict(content["scaler"])
         state = {**{k: content[k] for k in ("step", "best", "best_step")}, "history": json.loads(content["history"])}
     except Exception as error:
-        raise ModelError(f"{path}: cannot be resumed from ({one_line(error)[:200]}); train with --fresh") from error
+        raise ModelError(f"{path}: cannot be resumed from ({one_line(error, 200)}); train with --fresh") from error
     if state["best_step"] is not None:
         read_best(job.folder, state["best_step"])
     return state

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import mlflow
 
-from models.errors import DataError, RegistryError, one_line
+from models.errors import DataError
 from pipelines.data.dataset import Dataset
 from pipelines.data.readers.opening import open_dataset
+from pipelines.tracking.mlflow_runs import store_errors
 from scoring.comparison.compare import Candidate, Scored, check_same_data
 from scoring.comparison.evaluate_file import checked_sizes, failed_images, read_predictions
 from scoring.jobs.job import JobResult
@@ -65,10 +66,8 @@ def from_run(run_id: str, scored: Scored, dataset: Dataset) -> Candidate:
     """
     if scored.segmenter:
         raise DataError(f"run {run_id}: outlines given boxes and finds none; only runs of such versions can be compared")
-    try:
+    with store_errors(f"run {run_id}: its instance table cannot be fetched", OSError):
         local = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="scoring/instances.parquet")
-    except (mlflow.MlflowException, OSError) as error:
-        raise RegistryError(f"run {run_id}: its instance table cannot be fetched ({one_line(error)[:160]})") from error
     speed = scored.images / scored.seconds if scored.seconds else math.nan
     found = checked_sizes(read_instances(Path(local)), dataset, f"run {run_id}")
     return Candidate(scored.label, found, scored.score_threshold, speed, scored.megabytes, scored.failed)

@@ -203,7 +203,7 @@ def _cluster(address: str | None) -> Iterator[None]:
         ray.init(address=address or "local", runtime_env=environment, **quiet, **local)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ModelError(
-            f"Ray at {address or 'this machine'}: cannot be started or reached ({one_line(error)[:200]})"
+            f"Ray at {address or 'this machine'}: cannot be started or reached ({one_line(error, 200)})"
         ) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()

@@ -76,7 +76,7 @@ def _read(path: Path, read: Callable[[], pa.Table], check: bool = True) -> list[
         rows = read().to_pylist()
         found = from_rows(rows)
     except (OSError, pa.ArrowException, ValueError, TypeError) as error:
-        raise DataError(f"{path}: its rows cannot be read ({one_line(error)[:160]})") from error
+        raise DataError(f"{path}: its rows cannot be read ({one_line(error, 160)})") from error
     if sum(row["mask_counts"] is not None for row in rows) != sum(len(one.masks or ()) for one in found):
         raise DataError(f"{path}: some planes of an image have masks and others have none; score it anew")
     for one in found if check else ():
@@ -111,7 +111,7 @@ def _opened(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not a readable parquet file ({one_line(error)[:160]})") from error
+        raise DataError(f"{path}: not a readable parquet file ({one_line(error, 160)})") from error
     missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
     if missing:
         raise DataError(f"{path}: not an instance table (no column {missing[0]!r})")

@@ -378,3 +378,11 @@ def test_a_move_that_the_earlier_release_left_is_marked_in_its_words(client):
     assert _aliases()["production"] == "1"
     assert client.get_model_version(legacy, "1").tags["state"] == "done"
     assert [e.state for e in journal.read_journal(NAME)] == ["committed"]
+
+
+def test_every_page_of_versions_is_read(client, monkeypatch):
+    for to in ("1", "2", "3"):
+        _move(to)
+    monkeypatch.setattr(model_versions, "PAGE", 1)
+    assert [int(v.version) for v in model_versions.versions_of(NAME)] == [3, 2, 1]
+    assert [e.move.to for e in journal.read_journal(NAME)] == ["1", "2", "3"]

@@ -55,7 +55,7 @@ def require_detectron2() -> None:
         import detectron2.modeling  # noqa: F401
     except ImportError as error:
         raise EngineMissing(
-            f"Detectron2 cannot be imported ({one_line(error)[:160]}); build it again with this torch"
+            f"Detectron2 cannot be imported ({one_line(error, 160)}); build it again with this torch"
         ) from error
 
 
@@ -90,7 +90,7 @@ def make_config(config: str, opts: Mapping[str, Any], classes: int) -> Any:
         # Detectron2's default runs Python code in YAML; its own RetinaNet configs need that, a user's file may not.
         cfg.merge_from_file(str(path), allow_unsafe=path.is_relative_to(zoo_folder()))
     except Exception as error:
-        raise ModelError(f"config {config}: cannot be used ({one_line(error)[:200]})") from error
+        raise ModelError(f"config {config}: cannot be used ({one_line(error, 200)})") from error
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = classes
     apply_settings(cfg, opts)
     _check_finds_planes(cfg, config)
@@ -125,7 +125,7 @@ def apply_settings(cfg: Any, settings: Mapping[str, Any]) -> None:
         except (KeyError, AssertionError, ValueError, AttributeError) as error:
             near = difflib.get_close_matches(key, list(flat_config(cfg)), 1, 0.5)
             hint = f"; did you mean {near[0]}?" if near and near[0] != key else ""
-            raise ModelError(f"Detectron2 setting {key} {value}: {one_line(error)[:160]}{hint}") from error
+            raise ModelError(f"Detectron2 setting {key} {value}: {one_line(error, 160)}{hint}") from error
 
 
 def _value_at(cfg: Any, key: str) -> Any:
@@ -210,7 +210,7 @@ def build_network(cfg: Any, device: str) -> nn.Module:
     try:
         return build_model(cfg)
     except (AssertionError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise ModelError(f"Detectron2 cannot build this network ({one_line(error)[:200]})") from error
+        raise ModelError(f"Detectron2 cannot build this network ({one_line(error, 200)})") from error
 
 
 def load_detectron2(spec: ModelSpec, weights: Mapping[str, torch.Tensor], device: str) -> Detectron2Predictor:

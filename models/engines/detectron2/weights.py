@@ -92,7 +92,7 @@ def load_file(model: nn.Module, source: str) -> tuple[list[str], list[str]]:
     except Exception as error:
         if "://" in source:
             raise download_error(source, error) from error
-        raise ModelError(f"weights {source}: cannot be loaded ({one_line(error)[:200]})") from error
+        raise ModelError(f"weights {source}: cannot be loaded ({one_line(error, 200)})") from error
     found = checkpointer.incompatible
     return [*found.missing_keys, *(entry[0] for entry in found.incorrect_shapes)], list(found.unexpected_keys)
 

@@ -98,7 +98,7 @@ def _smp_network(architecture: SegmenterArchitecture, weights: str) -> nn.Module
     except (OSError, RuntimeError) as error:
         raise download_error(f"{architecture.encoder} ({weights})", error) from error
     except (KeyError, ValueError, TypeError) as error:
-        raise ModelError(f"architecture: {one_line(error)[:400]}") from error
+        raise ModelError(f"architecture: {one_line(error, 400)}") from error
     if local:
         load_matching(model, read_checkpoint(weights), weights)
     return model

@@ -49,7 +49,7 @@ class Unreadable:
         told, path, key = self.messages(), str(sample.path), _key(sample)
         if key in self._known:
             return
-        what = one_line(error) if isinstance(error, PlanesError) else f"{type(error).__name__}: {one_line(error)[:160]}"
+        what = one_line(error) if isinstance(error, PlanesError) else f"{type(error).__name__}: {one_line(error, 160)}"
         self._known[key] = what if path in what else f"{path}: cannot be read ({what})"
         if path not in told:
             logging.getLogger(__name__).warning("%s; %s", self._known[key], consequence)
@@ -95,7 +95,7 @@ def raise_passing(error: Exception, sample: Sample) -> None:
     if passing:
         raise error
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
-        what = f"{type(error).__name__}: {one_line(error)[:160]}"
+        what = f"{type(error).__name__}: {one_line(error, 160)}"
         raise DataError(f"{sample.path}: cannot be read now ({what}); the same command goes on", "unreachable") from error
 
 

@@ -97,7 +97,7 @@ def _mask(value: Any, height: int, width: int, where: str, problems: Problems) -
     try:
         mask = rle_of(value, height, width) if isinstance(value, dict) else _polygons(value, height, width, where, problems)
     except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
-        problems.add("unusable outlines dropped", f"{where}: {one_line(error)[:80]}")
+        problems.add("unusable outlines dropped", f"{where}: {one_line(error, 80)}")
         return None
     if mask is not None and rle_area([mask])[0] == 0:
         problems.add("empty outlines dropped", where)
@@ -162,7 +162,7 @@ def look_at(file: AnyPath | None) -> Looked:
         # A decoder may raise anything on a damaged file. A large TIFF is read by windows, and what is missing of it
         # shows only then.
         if header is None or not isinstance(error, DataError) or error.kind != "too large":
-            return Looked(header, "cut" if header else "unreadable", one_line(error)[:160])
+            return Looked(header, "cut" if header else "unreadable", one_line(error, 160))
     return Looked(header)
 
 

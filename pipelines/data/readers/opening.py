@@ -141,7 +141,7 @@ def _listed(path: AnyPath) -> list[AnyPath]:
         with path.open("rb") as handle:
             table = pd.read_csv(handle, dtype=str) if path.suffix.lower() == ".csv" else pd.read_parquet(handle)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable list ({one_line(error)[:160]})") from error
+        raise DataError(f"{path}: not a readable list ({one_line(error, 160)})") from error
     if "path" not in table.columns:
         raise DataError(f"{path}: no column 'path'; it has: {', '.join(map(str, table.columns))}")
     named = [str(one) for one in table["path"].dropna()]

@@ -155,7 +155,7 @@ def _work(
             try:
                 trainer.resume_or_load(resume=True)
             except Exception as error:
-                raise ModelError(f"{folder}: cannot be resumed ({one_line(error)[:200]}); train with --fresh") from error
+                raise ModelError(f"{folder}: cannot be resumed ({one_line(error, 200)}); train with --fresh") from error
         else:
             load_initial(_bare(trainer.model), recipe.weights, recipe.config, cfg)
         trainer.train()
@@ -163,10 +163,10 @@ def _work(
         raise
     except FloatingPointError as error:
         rate = f"now {cfg.SOLVER.BASE_LR:g}"
-        raise ModelError(f"{one_line(error)[:100]}; lower SOLVER.BASE_LR ({rate}) or raise SOLVER.WARMUP_ITERS") from error
+        raise ModelError(f"{one_line(error, 100)}; lower SOLVER.BASE_LR ({rate}) or raise SOLVER.WARMUP_ITERS") from error
     except Exception as error:
         # Settings that do not fit together come out of Detectron2 as errors of many kinds.
-        what = f"{type(error).__name__}: {one_line(error)[:160]}"
+        what = f"{type(error).__name__}: {one_line(error, 160)}"
         raise ModelError(f"Detectron2 stopped ({what}); do the settings fit together? More in {folder / LOG}") from error
     finally:
         if interrupt:
