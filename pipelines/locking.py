@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -65,38 +63,3 @@ def _holder(path: Path) -> str:
         return path.read_text() or "another process"
     except OSError:
         return "another process"
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """`write_whole` of what is at hand.
-
-    Raises:
-        OSError: it cannot be written; what was there before stays.
-    """
-    write_whole(path, lambda handle: handle.write(content))
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a temporary file of its own, flush it to disk and rename it over ``path``.
-
-    Raises:
-        OSError: it cannot be written; what was there before stays.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number, name = tempfile.mkstemp(prefix=f".{path.name[:100]}-", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(number, "wb") as handle:
-            write(handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        # mkstemp lets nobody else read; folders are shared.
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def clear_temporaries(folder: Path) -> None:
-    """Remove what a process that was killed while writing left in a folder that is held."""
-    for path in (*folder.glob(".*.tmp"), *folder.glob("*.tmp")):
-        path.unlink(missing_ok=True)

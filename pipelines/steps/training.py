@@ -23,7 +23,8 @@ from pipelines.data.loading.unreadable import Unreadable
 from pipelines.data.readers.opening import open_dataset
 from pipelines.evaluation import figures
 from pipelines.evaluation.inference import MAIN_METRIC
-from pipelines.locking import clear_temporaries, held, lock_of, write_whole
+from pipelines.files import clear_temporaries, write_whole
+from pipelines.locking import held, lock_of
 from pipelines.recipes.reading import load_recipe
 from pipelines.recipes.settings import Detectron2Recipe, Recipe, UNetRecipe
 from pipelines.registry import model_versions

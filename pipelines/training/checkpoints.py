@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from models.errors import ModelError, OutputError, one_line
-from pipelines.locking import write_whole
+from pipelines.files import write_whole
 
 # Written by 0.6.0 under this name, whatever the step.
 OLD_BEST = "best.pt"

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.data.dataset import Dataset
 from pipelines.data.loading.unreadable import Unreadable
+from pipelines.files import write_text
 
 INPUTS_FILE = "inputs.json"
 
@@ -78,6 +79,4 @@ def write_inputs(folder: Path, inputs: Inputs) -> None:
     path = folder / INPUTS_FILE
     if path.exists():
         return
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(inputs.model_dump()))
-    temporary.replace(path)
+    write_text(path, json.dumps(inputs.model_dump()))

@@ -19,6 +19,7 @@ from pipelines.data.dataset import Dataset, Sample
 from pipelines.evaluation.figures import draw_instances, draw_truth
 from pipelines.evaluation.matching import ERRORS, RECALLS
 from pipelines.evaluation.metrics import COCO_METRICS
+from pipelines.files import write_text
 from scoring.comparison.compare import SHOWN_SCORE, Candidate, Comparison, ImageDifference, deltas
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -49,9 +50,7 @@ def write_report(comparison: Comparison, candidates: Sequence[Candidate], datase
         shown=_pictures(comparison, candidates, dataset),
         shown_score=SHOWN_SCORE,
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page)
     return path
 
 

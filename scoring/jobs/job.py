@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import tempfile
 import time
@@ -22,6 +21,7 @@ from models.tiling.predictor import tiling_of
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.evaluation.inference import evaluate_predictions, is_segmenter
 from pipelines.evaluation.metrics import Evaluation
+from pipelines.files import write_text
 from scoring.jobs.export import FORMATS, export
 from scoring.jobs.manifest import Manifest, claimed, make_manifest
 from scoring.jobs.retry import can_be_tried_again, failed_before, part_again, replace_in_shard
@@ -309,10 +309,3 @@ def _write(job: JobResult, dataset: Dataset, has_masks: bool, settings: JobSetti
         job.evaluations = evaluate_predictions([*found, *empty], dataset, *how)
         content = [{"prefix": p, "metrics": e.finite(), "settings": e.settings} for p, e in job.evaluations]
         write_text(job.folder / "metrics.json", json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

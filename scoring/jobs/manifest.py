@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from models.images.rendering import DEFAULT, Rendering
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.data.remote import UNREADABLE, absolute, to_path
 from pipelines.evaluation.categories import PLANE
+from pipelines.files import replacing
 
 MANIFEST, INPUTS, SHARDS, DONE, LOCK = "manifest.json", "inputs.parquet", "shards", "done.json", ".lock"
 
@@ -122,9 +122,10 @@ def claimed(folder: Path, manifest: Manifest, dataset: Dataset, fresh: bool) -> 
                 _check(folder, read_manifest(folder), manifest, dataset)
             else:
                 clear(folder)
-                write_durably(folder / INPUTS, lambda path: pq.write_table(_inputs(dataset), path, compression="zstd"))
-                text = manifest.model_dump_json(indent=2) + "\n"
-                write_durably(folder / MANIFEST, lambda path: path.write_text(text))
+                with replacing(folder / INPUTS, durable=True) as temporary:
+                    pq.write_table(_inputs(dataset), temporary, compression="zstd")
+                with replacing(folder / MANIFEST, durable=True) as temporary:
+                    temporary.write_text(manifest.model_dump_json(indent=2) + "\n")
             yield
     except Timeout as error:
         raise OutputError(f"{folder}: another score is writing there; wait for it or name another --out") from error
@@ -251,21 +252,3 @@ def _other_inputs(folder: Path, dataset: Dataset) -> str:
     }
     parts = [f"{len(names)} images {kind} (first: {names[0]})" for kind, names in kinds.items() if names]
     return f"other inputs: {', '.join(parts) or 'other annotations or another order'}"
-
-
-def write_durably(path: Path, write: Any) -> None:
-    """Let ``write`` fill a temporary file; flush it to disk and rename it over ``path``."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    flush(temporary)
-    os.replace(temporary, path)
-    flush(path.parent)
-
-
-def flush(path: Path) -> None:
-    """fsync a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

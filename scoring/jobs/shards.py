@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from models.instances import Instances
-from scoring.jobs.manifest import DONE, SHARDS, flush, write_durably
+from pipelines.files import flush, replacing
+from scoring.jobs.manifest import DONE, SHARDS
 from scoring.reader import Failure
 from scoring.writers import parquet
 
@@ -117,11 +118,8 @@ def join_shards(folder: Path, count: int) -> None:
     """Write the job's instances.parquet and errors.parquet, a row group per shard, then done.json."""
     shards = [shard_folder(folder, i) for i in range(count)]
     for name, schema in ((INSTANCES, parquet.SCHEMA), (ERRORS, parquet.ERROR_SCHEMA)):
-
-        def fill(path: Path, name: str = name, schema: object = schema) -> None:
-            parquet.join_tables([shard / name for shard in shards], path, schema)
-
-        write_durably(folder / name, fill)
+        with replacing(folder / name, durable=True) as temporary:
+            parquet.join_tables([shard / name for shard in shards], temporary, schema)
     notes = [json.loads((shard / NOTES).read_text()) for shard in shards]
     counts = {key: sum(n[key] for n in notes) for key in ("images", "instances", "failures", "seconds")}
     stages: defaultdict[str, float] = defaultdict(float)
@@ -132,4 +130,5 @@ def join_shards(folder: Path, count: int) -> None:
     first = little[0] if little else ""
     masks = any(n["masks"] for n in notes)
     totals = Totals(**counts, masks=masks, stages=dict(stages), little=len(little), first_little=first)
-    write_durably(folder / DONE, lambda path: path.write_text(json.dumps(asdict(totals)) + "\n"))
+    with replacing(folder / DONE, durable=True) as temporary:
+        temporary.write_text(json.dumps(asdict(totals)) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from models.geometry.boxes import xyxy_to_xywh
 from models.geometry.rle import rle_text
 from models.instances import Instances
 from pipelines.data.dataset import Dataset, Sample
+from pipelines.files import replacing
 
 
 def write_results(found: Iterable[Instances], dataset: Dataset, path: Path) -> None:
@@ -20,13 +20,11 @@ def write_results(found: Iterable[Instances], dataset: Dataset, path: Path) -> N
     Where the source has no ids, or two images share one (of two splits, say), images are numbered from 1 in
     their order and ``file_name`` tells which is which.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as handle:
+    with replacing(path) as temporary, open(temporary, "w") as handle:
         handle.write("[")
         for i, entry in enumerate(_entries(found, dataset)):
             handle.write((", " if i else "") + json.dumps(entry))
         handle.write("]")
-    os.replace(temporary, path)
 
 
 def _named(sample: Sample) -> str:

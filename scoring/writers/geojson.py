@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from models.images.rendering import map_to_file, oriented_size
 from models.images.windows import WINDOWED_SUFFIXES
 from models.instances import Instances
 from pipelines.data.dataset import Dataset
+from pipelines.files import write_text
 from scoring.writers.walk import file_stem, remove_earlier, side_by_side
 
 
@@ -36,11 +36,7 @@ def write_geojson(found: Iterable[Instances], dataset: Dataset, folder: Path) ->
         transform, crs = placed
         features = [] if one is None else [_feature(one, i, transform) for i in range(len(one))]
         content = {"type": "FeatureCollection", "name": sample.image_id, "crs": crs, "features": features}
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{file_stem(sample.image_id)}.geojson"
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(content))
-        os.replace(temporary, path)
+        write_text(folder / f"{file_stem(sample.image_id)}.geojson", json.dumps(content))
         written += 1
     return written
 

@@ -8,7 +8,6 @@ the image's size: runs come from the mask's own part of the image.
 from __future__ import annotations
 
 import csv
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from models.errors import DataError
 from models.geometry.rle import mask_runs, rle_area, rle_boxes, rle_crop, rle_from_runs, rle_paste
 from models.instances import RLE, Instances
 from pipelines.data.dataset import Dataset
+from pipelines.files import replacing
 from scoring.writers.walk import side_by_side
 
 Convention = Literal["course", "airbus"]
@@ -35,8 +35,7 @@ def write_submission(found: Iterable[Instances], dataset: Dataset, path: Path, c
     row with an empty list. Planes without a pixel have no row.
     """
     names = submission_names(dataset)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", newline="") as handle:
+    with replacing(path) as temporary, open(temporary, "w", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(HEADER)
         for sample, one in side_by_side(found, dataset):
@@ -44,7 +43,6 @@ def write_submission(found: Iterable[Instances], dataset: Dataset, path: Path, c
             rows = [encode_mask(mask, convention) for mask in masks]
             for text in [row for row in rows if row] or [NOTHING]:
                 writer.writerow((names[sample.image_id], text))
-    os.replace(temporary, path)
 
 
 def submission_names(dataset: Dataset) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 from models.errors import DataError, one_line
 from models.geometry.rle import checked_rle
 from models.instances import Instances, from_rows, to_rows
+from pipelines.files import replacing
 from scoring.reader import Failure
 
 SCHEMA = pa.schema(
@@ -119,6 +119,5 @@ def _opened(path: Path) -> pq.ParquetFile:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")

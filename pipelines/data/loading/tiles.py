@@ -21,7 +21,8 @@ from models.instances import RLE
 from models.tiling.settings import Tiling, Window, tile_grid
 from pipelines.data.dataset import Dataset, Problems, Sample
 from pipelines.data.loading.unreadable import Unreadable, raise_passing
-from pipelines.locking import clear_temporaries, held, lock_of, write_whole
+from pipelines.files import clear_temporaries, write_whole
+from pipelines.locking import held, lock_of
 
 DONE = "tiles.json"
 # Raised whenever equal settings give tiles of other pixels or names, as with another decoder.

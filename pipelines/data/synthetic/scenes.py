@@ -20,7 +20,8 @@ from models.geometry.rle import rle_area, rle_boxes, rle_paste
 from models.instances import RLE
 from pipelines.data.synthetic import ground
 from pipelines.data.synthetic.aircraft import Patch, draw_aircraft, random_aircraft
-from pipelines.locking import held, lock_of, write_bytes
+from pipelines.files import write_bytes
+from pipelines.locking import held, lock_of
 
 FORMAT = 1  # raised whenever the same settings would draw other bytes
 
