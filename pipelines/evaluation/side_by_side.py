@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,17 +18,17 @@ from models.geometry.rle import checked_rle, rle_area
 from models.images.rendering import Rendering
 from models.instances import Instances, from_rows, to_rows
 from models.predictor import Predictor
-from pipelines.data.dataset import Dataset, Sample
+from pipelines.data.dataset import Dataset
 from pipelines.evaluation.inference import evaluate_predictions, image_failure, is_segmenter, predict_image
 from pipelines.evaluation.matching import IOUS, Ranked, rank, resampled
 from pipelines.evaluation.metrics import Evaluation, instance_ious
+from pipelines.progress import Progress
 
 SCORE = 0.05
 # COCO's size classes, by the area of a plane in pixels.
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, math.inf)}
 
 # Shows how far a loop over so many items is: (items, number, title) -> the items.
-Progress = Callable[[Iterable[Sample], int, str], Iterable[Sample]]
 
 
 @dataclass(frozen=True)

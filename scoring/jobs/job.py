@@ -7,7 +7,7 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from pipelines.data.dataset import Dataset, Sample
 from pipelines.evaluation.inference import evaluate_predictions, is_segmenter
 from pipelines.evaluation.metrics import Evaluation
 from pipelines.files import write_text
+from pipelines.progress import Progress
 from scoring.jobs.export import FORMATS, export
 from scoring.jobs.manifest import Manifest, claimed, make_manifest
 from scoring.jobs.retry import can_be_tried_again, failed_before, part_again, replace_in_shard
@@ -30,8 +31,6 @@ from scoring.reader import Failure
 from scoring.runners.local import LocalRunner, auto_batch, auto_workers
 from scoring.runners.runner import Runner
 from scoring.writers import kaggle, parquet
-
-Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from models.tiling.predictor import tiling_of
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.evaluation.inference import image_failure, is_segmenter, predict_image
 from scoring.reader import MOST_BYTES, Failure, failure, read_ahead, size_in_bytes
-from scoring.runners.runner import Scored
+from scoring.runners.runner import ShardResult
 
 # Batches of images where none is given. On a CPU a batch is no gain in itself (models/tiling/predictor.py).
 CPU_BATCH, GPU_BATCH = 1, 8
@@ -92,7 +92,7 @@ class LocalRunner:
         """See `Runner`."""
         return self._little.pop(position, [])
 
-    def results(self, shards: Sequence[Sequence[Sample]]) -> Iterator[Scored]:
+    def results(self, shards: Sequence[Sequence[Sample]]) -> Iterator[ShardResult]:
         """See `Runner`. Images of one size share a batch; tiles of all images do.
 
         What a batch holds depends on nothing but its shard, so that a shard made again is the same.

@@ -27,7 +27,7 @@ from pipelines.data.dataset import Sample
 from pipelines.data.remote import absolute
 from scoring.reader import Failure
 from scoring.runners.local import LocalRunner
-from scoring.runners.runner import Scored
+from scoring.runners.runner import ShardResult
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("models", "pipelines", "scoring")
@@ -79,7 +79,7 @@ class RayRunner:
         """See `Runner`."""
         return self._little.pop(position, [])
 
-    def results(self, shards: Sequence[Sequence[Sample]]) -> Iterator[Scored]:
+    def results(self, shards: Sequence[Sequence[Sample]]) -> Iterator[ShardResult]:
         """See `Runner`. A lost actor is started anew, and its shards are predicted again.
 
         Raises:

@@ -10,13 +10,13 @@ from pipelines.data.dataset import Sample
 from scoring.reader import Failure
 
 # (position of the shard, of the image in it, what became of it)
-Scored = tuple[int, int, Instances | Failure]
+ShardResult = tuple[int, int, Instances | Failure]
 
 
 class Runner(Protocol):
     """Predicts shards; every image of them comes out once, as Instances or Failure."""
 
-    def results(self, shards: Sequence[Sequence[Sample]]) -> Iterator[Scored]:
+    def results(self, shards: Sequence[Sequence[Sample]]) -> Iterator[ShardResult]:
         """Results in any order; what they are depends on nothing but the image's shard."""
         ...
 

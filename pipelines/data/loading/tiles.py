@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,11 @@ from pipelines.data.dataset import Dataset, Problems, Sample
 from pipelines.data.loading.unreadable import Unreadable, raise_passing
 from pipelines.files import clear_temporaries, write_whole
 from pipelines.locking import held, lock_of
+from pipelines.progress import Progress
 
 DONE = "tiles.json"
 # Raised whenever equal settings give tiles of other pixels or names, as with another decoder.
 FORMAT = 2
-
-Progress = Callable[[Iterable[Sample], int, str], Iterable[Sample]]
 
 
 class TileSettings(BaseModel):
