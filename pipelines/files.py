@@ -71,6 +71,15 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def quoted_name(name: str) -> str:
+    """A name without slashes, another one for each name.
+
+    >>> quoted_name("a/b"), quoted_name("a%2Fb"), quoted_name("a b")
+    ('a%2Fb', 'a%252Fb', 'a b')
+    """
+    return name.replace("%", "%25").replace("/", "%2F")
+
+
 def clear_temporaries(folder: Path) -> None:
     """Remove what a process that was killed while writing left in a folder that is held."""
     for path in (*folder.glob(".*.tmp"), *folder.glob("*.tmp")):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from models.errors import DataError
 from models.instances import Instances
-
-if TYPE_CHECKING:
-    from models.predictor import Predictor
+from models.predictor import Predictor
 
 
 def out_of_memory(error: BaseException) -> bool:

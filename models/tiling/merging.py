@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,9 +11,6 @@ from models.geometry.boxes import box_area, clip_boxes
 from models.geometry.rle import rle_crop, rle_paste
 from models.instances import RLE, Instances
 from models.tiling.matching import TileContext, cut_sides, greedy_match, group_cut_detections, hull_groups, members
-
-if TYPE_CHECKING:
-    pass
 from models.tiling.settings import Tiling, Window
 
 

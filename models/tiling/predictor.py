@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from models.geometry.rescaling import rescaled
 from models.images.windows import AnyImage, shrunk
 from models.instances import Instances
+from models.predictor import Predictor
 from models.runtime.out_of_memory import predict_parted
 from models.runtime.timing import timed
-
-if TYPE_CHECKING:
-    from models.predictor import Predictor
 from models.tiling.merging import Part, merge_parts
 from models.tiling.settings import Tiling, Window, cut_tile, tile_grid
 

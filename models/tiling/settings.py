@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.images.windows import AnyImage
 from models.tiling.matching import Metric
-
-if TYPE_CHECKING:
-    pass
-
 
 Window = tuple[int, int, int, int]
 

@@ -14,7 +14,6 @@ import mlflow
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
-from pydantic import ValidationError
 
 from models.errors import RegistryError
 from models.saved.allowed_files import PARTS
@@ -118,13 +117,7 @@ def read_training_images(version: Resolved) -> TrainingImages | None:
     Raises:
         RegistryError: the artefacts cannot be read, or are no such list.
     """
-    content = model_versions.read_artifact(version, TRAINING_IMAGES_FILE, MOST_BYTES) if version.name else None
-    if content is None:
-        return None
-    try:
-        return TrainingImages.model_validate_json(content)
-    except ValidationError as error:
-        raise RegistryError(f"{version.label}: its {TRAINING_IMAGES_FILE} is damaged") from error
+    return model_versions.read_parsed(version, TRAINING_IMAGES_FILE, TrainingImages, MOST_BYTES) if version.name else None
 
 
 def _run(run_id: str | None) -> Run | None:

@@ -9,15 +9,19 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
+from pydantic import BaseModel, ValidationError
 
 from models.errors import RegistryError
 from models.saved.allowed_files import SPEC_FILE, check_folder, check_names
 from models.saved.folder import folder_digest
 from pipelines.tracking.mlflow_runs import store_errors
+
+M = TypeVar("M", bound=BaseModel)
 
 # Versions asked for at once; MLflow cuts longer answers into pages.
 PAGE = 1000
@@ -306,6 +310,21 @@ def read_artifact(version: Resolved, name: str, most_bytes: int) -> bytes | None
         if not local.is_dir():
             path = _download(f"{uri}/artifacts/{name}", None)
         return path.read_bytes()
+
+
+def read_parsed(version: Resolved, name: str, kind: type[M], most_bytes: int) -> M | None:
+    """A JSON file of a version's artefacts as a pydantic model; None where there is none.
+
+    Raises:
+        RegistryError: the artefacts cannot be read, or the file is no such JSON.
+    """
+    content = read_artifact(version, name, most_bytes)
+    if content is None:
+        return None
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        raise RegistryError(f"{version.label}: its {name} is damaged") from error
 
 
 def _is_whole(kept: Path) -> bool:

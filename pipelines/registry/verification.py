@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.errors import DataError, PlanesError, RegistryError, one_line
+from models.errors import DataError, PlanesError, one_line
 from models.geometry.rle import checked_rle, rle_iou
 from models.images.decoding import read_image
 from models.instances import Instances, from_rows
@@ -91,13 +91,7 @@ def read_example(version: Resolved) -> Example | None:
     Raises:
         RegistryError: the artefacts cannot be read, or are no example.
     """
-    content = model_versions.read_artifact(version, EXAMPLE_FILE, MOST_BYTES)
-    if content is None:
-        return None
-    try:
-        return Example.model_validate_json(content)
-    except ValidationError as error:
-        raise RegistryError(f"{version.label}: its {EXAMPLE_FILE} is damaged") from error
+    return model_versions.read_parsed(version, EXAMPLE_FILE, Example, MOST_BYTES)
 
 
 def verify(version: Resolved) -> list[Finding]:

@@ -1,1 +1,1 @@
-"""A scoring job: its manifest, shards, resuming, tables; and its MLflow run."""
+"""A scoring job: its manifest, shards, resuming, tables and exports; knows a folder, no MLflow."""

@@ -8,12 +8,13 @@ from pathlib import Path
 from models.errors import DataError
 from models.instances import Instances
 from pipelines.data.dataset import Dataset, Sample
+from pipelines.files import quoted_name
 
 
 def file_stem(image_id: str) -> str:
     """An image's id as the name of a file; quoted, so that those of "a/b" and "a_b" differ, and "a%2Fb"."""
     quoted = any(part in image_id for part in ("/", "%2F", "%25"))
-    return image_id.replace("%", "%25").replace("/", "%2F") if quoted else image_id
+    return quoted_name(image_id) if quoted else image_id
 
 
 def remove_earlier(dataset: Dataset, folder: Path, ending: str) -> None:

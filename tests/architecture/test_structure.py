@@ -53,6 +53,14 @@ def test_the_files_that_the_page_names_are_there(root):
         assert re.search(rf"^\s*(def|class) {name}\b|^{name}\b", (root / file).read_text(), re.MULTILINE), (file, name)
 
 
+def test_errors_keep_their_causes(root):
+    for path in _sources(root):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.cause, ast.Constant):
+                # Ctrl-C is no error.
+                assert ast.unparse(node.exc) == "SystemExit(130)", (path, node.lineno)
+
+
 def test_package_fronts_import_nothing(root):
     for path in _sources(root):
         if path.name == "__init__.py":

@@ -211,20 +211,26 @@ def _without_times(folder):
     return {k: v for k, v in _digests(folder).items() if k not in ("inputs.parquet", "manifest.json")}
 
 
-def test_a_store_that_goes_away_in_the_middle_of_a_job(store, tmp_path):
-    undisturbed = _run(tmp_path / "undisturbed", _remote(store))
+def _run_and_stop(store, out, stop, away=None):
+    """A job that is interrupted at one of its results, after its store went away at another."""
 
     def stopping(results, *_):
         for number, result in enumerate(results):
-            if number == 3:
+            if number == away:
                 store.up = False
-            if number == 7:
+            if number == stop:
                 raise KeyboardInterrupt
             yield result
 
     settings = JobSettings(shard_size=2, score_threshold=0.0, overlays=2)
     with pytest.raises(KeyboardInterrupt):
-        run_job(Brightness(), "m/1", _remote(store), tmp_path / "out", settings, stopping)
+        run_job(Brightness(), "m/1", _remote(store), out, settings, stopping)
+
+
+def test_a_store_that_goes_away_in_the_middle_of_a_job(store, tmp_path):
+    undisturbed = _run(tmp_path / "undisturbed", _remote(store))
+
+    _run_and_stop(store, tmp_path / "out", stop=7, away=3)
     store.up = True
     again = _run(tmp_path / "out", _remote(store))
     assert (again.images, again.failures) == (9, 0)
@@ -340,15 +346,7 @@ def test_shards_that_were_tried_again_before_a_stop_are_kept(store, tmp_path):
     _run(tmp_path / "out", _remote(store))
     store.down = set()
 
-    def stopping(results, *_):
-        for number, result in enumerate(results):
-            if number == 1:
-                raise KeyboardInterrupt
-            yield result
-
-    settings = JobSettings(shard_size=2, score_threshold=0.0, overlays=2)
-    with pytest.raises(KeyboardInterrupt):
-        run_job(Brightness(), "m/1", _remote(store), tmp_path / "out", settings, stopping)
+    _run_and_stop(store, tmp_path / "out", stop=1)
     counting = Brightness()
     again = _run(tmp_path / "out", _remote(store), predictor=counting)
     assert (counting.seen, again.images, again.failures) == (1, 9, 0)

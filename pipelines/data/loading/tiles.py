@@ -21,7 +21,7 @@ from models.instances import RLE
 from models.tiling.settings import Tiling, Window, tile_grid
 from pipelines.data.dataset import Dataset, Problems, Sample
 from pipelines.data.loading.unreadable import Unreadable, raise_passing
-from pipelines.files import clear_temporaries, write_whole
+from pipelines.files import clear_temporaries, quoted_name, write_whole
 from pipelines.locking import held, lock_of
 from pipelines.progress import Progress
 
@@ -157,10 +157,7 @@ def cached_tiles(tiles: Dataset, folder: Path, progress: Progress, unreadable: U
     unreadable = unreadable or Unreadable()
     # Quoted, so that the names of "a/b" and "a_b" differ.
     samples = tuple(
-        replace(
-            s, path=folder / f"{s.image_id.replace('%', '%25').replace('/', '%2F')}.png", window=None, rendering=DEFAULT
-        )
-        for s in tiles.samples
+        replace(s, path=folder / f"{quoted_name(s.image_id)}.png", window=None, rendering=DEFAULT) for s in tiles.samples
     )
     with held(lock_of(folder), "cutting tiles", wait=True):
         try:
