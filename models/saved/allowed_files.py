@@ -44,13 +44,14 @@ def check_folder(folder: str | Path) -> None:
 def _walk(folder: Path, root: Path) -> Iterable[tuple[str, int]]:
     if not folder.is_dir():
         return
-    for entry in os.scandir(folder):
-        name = Path(entry.path).relative_to(root).as_posix()
-        if entry.is_symlink():
-            raise ModelError(f"{root}: {name} is a link; a saved model holds its files itself; do not use it")
-        if entry.is_dir():
-            yield from _walk(Path(entry.path), root)
-        elif entry.is_file():
-            yield name, entry.stat().st_size
-        else:
-            raise ModelError(f"{root}: {name} is no plain file; do not use it")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = Path(entry.path).relative_to(root).as_posix()
+            if entry.is_symlink():
+                raise ModelError(f"{root}: {name} is a link; a saved model holds its files itself; do not use it")
+            if entry.is_dir():
+                yield from _walk(Path(entry.path), root)
+            elif entry.is_file():
+                yield name, entry.stat().st_size
+            else:
+                raise ModelError(f"{root}: {name} is no plain file; do not use it")

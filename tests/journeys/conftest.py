@@ -6,37 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.journeys.zygote import Running, Zygote, can_run
-
-ZYGOTE = Zygote()
+from pipelines.registry.registration import log_and_register
+from pipelines.tracking import mlflow_runs
+from tests.journeys import commands
 
 UNET = ("training.batch_size=4", "architecture.crop_size=64", "training.evaluate_every=4", "training.checkpoint_every=2")
 DETECTOR = ("training.batch_size=2", "window=128", "training.evaluate_every=4", "training.checkpoint_every=2")
-
-
-# Registers a saved folder as a training does: folder, name, tags as JSON.
-REGISTER = """
-import json, sys
-from pathlib import Path
-import cv2
-import numpy as np
-from pipelines.tracking import mlflow_runs
-from pipelines.registry.registration import log_and_register
-mlflow_runs.connect()
-with mlflow_runs.tracked_run("given", {"mlflow.user": "trainer"}) as run:
-    image = np.full((96, 96, 3), 90, np.uint8)
-    cv2.line(image, (48, 10), (48, 86), (250, 250, 250), 8)
-    cv2.line(image, (14, 44), (82, 44), (250, 250, 250), 10)
-    tags = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
-    version, _ = log_and_register(Path(sys.argv[1]), sys.argv[2], image, tags, run.info.run_id)
-    print("registered", version.version)
-"""
 
 
 @dataclass(frozen=True)
@@ -54,13 +38,13 @@ class Project:
     def run(
         self, *arguments: str, code: int | None = 0, timeout: float = 400, real: bool = False, **env: str
     ) -> subprocess.CompletedProcess:
-        """Run a command with this Python's programs first on PATH; check its exit code.
+        """Run a command and check its exit code: ours in this process, others with this Python's programs first on PATH.
 
-        Our own commands run in a fork of a process that has the libraries loaded, unless ``real``.
+        ``real``: ours as a program too.
         """
         # What is read when Python starts cannot be set afterwards.
-        if can_run(arguments) and not real and "PYTHONPATH" not in env:
-            done = self.start(*arguments, **env).wait(timeout)
+        if commands.is_ours(arguments) and not real and "PYTHONPATH" not in env:
+            done = commands.invoke(arguments, self.folder, self.env(**env))
         else:
             done = subprocess.run(
                 arguments,
@@ -75,9 +59,19 @@ class Project:
             assert done.returncode == code, f"{arguments}\n{done.stdout}\n{done.stderr}"
         return done
 
-    def start(self, *arguments: str, **env: str) -> Running:
-        """Start one of our commands in a fork, to be waited for or killed."""
-        return ZYGOTE.start(arguments, self.folder, self.env(**env))
+    def start(self, *arguments: str, **env: str) -> commands.Running:
+        """Start one of our commands in a process of its own, to be waited for or killed."""
+        return commands.start(arguments, self.folder, self.env(**env))
+
+    def register(self, saved: Path, name: str, tags: Mapping[str, str] | None = None, **env: str) -> None:
+        """Register a saved folder as a training does, with an example of a drawn plane."""
+        with commands.working_in(self.folder, self.env(**env)):
+            mlflow_runs.connect()
+            with mlflow_runs.tracked_run("given", {"mlflow.user": "trainer"}) as run:
+                image = np.full((96, 96, 3), 90, np.uint8)
+                cv2.line(image, (48, 10), (48, 86), (250, 250, 250), 8)
+                cv2.line(image, (14, 44), (82, 44), (250, 250, 250), 10)
+                log_and_register(saved, name, image, dict(tags or {}), run.info.run_id)
 
     def env(self, **more: str) -> dict[str, str]:
         """The environment of a command."""

@@ -12,7 +12,7 @@ import pytest
 from models.engines.composed import ComposedArchitecture, save_composed
 from models.errors import ModelError
 from models.saved.allowed_files import SPEC_FILE
-from tests.journeys.conftest import REGISTER, error_line
+from tests.journeys.conftest import error_line
 
 pytestmark = pytest.mark.xdist_group("journey")
 
@@ -41,7 +41,7 @@ def mixed(project, tmp_path_factory):
     heli = _of_class(saved, folder / "heli", "helicopter")
     both = _of_class(saved, folder / "both", "plane", "helicopter")
     for _ in range(2):
-        project.run("python", "-c", REGISTER, str(heli), "heli")
+        project.register(heli, "heli")
     planes = sum(e["category_id"] == 1 for e in content["annotations"])
     return project, str(folder / "data"), planes, both
 

@@ -7,7 +7,7 @@ import sqlite3
 
 import pytest
 
-from tests.journeys.conftest import REGISTER, Project, error_line
+from tests.journeys.conftest import Project, error_line
 
 pytestmark = pytest.mark.xdist_group("journey")
 
@@ -25,14 +25,14 @@ def test_scoring_promotion_and_training_runs_go_on_elsewhere(project, tmp_path):
     first = Project(tmp_path / "it's here" / "planes", project.data)
     first.folder.mkdir(parents=True)
     saved = next((project.folder / ".planes" / "training").glob("planes-det-*/model"))
-    first.run("python", "-c", REGISTER, str(saved), "planes-det")
+    first.register(saved, "planes-det")
     first.step("promote", "--model", "planes-det/1", "--data", str(project.data), "--minimum", "-1")
     score = ("--model", "planes-det/production", "--data", str(project.data), "--overlays", "0", "--out")
     first.score(*score, str(tmp_path / "before"))
 
     second = Project(tmp_path / "moved_%_there", project.data)
     shutil.move(first.folder, second.folder)
-    done = second.score(*score, str(tmp_path / "after"))
+    done = second.score(*score, str(tmp_path / "after"), real=True)
     assert "was moved here from" in done.stderr
     tables = [(tmp_path / name / "planes-det-1" / "instances.parquet").read_bytes() for name in ("before", "after")]
     assert tables[0] == tables[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.journeys.conftest import REGISTER, error_line
+from tests.journeys.conftest import error_line
 from tests.journeys.stack import MlflowServer
 
 pytestmark = pytest.mark.xdist_group("journey")
@@ -25,7 +25,7 @@ def server(project, tmp_path_factory):
     trained = next((project.folder / ".planes" / "training").glob("planes-det-*/model"))
     use = {"MLFLOW_TRACKING_URI": made.uri, "PLANES_CACHE": str(made.folder / "cache")}
     use["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
-    project.run("python", "-c", REGISTER, str(trained), "planes-det", **use)
+    project.register(trained, "planes-det", **use)
     yield made, use
     made.stop()
 
