@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test soak lint bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m scoring.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 15
+
+# What takes many rounds or a whole training.
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 0 -m soak tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

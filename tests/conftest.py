@@ -26,7 +26,7 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 # Groups of tests that run on one worker each, those that take longest first.
-LONGEST_FIRST = ("demo", "journey", "registry", "real", "mlproject", "engines")
+LONGEST_FIRST = ("journey", "registry", "mlproject", "engines", "demo", "real")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

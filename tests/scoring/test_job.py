@@ -133,7 +133,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 from tests.scoring import test_job
 
-images, out, kills = Path(sys.argv[1]), Path(sys.argv[2]), 0
+images, out, wanted, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), 0
 
 def run(out):
     test_job._run(out, images, settings=test_job.JobSettings(shard_size=4, overlays=2, score_threshold=0.0, workers=2))
@@ -163,7 +163,7 @@ for round_ in range(2000):
     status = os.waitpid(child, 0)[1]
     assert status in (0, signal.SIGKILL), status
     kills += status == signal.SIGKILL
-    if kills == 50:
+    if kills == wanted:
         break
     if status == 0:
         (out / "m-1").rename(out / f"finished {round_}")
@@ -171,12 +171,13 @@ print(kills)
 """
 
 
-def test_killed_fifty_times_nothing_is_lost_or_doubled(real_and_broken, tmp_path, root):
+@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.soak)])
+def test_killed_again_and_again_nothing_is_lost_or_doubled(real_and_broken, tmp_path, root, kills):
     """kill -9 at random moments, some of them while shards or tables are written; a finished job begins anew."""
-    command = [sys.executable, "-c", KILLER, str(real_and_broken), str(tmp_path / "killed")]
+    command = [sys.executable, "-c", KILLER, str(real_and_broken), str(tmp_path / "killed"), str(kills)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == 50
+    assert int(done.stdout) == kills
     settings = JobSettings(shard_size=4, overlays=2, score_threshold=0.0)
     last = _run(tmp_path / "killed", real_and_broken, settings=settings)
     assert last.images + last.failures == len(list(real_and_broken.iterdir()))

@@ -61,16 +61,23 @@ def _actors():
     return [p for p in psutil.Process().children(recursive=True) if "MapWorker" in " ".join(p.cmdline())]
 
 
-def test_tables_are_those_of_the_local_runner_also_when_actors_are_killed(model, real_and_broken, tmp_path):
+# Which files, and after which shards all actors are killed.
+FEW = pytest.param("some_real_and_broken", (1, 8))
+MANY = pytest.param("real_and_broken", (1, 40), marks=pytest.mark.soak)
+
+
+@pytest.mark.parametrize(("files", "moments"), [FEW, MANY])
+def test_tables_are_those_of_the_local_runner_also_when_actors_are_killed(model, files, moments, tmp_path, request):
+    folder = request.getfixturevalue(files)
     settings = {"batch_size": 2}
-    local = _score(model, real_and_broken, tmp_path / "local", **settings)
-    assert local.images + local.failures == len(list(real_and_broken.iterdir()))
+    local = _score(model, folder, tmp_path / "local", **settings)
+    assert local.images + local.failures == len(list(folder.iterdir()))
     assert local.failures > 5
     killed = []
 
     def killing(results, *_):
         for number, result in enumerate(results):
-            if number in (1, 40):
+            if number in moments:
                 victims = _actors()
                 assert victims
                 for victim in victims:
@@ -79,7 +86,7 @@ def test_tables_are_those_of_the_local_runner_also_when_actors_are_killed(model,
             yield result
 
     runner = RayRunner(model, RaySettings(batch_size=2, tiling=JobSettings(**settings).changes, actors=2))
-    job = _score(model, real_and_broken, tmp_path / "ray", killing, runner, **settings)
+    job = _score(model, folder, tmp_path / "ray", killing, runner, **settings)
     assert len({p.pid for p in killed}) >= 3
     assert (job.images, job.instances, job.failures) == (local.images, local.instances, local.failures)
     assert _digests(tmp_path / "ray") == _digests(tmp_path / "local")
