@@ -1,6 +1,6 @@
 """A field of thousands of planes in one large GeoTIFF: count, recall, time and peak memory.
 
-Without --model the planes are painted in one colour and found by that colour, so that what
+Without --model the planes are painted in one colour and detected by that colour, so that what
 is measured is tiling, merging and memory. With a saved model or a registered version they
 are drawn as in the synthetic airfield and the `score` command finds them.
 """
@@ -105,7 +105,7 @@ def found_by_colour(image: Path, tile: int, out: Path) -> None:
 def matched(truth: np.ndarray, found: Instances) -> int:
     """How many true boxes have a found one at an IoU of 0.5, each used once, best score first."""
     boxes = np.concatenate([found.boxes.astype(np.float64), truth])
-    owner = greedy_match(boxes, np.arange(len(boxes)), np.zeros(len(boxes)), 0.5)
+    owner = greedy_match(boxes, np.arange(len(boxes)), np.zeros(len(boxes)), threshold=0.5)
     return int((owner[len(found) :] < len(found)).sum())
 
 

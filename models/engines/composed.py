@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.engines.unet.predictor import CropMask, CropSegmenter
+from models.engines.unet.predictor import CropSegmenter
 from models.errors import ModelError
 from models.geometry.box_pairs import pairs_among
-from models.geometry.rle import rle_paste
+from models.geometry.rle import CropMask, rle_paste
 from models.instances import Instances
 from models.predictor import Predictor
 from models.saved.allowed_files import PARTS

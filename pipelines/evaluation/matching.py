@@ -113,7 +113,7 @@ class Ranked:
 def rank(dataset: Dataset, predictions: Sequence[Instances], kind: Kind = "bbox") -> Ranked:
     """Match every image of a data set; images without an entry have no detections."""
     by_id = {p.image_id: p for p in predictions}
-    nothing = [Instances.make(s.image_id, s.height, s.width, [], [], [], []) for s in dataset.samples]
+    nothing = [Instances.empty(s.image_id, s.height, s.width, masks=True) for s in dataset.samples]
     return Ranked([match_image(s, by_id.get(s.image_id, n), kind) for s, n in zip(dataset.samples, nothing, strict=True)])
 
 

@@ -86,7 +86,7 @@ class Measurement:
             return math.nan
         found = {f.image_id: f for f in self.found}
         # Nothing is found in an image that failed.
-        nothing = [Instances.make(s.image_id, s.height, s.width, [], [], [], [] if masks else None) for s in part.samples]
+        nothing = [Instances.empty(s.image_id, s.height, s.width, masks=masks) for s in part.samples]
         return all_metrics([found.get(n.image_id, n) for n in nothing], part, self.segmenter).get(main, math.nan)
 
 
@@ -178,7 +178,7 @@ def _read_kept(kept: Path) -> dict[tuple[str, str], tuple[Instances, float]]:
             continue
         try:
             label, seconds, (image_id, height, width, masks), rows = json.loads(line)
-            found = Instances.make(image_id, height, width, [], [], [], [] if masks else None)
+            found = Instances.empty(image_id, height, width, masks=masks)
             found = from_rows(rows)[0] if rows else found
             for mask in found.masks or ():
                 checked_rle(mask, height, width)

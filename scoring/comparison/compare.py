@@ -206,7 +206,7 @@ def _diagnoses(dataset: Dataset, found: Sequence[Instances], masks: bool) -> dic
 
 
 def _nothing(sample: Any) -> Instances:
-    return Instances.make(sample.image_id, sample.height, sample.width, [], [], [], [])
+    return Instances.empty(sample.image_id, sample.height, sample.width, masks=True)
 
 
 def _sum(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:

@@ -300,7 +300,7 @@ def _write(job: JobResult, dataset: Dataset, has_masks: bool, settings: JobSetti
         # Images without a plane have no row; that masks were looked for there counts. Nor have those that failed, and
         # what is not found in them is missed.
         empty = [
-            Instances.make(s.image_id, s.height, s.width, [], [], [], [] if has_masks else None)
+            Instances.empty(s.image_id, s.height, s.width, masks=has_masks)
             for s in dataset.samples
             if s.image_id not in listed
         ]

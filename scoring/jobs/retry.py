@@ -63,7 +63,7 @@ def part_again(folder: Path, manifest: Manifest, dataset: Dataset, totals: Total
 
 
 def _nothing(sample: Sample, masks: bool) -> Instances:
-    return Instances.make(sample.image_id, sample.height, sample.width, [], [], [], [] if masks else None)
+    return Instances.empty(sample.image_id, sample.height, sample.width, masks=masks)
 
 
 def replace_in_shard(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from models.geometry.rle import rle_crop, rle_decode, rle_encode, rle_iou
 from models.instances import Instances
-from models.tiling.merging import Part, merge_parts
+from models.tiling.merging import TileResult, merge_tiles
 from models.tiling.predictor import Tiled
 from models.tiling.settings import Tiling, tile_grid
 
@@ -238,8 +238,11 @@ def test_no_dense_mask_of_a_large_image_is_made():
 
 def test_the_score_is_that_of_the_best_whole_one():
     def merged(*found):
-        parts = [Part(Instances.make("0", 64, 64, [box], [score], [0]), window) for box, score, window in found]
-        return merge_parts("0", 100, 100, parts, Tiling(size=64, overlap=0.25, merge="nms", match="ios")).scores.tolist()
+        tile_results = [
+            TileResult(Instances.make("0", 64, 64, [box], [score], [0]), window) for box, score, window in found
+        ]
+        tiling = Tiling(size=64, overlap=0.25, merge="nms", match="ios")
+        return merge_tiles("0", 100, 100, tile_results, tiling=tiling).scores.tolist()
 
     here, below = (0, 0, 64, 64), (0, 8, 64, 72)
     assert merged(([20, 18, 44, 48], 0.625, here), ([20, 10, 44, 40], 0.75, below)) == [0.75]

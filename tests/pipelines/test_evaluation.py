@@ -106,7 +106,7 @@ def test_without_planes_there_is_no_number():
 def test_predictions_for_other_images_and_missing_truth_are_errors():
     data, _ = _case(2)
     with pytest.raises(DataError, match="an image that it does not have"):
-        evaluate_instances(data, [Instances.make("alien", 5, 5, [], [])])
+        evaluate_instances(data, [Instances.empty("alien", 5, 5)])
     plain = Dataset(
         "p", Path("p"), "t", "plane", (Sample("a", Path("a"), 5, 5, "a", np.zeros((0, 4)), (), np.zeros(0), False),)
     )

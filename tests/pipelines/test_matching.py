@@ -31,7 +31,7 @@ def test_ap_equals_the_evaluators(seed, kind):
 def test_weights_count_images_as_often():
     data, predictions = _case(3)
     by_id = {p.image_id: p for p in predictions}
-    empty = {s.image_id: Instances.make(s.image_id, SIZE, SIZE, [], [], [], []) for s in data.samples}
+    empty = {s.image_id: Instances.empty(s.image_id, SIZE, SIZE, masks=True) for s in data.samples}
     matches = [match_image(s, by_id.get(s.image_id, empty[s.image_id])) for s in data.samples]
     weights = np.random.default_rng(0).integers(0, 4, len(matches))
     repeated = Ranked([m for m, w in zip(matches, weights, strict=True) for _ in range(w)])

@@ -26,7 +26,7 @@ def _found(image_id, masks=True):
 @pytest.mark.parametrize("masks", [True, False])
 def test_parquet_round_trip(tmp_path, masks):
     path = tmp_path / "t.parquet"
-    write_instances([_found("a", masks), Instances.make("none", 5, 5, [], []), _found("b ü", masks)], path)
+    write_instances([_found("a", masks), Instances.empty("none", 5, 5), _found("b ü", masks)], path)
     assert tuple(pq.read_schema(path).names) == TABLE_COLUMNS
     back = read_instances(path)
     assert [b.image_id for b in back] == ["a", "b ü"]

@@ -11,7 +11,7 @@ from PIL import Image
 from models.engines.unet.predictor import SegmenterArchitecture
 from models.errors import DataError
 from models.geometry.boxes import crop_window
-from models.geometry.rle import rle_boxes, rle_decode
+from models.geometry.rle import CropMask, rle_boxes, rle_decode
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.data.loading.augment import (
     Augmentation,
@@ -88,7 +88,7 @@ class DetectorBatches:
         if self.masks and not self.dataset.has_masks:
             raise DataError(f"{self.dataset.name}: planes have no outlines (segmentation) to train on")
         self._cache = ImageCache()
-        self._parts: dict[tuple[int, int], tuple[np.ndarray, int, int]] = {}
+        self._masks: dict[tuple[int, int], CropMask] = {}
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -120,7 +120,7 @@ class DetectorBatches:
         image = jitter_light(rng, image, self.augmentation)
         if not self.masks:
             return Example(image, boxes)
-        masks = [move_mask(*self._part(item, int(real[k])), affine, size) for k in kept]
+        masks = [move_mask(*self._mask(item, int(real[k])), affine, size) for k in kept]
         without = ~sample.crowd
         without[sample.outlined] = False
         hidden, _ = move_boxes(sample.boxes[without], affine, size, 0)
@@ -135,14 +135,14 @@ class DetectorBatches:
         resized = np.asarray(Image.fromarray(image).resize(new[::-1], Image.Resampling.BILINEAR))
         return resized, np.diag([new[1] / width, new[0] / height]) @ affine
 
-    def _part(self, item: int, plane: int) -> tuple[np.ndarray, int, int]:
-        if (item, plane) not in self._parts:
+    def _mask(self, item: int, plane: int) -> CropMask:
+        if (item, plane) not in self._masks:
             sample = self.dataset.samples[item]
             rle = sample.masks[plane]
             assert rle is not None, "planes without an outline are left out where masks are learnt"
             x1, y1, x2, y2 = crop_window(rle_boxes([rle])[0], sample.height, sample.width)
-            self._parts[item, plane] = (rle_decode(rle)[y1:y2, x1:x2], x1, y1)
-        return self._parts[item, plane]
+            self._masks[item, plane] = CropMask(rle_decode(rle)[y1:y2, x1:x2], x1, y1)
+        return self._masks[item, plane]
 
 
 def _painted_over(image: np.ndarray, boxes: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
