@@ -9,11 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-RLE = dict[str, Any]
+
+class RLE(TypedDict):
+    """A mask as COCO compressed run-length encoding, runs down the columns.
+
+    size: [height, width] of the image in pixels; counts: the runs as text, or as bytes where pycocotools made them.
+    """
+
+    size: list[int]
+    counts: str | bytes
+
 
 BOX, LABEL = np.dtype(np.float32), np.dtype(np.int64)
 
@@ -191,21 +200,18 @@ def from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Instances]:
         grouped.setdefault(str(row["image_id"]), []).append(row)
     result = []
     for image_id, group in grouped.items():
-        has_masks = all(_present(row["mask_counts"]) for row in group)
-        masks = (
-            [{"size": [int(v) for v in row["mask_size"]], "counts": row["mask_counts"]} for row in group]
-            if has_masks
-            else None
-        )
+        masks: list[RLE] | None = None
+        if all(_present(row["mask_counts"]) for row in group):
+            masks = [{"size": [int(v) for v in row["mask_size"]], "counts": row["mask_counts"]} for row in group]
         result.append(
             Instances.make(
                 image_id,
-                group[0]["height"],
-                group[0]["width"],
-                [[row["x1"], row["y1"], row["x2"], row["y2"]] for row in group],
-                [row["score"] for row in group],
-                [row["label"] for row in group],
-                masks,
+                height=group[0]["height"],
+                width=group[0]["width"],
+                boxes=[[row["x1"], row["y1"], row["x2"], row["y2"]] for row in group],
+                scores=[row["score"] for row in group],
+                labels=[row["label"] for row in group],
+                masks=masks,
             )
         )
     return result

@@ -45,7 +45,7 @@ class Scene:
     """One drawn scene: image RGB uint8 (S, S, 3) and the visible part of each plane as RLE."""
 
     image: np.ndarray
-    masks: list[dict[str, Any]]
+    masks: list[RLE]
 
 
 def draw_scene(settings: AirfieldSettings, split: str, index: int) -> Scene:
@@ -129,7 +129,7 @@ def _park(
     aprons: list[tuple[np.ndarray, np.ndarray, float]],
     light: np.ndarray,
     shadow: np.ndarray,
-) -> list[dict[str, Any]]:
+) -> list[RLE]:
     """Place planes one by one where nothing is yet, most of them in one direction of parking."""
     size = settings.size
     masks: list[RLE] = []
@@ -240,7 +240,7 @@ def _prepare(folder: Path, settings: AirfieldSettings, progress: Callable[[Itera
     return True
 
 
-def _write_scene(job: tuple[AirfieldSettings, str, int, str]) -> tuple[str, list[dict[str, Any]]]:
+def _write_scene(job: tuple[AirfieldSettings, str, int, str]) -> tuple[str, list[RLE]]:
     settings, split, index, folder = job
     cv2.setNumThreads(1)
     scene = draw_scene(settings, split, index)
@@ -250,7 +250,7 @@ def _write_scene(job: tuple[AirfieldSettings, str, int, str]) -> tuple[str, list
     return name, scene.masks
 
 
-def _coco(entries: list[tuple[str, list[dict[str, Any]]]], size: int) -> dict[str, Any]:
+def _coco(entries: list[tuple[str, list[RLE]]], size: int) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, (name, masks) in enumerate(entries, start=1):
