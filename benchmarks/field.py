@@ -96,21 +96,21 @@ def draw_field(path: Path, size: int, planes: int, painted: bool) -> np.ndarray:
     return np.array(boxes, np.float64)
 
 
-def found_by_colour(image: Path, tile: int, out: Path) -> None:
+def detect_by_colour(image: Path, tile: int, out: Path) -> None:
     """What the child process does."""
-    found = Tiled(ByColour(), Tiling(size=tile, overlap=0.25)).predict([WindowedImage(image)])[0]
-    write_instances([found.named(image.stem)], out)
+    detections = Tiled(ByColour(), Tiling(size=tile, overlap=0.25)).predict([WindowedImage(image)])[0]
+    write_instances([detections.named(image.stem)], out)
 
 
-def matched(truth: np.ndarray, found: Instances) -> int:
-    """How many true boxes have a found one at an IoU of 0.5, each used once, best score first."""
-    boxes = np.concatenate([found.boxes.astype(np.float64), truth])
+def matched(truth: np.ndarray, detections: Instances) -> int:
+    """How many true boxes have a detected one at an IoU of 0.5, each used once, best score first."""
+    boxes = np.concatenate([detections.boxes.astype(np.float64), truth])
     owner = greedy_match(boxes, np.arange(len(boxes)), np.zeros(len(boxes)), threshold=0.5)
-    return int((owner[len(found) :] < len(found)).sum())
+    return int((owner[len(detections) :] < len(detections)).sum())
 
 
 def main() -> None:
-    """Print what was found, how fast, and with how much memory."""
+    """Print the number of detections, recall and precision, how fast, and with how much memory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=20_000)
     parser.add_argument("--planes", type=int, default=5_000)
@@ -124,7 +124,7 @@ def main() -> None:
     table = folder / "scored" / "instances.parquet"
     if options.child:
         table.parent.mkdir(parents=True, exist_ok=True)
-        found_by_colour(image, options.tile, table)
+        detect_by_colour(image, options.tile, table)
         return
     folder.mkdir(parents=True, exist_ok=True)
     truth_file = image.with_suffix(".json")
@@ -142,10 +142,12 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
     if not painted:
         table = max((folder / "out").glob("*/instances.parquet"), key=lambda p: p.stat().st_mtime)
-    found = read_instances(table)[0]
-    hits = matched(truth, found)
+    detections = read_instances(table)[0]
+    hits = matched(truth, detections)
     print(f"{len(truth)} planes in {options.size} x {options.size} pixels, tiles of {options.tile}")
-    print(f"found {len(found)}, recall {hits / len(truth):.4f}, precision {hits / max(len(found), 1):.4f} (IoU 0.5)")
+    print(
+        f"found {len(detections)}, recall {hits / len(truth):.4f}, precision {hits / max(len(detections), 1):.4f} (IoU 0.5)"
+    )
     print(f"{seconds:.0f} s, peak memory {peak:.2f} GiB (the decoded image alone: {3 * options.size**2 / 1024**3:.2f} GiB)")
 
 

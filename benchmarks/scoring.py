@@ -56,8 +56,8 @@ def plain_loop(predictor: Predictor, images: Path, out: Path) -> None:
     for path in sorted(images.iterdir()):
         read = cv2.imread(str(path))
         assert read is not None
-        found = predictor.predict([cv2.cvtColor(read, cv2.COLOR_BGR2RGB)])[0].above(0.05)
-        rows += [(path.stem, *box, s) for box, s in zip(found.boxes.tolist(), found.scores.tolist(), strict=True)]
+        instances = predictor.predict([cv2.cvtColor(read, cv2.COLOR_BGR2RGB)])[0].above(0.05)
+        rows += [(path.stem, *box, s) for box, s in zip(instances.boxes.tolist(), instances.scores.tolist(), strict=True)]
     pd.DataFrame(rows, columns=["image_id", "x1", "y1", "x2", "y2", "score"]).to_csv(out, index=False)
 
 

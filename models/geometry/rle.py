@@ -72,8 +72,8 @@ def rle_iou(a: Sequence[RLE], b: Sequence[RLE]) -> np.ndarray:
 
 def rle_from_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> RLE:
     """Union of COCO polygons ``[[x1, y1, ...], ...]`` as RLE, rasterised by pycocotools."""
-    parts = coco_mask.frPyObjects([list(map(float, p)) for p in polygons], height, width)
-    return rle_text(coco_mask.merge(parts))
+    rles = coco_mask.frPyObjects([list(map(float, p)) for p in polygons], height, width)
+    return rle_text(coco_mask.merge(rles))
 
 
 def rle_paste(mask: np.ndarray, left: int, top: int, height: int, width: int) -> RLE:

@@ -11,7 +11,7 @@ from models.geometry.rescaling import rescaled
 from models.images.windows import AnyImage, shrunk
 from models.instances import Instances
 from models.predictor import Predictor
-from models.runtime.out_of_memory import predict_parted
+from models.runtime.out_of_memory import predict_in_halves
 from models.runtime.timing import timed
 from models.tiling.merging import TileResult, merge_tiles
 from models.tiling.settings import Tiling, Window, cut_tile, tile_grid
@@ -47,7 +47,7 @@ class Tiled:
             pending = pool.submit(following, batches, None)
             while (batch := pending.result()) is not None:
                 pending = pool.submit(following, batches, None)
-                predictions = predict_parted(self.predictor, [tile for _, _, tile in batch])
+                predictions = predict_in_halves(self.predictor, [tile for _, _, tile in batch])
                 for (number, window, _), instances in zip(batch, predictions, strict=True):
                     tile_results[number].append(TileResult(instances, window))
         return tile_results

@@ -82,13 +82,14 @@ def validation_metrics(predictor: Predictor, val: Dataset, masks: bool, unreadab
     Those count as images without detections, and are noted as ``unreadable``.
     """
     predictions = predict_dataset(predictor, val)
-    metrics = evaluate_instances(val, predictions.found).finite()
-    metrics |= evaluate_instances(val, predictions.found, "segm").finite("mask_") if masks and val.has_masks else {}
+    metrics = evaluate_instances(val, predictions.instances).finite()
+    if masks and val.has_masks:
+        metrics |= evaluate_instances(val, predictions.instances, "segm").finite("mask_")
     return metrics | failures_of(predictions, val, unreadable)
 
 
 def failures_of(predictions: Predictions, val: Dataset, unreadable: Unreadable) -> dict[str, float]:
-    """The metric ``images_failed`` of a validation, if there are any, each noted and said once."""
+    """The metric ``images_failed`` of a validation, if there are any, each noted and reported once."""
     for sample in val.samples:
         if sample.image_id in predictions.failed:
             unreadable.add(sample, predictions.failed[sample.image_id], "counts as an image without detections")

@@ -53,7 +53,7 @@ def train_unet(
         if not val:
             return {}
         predictions = predict_dataset(CropSegmenter(network, recipe.architecture, device), val)
-        masks = {f.image_id: f.masks or () for f in predictions.found}
+        masks = {f.image_id: f.masks or () for f in predictions.instances}
         metrics = evaluate_masks(val, [masks.get(s.image_id, ()) for s in val.samples]).finite()
         return metrics | failures_of(predictions, val, batches.unreadable)
 
@@ -87,9 +87,9 @@ def segmenter_loss(
         # Sums over all pixels of a batch are no work for half precision.
         logits = model(normalise(crops, normalisation).to(device)).float()
         target = torch.from_numpy(masks)[:, None].to(device)
-        parts = {"loss_bce": bce(logits, target)}
+        losses = {"loss_bce": bce(logits, target)}
         if name == "bce_dice":
-            parts["loss_dice"] = dice(logits, (target >= 0.5).float())
-        return parts
+            losses["loss_dice"] = dice(logits, (target >= 0.5).float())
+        return losses
 
     return loss

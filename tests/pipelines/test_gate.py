@@ -117,7 +117,7 @@ def test_a_slice_must_not_get_worse(dataset):
 def test_an_image_that_failed_counts_in_its_slice_and_masks_need_outlines(dataset):
     whole = _finds(dataset, ALL, ALL)
     first = dataset.samples[0].image_id
-    failed = replace(whole, found=[f for f in whole.found if f.image_id != first])
+    failed = replace(whole, predictions=[f for f in whole.predictions if f.image_id != first])
     assert whole.of_images("*", "mask_AP50") == whole.of_images("*", "AP50") == 1
     assert failed.of_images(first, "AP50") == 0
     assert 0 < failed.of_images("*", "mask_AP50") < 1
@@ -181,7 +181,7 @@ def test_an_interrupted_measurement_goes_on(dataset, tmp_path, monkeypatch):
     found = run()
     # Five of twelve were kept.
     assert len(seen) == 6 + 7
-    assert all(len(m.found) == 6 and m.metrics["AP"] == found["a"].metrics["AP"] > 0 for m in found.values())
+    assert all(len(m.predictions) == 6 and m.metrics["AP"] == found["a"].metrics["AP"] > 0 for m in found.values())
 
 
 def test_the_projects_own_files_are_valid_and_found_by_name(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def test_errors_by_kind():
     found = _found([[0, 0, 20, 20], [1, 1, 20, 20], [60, 60, 90, 90], [130, 0, 150, 20]])
     said = diagnose(truth, found, masks=False)
     assert said.detections == ["correct", "duplicate", "poorly localised", "false"]
-    assert said.found == {0}
+    assert said.hit == {0}
     assert said.missed == {2, 3}
     assert said.counts() == {
         "correct": 1, "missed": 2, "false": 1, "duplicate": 1, "poorly localised": 1, "poorly outlined": 0,

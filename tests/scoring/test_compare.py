@@ -40,7 +40,7 @@ def test_the_numbers_are_the_evaluators_and_differences_are_to_the_first(data):
     assert made.kinds == ["bbox", "segm"]
     for kind in made.kinds:
         for one in (good, bad):
-            assert made.metrics[kind][one.label] == evaluate_instances(data, one.found, kind).metrics
+            assert made.metrics[kind][one.label] == evaluate_instances(data, one.predictions, kind).metrics
     pair = next(p for p in made.pairs if p.kind == "bbox")
     assert pair.label == "bad/1"
     assert pair.difference == pytest.approx(deltas(made, "bbox", "bad/1")["AP"])
@@ -86,7 +86,7 @@ def test_boxes_alone_are_compared_as_boxes(data):
 
 def test_all_are_measured_from_the_highest_threshold(data):
     low, high = _candidate("low", data, 3.0), _candidate("high", data, 3.0)
-    high = Candidate("high", [f.above(0.6) for f in high.found], 0.6)
+    high = Candidate("high", [f.above(0.6) for f in high.predictions], 0.6)
     made = compare(data, [low, high], resamples=10)
     assert made.settings["score_threshold"] == 0.6
     assert made.metrics["bbox"]["low"] == made.metrics["bbox"]["high"]

@@ -83,7 +83,7 @@ def test_tables_are_those_of_the_local_runner_also_when_actors_are_killed(model,
     assert len({p.pid for p in killed}) >= 3
     assert (job.images, job.instances, job.failures) == (local.images, local.instances, local.failures)
     assert _digests(tmp_path / "ray") == _digests(tmp_path / "local")
-    assert job.stages["forward"] > 0
+    assert job.timings["forward"] > 0
     assert job.peaks["memory"] > 0
 
 

@@ -169,10 +169,10 @@ class CropSegmenter:
         size = self.architecture.crop_size
         results: list[np.ndarray] = []
         for start in range(0, len(crops), self.batch):
-            part = crops[start : start + self.batch]
-            resized = np.stack([_resize(c, size, size) for c in part])
+            batch = crops[start : start + self.batch]
+            resized = np.stack([_resize(c, size, size) for c in batch])
             probabilities = self._forward(normalise(resized, self.architecture.normalisation))
-            for crop, probability in zip(part, probabilities, strict=True):
+            for crop, probability in zip(batch, probabilities, strict=True):
                 results.append(_resize(probability, *crop.shape[:2]))
         return results
 

@@ -65,8 +65,8 @@ class DetectorBatches:
 
     With ``window`` pixels set, random windows are cut; else whole images are used, both
     scaled by ``zoom``, and where ``edges`` is given brought to one of those shorter sides,
-    at most ``max_edge`` long. ``masks``: make masks too. ``unreadable``: images that are found
-    to be, in whose place others stand.
+    at most ``max_edge`` long. ``masks``: make masks too. ``unreadable``: images that cannot be
+    read are noted there, and others take their place.
     """
 
     dataset: Dataset
@@ -175,7 +175,7 @@ def _with_masks(image: np.ndarray, masks: list[np.ndarray]) -> Example:
 class SegmenterBatches:
     """Batch ``step`` -> (RGB uint8 crops (B, S, S, 3), coverage masks float32 (B, S, S)).
 
-    ``unreadable``: images that are found to be, for whose planes others stand.
+    ``unreadable``: images that cannot be read are noted there, and other planes take the place of theirs.
     """
 
     dataset: Dataset

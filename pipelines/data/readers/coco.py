@@ -57,8 +57,8 @@ def read_coco(
         kept = [p for p in planes if p]
         samples.append(make_sample(file.stem, file, lying.size, scene, kept, known_truth, number, looked.lost))
     if all(s.lost for s in samples):
-        told = f": {problems.summary()}" if problems.counts else ""
-        raise DataError(f"{path}: none of its {len(images)} images was found under {path.parent}{told}")
+        details = f": {problems.summary()}" if problems.counts else ""
+        raise DataError(f"{path}: none of its {len(images)} images was found under {path.parent}{details}")
     chosen = with_unique_ids(samples, path)
     first = min((i for i in wanted if isinstance(i, int)), default=1)
     return Dataset(name or path.parent.resolve().name, path, split, category, chosen, problems, first)

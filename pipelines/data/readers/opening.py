@@ -76,13 +76,13 @@ def splits_of(folder: Path) -> list[str]:
         "instances_{}.json": folder.glob("annotations/instances_*.json"),
         "{}.json": (p for p in folder.glob("*.json") if (folder / p.stem).is_dir()),
     }
-    found = set()
+    splits = set()
     for pattern, paths in named.items():
         before, after = pattern.split("{}")
-        found |= {p.name.removeprefix(before).removesuffix(after).removesuffix("2017") for p in paths}
-    found |= {p.parent.name for p in folder.glob("*/_annotations.coco.json")}
+        splits |= {p.name.removeprefix(before).removesuffix(after).removesuffix("2017") for p in paths}
+    splits |= {p.parent.name for p in folder.glob("*/_annotations.coco.json")}
     usual = {p.name for p in folder.iterdir() if p.is_dir() and p.name in USUAL_SPLITS}
-    return sorted(found | usual)
+    return sorted(splits | usual)
 
 
 def _check_split(folder: Path, split: str) -> None:

@@ -95,7 +95,7 @@ class Saved(HookBase):
     def after_step(self) -> None:
         """Tell of a checkpoint; save one more where the training is to stop."""
         done = self.trainer.iter + 1
-        stop = bool(self.interrupt and self.interrupt.asked)
+        stop = bool(self.interrupt and self.interrupt.requested)
         safe = done % self.period == 0 or done == self.trainer.max_iter
         if stop and not safe:
             self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)

@@ -147,10 +147,11 @@ def _work(
     _log_to_file(folder)
     cfg = training_config(recipe, folder, device)
     batches = _batches(recipe, cfg, train)
-    told = listeners if comm.is_main_process() else ()
-    interrupt = Interrupt(told) if comm.get_world_size() == 1 else None
+    # Only one process logs and reports.
+    listeners = listeners if comm.is_main_process() else ()
+    interrupt = Interrupt(listeners) if comm.get_world_size() == 1 else None
     try:
-        trainer = _make_trainer(cfg, batches, _evaluation(recipe, cfg, val, batches.unreadable), told, interrupt)
+        trainer = _make_trainer(cfg, batches, _evaluation(recipe, cfg, val, batches.unreadable), listeners, interrupt)
         if trainer.checkpointer.has_checkpoint():
             try:
                 trainer.resume_or_load(resume=True)
