@@ -44,18 +44,18 @@ class ByColour:
 
     def _one(self, image_id: str, image: np.ndarray) -> Instances:
         painted = (image == PAINT).all(axis=2).astype(np.uint8)
-        count, parts, stats, _ = cv2.connectedComponentsWithStats(painted, connectivity=8)
+        count, components, stats, _ = cv2.connectedComponentsWithStats(painted, connectivity=8)
         boxes = [[x, y, x + w, y + h] for x, y, w, h, _ in stats[1:count]]
-        masks = [rle_encode(parts == i) for i in range(1, count)]
-        return Instances.make(image_id, image.shape[0], image.shape[1], boxes, np.full(count - 1, 0.9), None, masks)
+        masks = [rle_encode(components == i) for i in range(1, count)]
+        return Instances.make(image_id, image.shape[0], image.shape[1], boxes, np.full(count - 1, 0.9), masks=masks)
 
 
 def plane_patch(rng: np.random.Generator, light: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A random plane: coverage (h, w) and colour (h, w, 3), without the empty rows and columns around it."""
     patch = draw_aircraft(random_aircraft(rng), (0.0, 0.0), float(rng.uniform(30, 110)), rng.uniform(0, 2 * np.pi), light)
     rows, columns = (np.flatnonzero((patch.coverage > 0).any(axis=axis)) for axis in (1, 0))
-    part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    return patch.coverage[part], patch.colour[part]
+    inside = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    return patch.coverage[inside], patch.colour[inside]
 
 
 def draw_field(path: Path, size: int, planes: int, painted: bool) -> np.ndarray:
@@ -85,10 +85,10 @@ def draw_field(path: Path, size: int, planes: int, painted: bool) -> np.ndarray:
                 rows, columns = cover.shape
                 left = column * cell + int(rng.integers(2, cell - columns - 2))
                 top = int(rng.integers(2, cell - rows - 2))
-                part = strip[top : top + rows, left : left + columns]
+                region = strip[top : top + rows, left : left + columns]
                 mask = cover >= 0.5
-                drawn = part * (1 - cover[:, :, None]) + colour * cover[:, :, None]
-                part[:] = np.where(mask[:, :, None], PAINT, part) if painted else drawn.round().clip(0, 255)
+                drawn = region * (1 - cover[:, :, None]) + colour * cover[:, :, None]
+                region[:] = np.where(mask[:, :, None], PAINT, region) if painted else drawn.round().clip(0, 255)
                 ys, xs = np.nonzero(mask)
                 top += row * cell
                 boxes.append([left + xs.min(), top + ys.min(), left + xs.max() + 1, top + ys.max() + 1])

@@ -47,7 +47,15 @@ def write_images(folder: Path, count: int, smallest: int, largest: int) -> None:
 
 def score(predictor: Predictor, images: Path, out: Path, device: str = "cpu") -> None:
     """Our job, from listing to all tables."""
-    run_job(predictor, "m/1", open_dataset(images), out, JobSettings(overlays=0), lambda r, *_: r, device=device)
+    run_job(
+        predictor,
+        "m/1",
+        open_dataset(images),
+        out,
+        settings=JobSettings(overlays=0),
+        progress=lambda r, *_: r,
+        device=device,
+    )
 
 
 def plain_loop(predictor: Predictor, images: Path, out: Path) -> None:
@@ -88,13 +96,13 @@ def speed(count: int, device: str) -> None:
             seconds[name].append(timed(ways[name])[0])
     total = {name: sum(values) for name, values in seconds.items()}
     print(
-        f"{count} images of 256 to 640 pixels a side, {device}, {torch.get_num_threads()} threads, {CHUNKS} parts in turn"
+        f"{count} images of 256 to 640 pixels a side, {device}, {torch.get_num_threads()} threads, {CHUNKS} chunks in turn"
     )
     print(f"score job                  {total['job']:.2f} s   {count / total['job']:.2f} images/s")
     for name, what in (("bare", "bare forward passes"), ("loop", "imread, predict, to_csv")):
         ratios = [a / b for a, b in zip(seconds["job"], seconds[name], strict=True)]
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}, median {statistics.median(ratios):.3f}"
-        print(f"{what:<26} {total[name]:.2f} s   ratio {total['job'] / total[name]:.3f}   (by parts {spread})")
+        print(f"{what:<26} {total[name]:.2f} s   ratio {total['job'] / total[name]:.3f}   (by chunks {spread})")
 
 
 def small_model(folder: Path) -> Path:

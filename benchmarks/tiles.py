@@ -59,7 +59,16 @@ def agreement(predictions: Instances, other: Instances, image: np.ndarray) -> fl
         Image.fromarray(image).save(path)
         height, width = image.shape[:2]
         none = (None,) * len(other)
-        sample = Sample("0", path, height, width, "0", other.boxes, none, np.zeros(len(other), bool))
+        sample = Sample(
+            "0",
+            path,
+            height=height,
+            width=width,
+            scene="0",
+            boxes=other.boxes,
+            masks=none,
+            crowd=np.zeros(len(other), bool),
+        )
         dataset = Dataset("image", path, "test", "plane", (sample,))
         return evaluate_instances(dataset, [predictions], score_threshold=0, max_dets=(1, 10, 100_000)).metrics["AP"]
 
@@ -127,7 +136,7 @@ def main() -> None:
 
     batches = [int(b) for b in options.batches.split(",")]
     ways: dict[str, Callable[[], object]] = {"ours": lambda: tiled.predict([image])[0], "bare": bare}
-    ways |= {f"SAHI {b}": partial(sliced, theirs, image, tiling, b, True) for b in batches}
+    ways |= {f"SAHI {b}": partial(sliced, theirs, image, tiling, batch=b, merge=True) for b in batches}
     for way in ways.values():
         way()
     rounds = [{name: timed(way) for name, way in ways.items()} for _ in range(options.rounds)]

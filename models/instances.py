@@ -1,4 +1,4 @@
-"""The one result type: planes found in one image, and the table made from it.
+"""The one result type: the planes detected in one image, and the table made from it.
 
 Conventions, valid everywhere: an image is RGB uint8 (H, W, 3); a box is xyxy
 float32 in absolute pixels of the original image; a mask is COCO compressed RLE
@@ -89,10 +89,9 @@ class Instances:
             raise ValueError(f"image {self.image_id!r}: masks are {_form(self.masks)}, expected a tuple of {count}")
         size = [self.height, self.width]
         for i, mask in enumerate(self.masks):
-            if list(mask["size"]) != size:
-                raise ValueError(
-                    f"image {self.image_id!r}: mask {i} is an RLE of size {list(mask['size'])} in an image of {size}"
-                )
+            if not isinstance(mask, dict) or list(mask["size"]) != size:
+                form = f"an RLE of size {list(mask['size'])}" if isinstance(mask, dict) else type(mask).__name__
+                raise ValueError(f"image {self.image_id!r}: mask {i} is {form}, expected an RLE of size {size}")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Instances):
@@ -114,6 +113,7 @@ class Instances:
         width: int,
         boxes: Any,
         scores: Any,
+        *,
         labels: Any = None,
         masks: Sequence[RLE] | None = None,
     ) -> Instances:
@@ -131,13 +131,13 @@ class Instances:
             raise ValueError(f"masks and boxes differ in length: {len(masks)}, {len(boxes)}")
         order = np.argsort(-scores, kind="stable")
         return cls(
-            image_id,
-            int(height),
-            int(width),
-            boxes[order],
-            scores[order],
-            labels[order],
-            None if masks is None else tuple(masks[i] for i in order),
+            image_id=image_id,
+            height=int(height),
+            width=int(width),
+            boxes=boxes[order],
+            scores=scores[order],
+            labels=labels[order],
+            masks=None if masks is None else tuple(masks[i] for i in order),
         )
 
     @classmethod
@@ -147,7 +147,7 @@ class Instances:
         >>> len(Instances.empty("a", 10, 20)), Instances.empty("a", 10, 20, masks=True).masks
         (0, ())
         """
-        return cls.make(image_id, height, width, [], [], [], [] if masks else None)
+        return cls.make(image_id, height, width, boxes=[], scores=[], labels=[], masks=[] if masks else None)
 
     def __len__(self) -> int:
         return len(self.boxes)

@@ -229,7 +229,17 @@ def score_version(
         progress = _as_it_is
     # As long as it always was in manifests, so that older jobs can be gone on with.
     digest = folder_digest(folder)[:16]
-    job = run_job(predictor, version.label, dataset, out, settings, progress, model=digest, device=device, runner=runner)
+    job = run_job(
+        predictor,
+        version.label,
+        dataset,
+        out,
+        settings=settings,
+        progress=progress,
+        model=digest,
+        device=device,
+        runner=runner,
+    )
     job.megabytes = folder_megabytes(folder)
     _tell(job)
     tiling = tiling_of(predictor)

@@ -103,12 +103,13 @@ def save_composed(
     if specs[DETECTOR].rendering != specs[SEGMENTER].rendering:
         shown = ", ".join(f"{components.get(role, role)} {spec.rendering.model_dump()}" for role, spec in specs.items())
         raise ModelError(
-            f"the parts read image files differently ({shown}); train them with the same data.range and data.bands"
+            f"detector and segmenter read image files differently ({shown}); "
+            "train them with the same data.range and data.bands"
         )
     classes = specs[DETECTOR].classes
     if [c.lower() for c in classes] != [c.lower() for c in specs[SEGMENTER].classes]:
         shown = ", ".join(f"{components.get(role, role)} finds {', '.join(spec.classes)}" for role, spec in specs.items())
-        raise ModelError(f"the parts are of different classes ({shown})")
+        raise ModelError(f"detector and segmenter are of different classes ({shown})")
     versions = {f"{role}.{k}": v for role, spec in specs.items() for k, v in spec.versions.items()}
     made = ModelSpec(
         kind="instance_segmenter",

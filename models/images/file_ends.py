@@ -1,4 +1,4 @@
-"""Does a file end where its format says? Told from a few of its bytes; and a PNG that holds fewer pixels than it says."""
+"""Does a file end where its format says? A few of its bytes tell, and so do the pixels that a PNG lacks."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ class WindowedImage:
         return find_bounds(self.rendering, self.dtype, bits, self._blocks(), (self._file.height, self._file.width))
 
     def _blocks(self) -> Iterator[Block]:
-        """The file from top to bottom, in pieces that part none of its own blocks."""
+        """The file from top to bottom, in pieces that divide none of its own blocks."""
         height, width = self._file.height, self._file.width
         own = self._file.block_shapes[0][0]
         rows = max(own, ROWS // own * own)

@@ -177,7 +177,7 @@ def _hulls(boxes: np.ndarray, group: np.ndarray) -> np.ndarray:
 def cut_sides(boxes: np.ndarray, regions: np.ndarray) -> np.ndarray:
     """Which sides (left, top, right, bottom) of each box lie on a border of its tile, bool (N, 4).
 
-    The image's own left and upper border do not count; its extent plays no part, so that padding changes nothing.
+    The image's own left and upper border do not count; its extent plays no role, so that padding changes nothing.
     """
     extent = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
     near: np.ndarray = np.abs(boxes - regions) <= np.clip(SLACK_SHARE * extent, SLACK, MOST_SLACK)

@@ -72,7 +72,9 @@ def merge_tiles(
     masks = None
     if detections.masks is not None:
         masks = [rle_paste(*_within(detections.masks[i], height, width), height, width) for i in keep]
-    return Instances.make(image_id, height, width, boxes[keep], detections.scores[keep], detections.labels[keep], masks)
+    return Instances.make(
+        image_id, height, width, boxes[keep], detections.scores[keep], labels=detections.labels[keep], masks=masks
+    )
 
 
 def _within(crop: CropMask, height: int, width: int) -> CropMask:

@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Sample:
     boxes: np.ndarray
     masks: tuple[RLE | None, ...]
     crowd: np.ndarray
+    _: KW_ONLY
     truth: bool = True
     number: int | None = None
     window: Window | None = None
@@ -144,6 +145,7 @@ class Dataset:
     split: str
     category: str
     samples: tuple[Sample, ...]
+    _: KW_ONLY
     problems: Problems = field(default_factory=Problems, compare=False)
     category_id: int = 1
     # Not arguments, so that a subset starts with none.

@@ -43,7 +43,7 @@ def predict_image(predictor: Predictor | BoxSegmenter, image: np.ndarray, sample
         )
     masks = predictor.masks_in_boxes([image], [sample.boxes])[0]
     ones = np.ones(len(sample.boxes))
-    return Instances.make(sample.image_id, sample.height, sample.width, sample.boxes, ones, None, masks)
+    return Instances.make(sample.image_id, sample.height, sample.width, sample.boxes, ones, masks=masks)
 
 
 def image_failure(error: Exception, predictor: Predictor, sample: Sample) -> DataError | None:

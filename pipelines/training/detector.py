@@ -44,14 +44,14 @@ def train_detector(
     batches = DetectorBatches(
         train,
         recipe.augmentation,
-        recipe.training.batch_size,
-        recipe.window,
-        recipe.focus,
-        recipe.min_visible,
-        recipe.seed,
+        batch_size=recipe.training.batch_size,
+        window=recipe.window,
+        focus=recipe.focus,
+        min_visible=recipe.min_visible,
+        seed=recipe.seed,
         # With a size given, the network scales the images itself.
-        recipe.architecture.zoom if recipe.architecture.min_size is None else 1.0,
-        masks,
+        zoom=recipe.architecture.zoom if recipe.architecture.min_size is None else 1.0,
+        masks=masks,
         unreadable=Unreadable(folder),
     )
 
@@ -62,14 +62,14 @@ def train_detector(
     job = Job(
         model,
         batches,
-        detector_loss,
-        recipe.training,
-        recipe.optimizer,
-        folder,
-        device,
-        validate if val and val.planes else None,
-        "mask_AP" if masks and val and val.has_masks else "AP",
-        listeners,
+        loss=detector_loss,
+        training=recipe.training,
+        optimizer=recipe.optimizer,
+        folder=folder,
+        device=device,
+        evaluate=validate if val and val.planes else None,
+        metric="mask_AP" if masks and val and val.has_masks else "AP",
+        listeners=listeners,
     )
     outcome = run(job)
     spec = detector_spec(recipe.architecture, [recipe.data.category], recipe.prediction, recipe.data.rendering)

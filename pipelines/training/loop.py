@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ class Batches(Protocol):
 
 
 class Listener(Protocol):
-    """Told what happens; must not change the model."""
+    """Is notified of what happens; must not change the model."""
 
     def on_start(self, history: Sequence[Record], total: int) -> None:
         """Training begins or goes on after ``history``."""
@@ -52,6 +52,7 @@ class Job:
 
     model: nn.Module
     batches: Batches
+    _: KW_ONLY
     loss: Callable[[nn.Module, Any, torch.device], Mapping[str, torch.Tensor]]
     training: TrainingSettings
     optimizer: OptimizerSettings

@@ -43,10 +43,10 @@ def train_unet(
         train,
         recipe.augmentation,
         recipe.architecture,
-        recipe.training.batch_size,
-        recipe.box_jitter,
-        recipe.seed,
-        Unreadable(folder),
+        batch_size=recipe.training.batch_size,
+        box_jitter=recipe.box_jitter,
+        seed=recipe.seed,
+        unreadable=Unreadable(folder),
     )
 
     def validate(network: nn.Module) -> dict[str, float]:
@@ -60,14 +60,14 @@ def train_unet(
     job = Job(
         model,
         batches,
-        segmenter_loss(recipe.loss, recipe.architecture.normalisation),
-        recipe.training,
-        recipe.optimizer,
-        folder,
-        device,
-        validate if val and val.planes else None,
-        "IoU",
-        listeners,
+        loss=segmenter_loss(recipe.loss, recipe.architecture.normalisation),
+        training=recipe.training,
+        optimizer=recipe.optimizer,
+        folder=folder,
+        device=device,
+        evaluate=validate if val and val.planes else None,
+        metric="IoU",
+        listeners=listeners,
     )
     outcome = run(job)
     spec = segmenter_spec(recipe.architecture, [recipe.data.category], recipe.data.rendering)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,7 @@ class Candidate:
 
     label: str
     predictions: Sequence[Instances]
+    _: KW_ONLY
     score_threshold: float = 0.05
     images_per_second: float = math.nan
     megabytes: float = math.nan
@@ -246,12 +247,12 @@ def _rank_images(
         box = max(places, key=lambda p: p[0])[1] if places else None
         rows.append(
             ImageDifference(
-                sample.image_id,
-                total,
-                tuple(c["correct"] for c in counts),
-                tuple(c["false"] + c["duplicate"] for c in counts),
-                tuple(c["missed"] for c in counts),
-                None if box is None else (float(box[0]), float(box[1]), float(box[2]), float(box[3])),
+                image_id=sample.image_id,
+                disagreements=total,
+                correct=tuple(c["correct"] for c in counts),
+                false=tuple(c["false"] + c["duplicate"] for c in counts),
+                missed=tuple(c["missed"] for c in counts),
+                box=None if box is None else (float(box[0]), float(box[1]), float(box[2]), float(box[3])),
             )
         )
     return sorted(rows, key=lambda r: (-r.disagreements, r.image_id))

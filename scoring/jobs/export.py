@@ -19,6 +19,7 @@ def export(
     dataset: Dataset,
     folder: Path,
     formats: Collection[str],
+    *,
     rle: kaggle.Convention = "course",
     most: int = 3,
 ) -> None:
@@ -40,6 +41,7 @@ def export_job(
     job: Path,
     out: Path,
     formats: Collection[str],
+    *,
     score_threshold: float = 0.0,
     rle: kaggle.Convention = "course",
     most: int = 3,
@@ -57,7 +59,7 @@ def export_job(
     if "kaggle" in formats and any(p.masks is None for p in predictions):
         raise DataError(f"{job}: its planes have no masks, so there is no Kaggle CSV of it")
     out.mkdir(parents=True, exist_ok=True)
-    export(predictions, dataset, out, formats, rle, most)
+    export(predictions, dataset, out, formats, rle=rle, most=most)
     return sum(map(len, predictions))
 
 

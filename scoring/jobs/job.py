@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ class JobResult:
 
     label: str
     folder: Path
+    _: KW_ONLY
     images: int
     instances: int
     failures: int
@@ -128,9 +129,9 @@ def run_job(
     label: str,
     dataset: Dataset,
     out: Path,
+    *,
     settings: JobSettings,
     progress: Progress,
-    *,
     model: str = "",
     device: str = "cpu",
     runner: Runner | None = None,
@@ -154,14 +155,21 @@ def run_job(
     batch_size = settings.batch_size or auto_batch(device)
     decisive = _decisive(predictor, dataset, settings, device)
     workers = settings.workers or auto_workers(device, dataset)
-    runner = runner or LocalRunner(predictor, device, batch_size, workers, settings.precision)
+    runner = runner or LocalRunner(predictor, device, batch_size=batch_size, workers=workers, kind=settings.precision)
     manifest = make_manifest(label, model, decisive, dataset, settings.shard_size)
     try:
         with claimed(folder, manifest, dataset, settings.fresh):
-            again = _try_again(runner, manifest, folder, dataset, settings.score_threshold, progress)
+            again = _try_again(
+                runner, manifest, folder, dataset, score_threshold=settings.score_threshold, progress=progress
+            )
             resumed, totals = len(dataset) - again, totals_of(folder)
             if totals is None:
-                resumed = _make_missing(runner, manifest, folder, dataset, settings.score_threshold, progress) - again
+                resumed = (
+                    _make_missing(
+                        runner, manifest, folder, dataset, score_threshold=settings.score_threshold, progress=progress
+                    )
+                    - again
+                )
                 join_shards(folder, len(manifest.shards()))
                 totals = totals_of(folder)
             assert totals is not None
@@ -170,7 +178,14 @@ def run_job(
                 raise DataError(
                     f"none of {len(dataset)} images could be scored; the first: {first.message} (--fresh tries again)"
                 )
-            job = JobResult(label, folder, totals.images, totals.instances, totals.failures, totals.seconds)
+            job = JobResult(
+                label,
+                folder,
+                images=totals.images,
+                instances=totals.instances,
+                failures=totals.failures,
+                seconds=totals.seconds,
+            )
             job.segmenter, job.score_threshold, job.resumed = is_segmenter(predictor), settings.score_threshold, resumed
             job.timings, job.peaks = totals.timings, runner.peak_megabytes()
             job.little, job.first_little = totals.little, totals.first_little
@@ -196,7 +211,7 @@ def _decisive(predictor: Predictor, dataset: Dataset, settings: JobSettings, dev
 
 
 def _try_again(
-    runner: Runner, manifest: Manifest, folder: Path, dataset: Dataset, score_threshold: float, progress: Progress
+    runner: Runner, manifest: Manifest, folder: Path, dataset: Dataset, *, score_threshold: float, progress: Progress
 ) -> int:
     """Predict once more what could not be fetched in an earlier call; return how many images came of it."""
     failed, shards = failed_before(folder, manifest, dataset), manifest.shards()
@@ -230,7 +245,7 @@ def _failed_again(result: Instances | Failure, sample: Sample) -> bool:
 
 
 def _make_missing(
-    runner: Runner, manifest: Manifest, folder: Path, dataset: Dataset, score_threshold: float, progress: Progress
+    runner: Runner, manifest: Manifest, folder: Path, dataset: Dataset, *, score_threshold: float, progress: Progress
 ) -> int:
     """Predict and write the shards that are not there; return how many images the others hold."""
     done, shards = finished(folder), manifest.shards()
@@ -291,7 +306,7 @@ def _write(job: JobResult, dataset: Dataset, has_masks: bool, settings: JobSetti
     table = parquet.InstanceTable(job.folder / INSTANCES)
     made = set(FORMATS) if has_masks or not job.instances else set(FORMATS) - {"kaggle"}
     made -= set() if settings.overlays else {"overlays"}
-    export(table, dataset, job.folder, made, settings.rle, settings.overlays)
+    export(table, dataset, job.folder, made, rle=settings.rle, most=settings.overlays)
     if not dataset.has_truth:
         return
     failed = {f.image_id for f in parquet.read_failures(job.folder / ERRORS)} if job.failures else set()

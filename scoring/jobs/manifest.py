@@ -182,20 +182,20 @@ def read_inputs(folder: Path, manifest: Manifest) -> Dataset:
         rows = pq.read_table(folder / INPUTS).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{folder / INPUTS}: absent or damaged; score with --fresh") from error
-    none = np.zeros((0, 4), np.float32), (), np.zeros(0, bool)
     rendering = Rendering.model_validate(manifest.settings["rendering"])
     samples = [
         Sample(
             r["image_id"],
             to_path(r["path"]),
-            r["height"],
-            r["width"],
-            r["image_id"],
-            *none,
-            False,
-            r["number"],
-            None,
-            rendering,
+            height=r["height"],
+            width=r["width"],
+            scene=r["image_id"],
+            boxes=np.zeros((0, 4), np.float32),
+            masks=(),
+            crowd=np.zeros(0, bool),
+            truth=False,
+            number=r["number"],
+            rendering=rendering,
         )
         for r in rows
     ]

@@ -67,7 +67,13 @@ class LocalRunner:
     """A predictor in this process."""
 
     def __init__(
-        self, predictor: Predictor, device: str = "cpu", batch_size: int = 1, workers: int = 1, kind: Precision = "32"
+        self,
+        predictor: Predictor,
+        device: str = "cpu",
+        *,
+        batch_size: int = 1,
+        workers: int = 1,
+        kind: Precision = "32",
     ) -> None:
         self.predictor, self.device = predictor, device
         self.batch_size, self.workers, self.kind = batch_size, workers, kind

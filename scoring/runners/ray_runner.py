@@ -144,7 +144,9 @@ class _Actor:
                 path.write_bytes(content)
             device = device_in_actor(settings.device)
             predictor = load_model(folder, device, settings.tiling)
-        self.runner = LocalRunner(predictor, device, settings.batch_size, settings.workers, settings.precision)
+        self.runner = LocalRunner(
+            predictor, device, batch_size=settings.batch_size, workers=settings.workers, kind=settings.precision
+        )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         out: dict[str, list[Any]] = {"position": [], "results": []}

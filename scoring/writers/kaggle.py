@@ -163,4 +163,4 @@ def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
 def _instances(image_id: str, sizes: Mapping[str, tuple[int, int]], masks: Sequence[RLE]) -> Instances:
     height, width = sizes[image_id]
     scores = 1 - np.arange(len(masks)) / (len(masks) + 1) * 0.5
-    return Instances.make(image_id, height, width, rle_boxes(masks), scores, None, masks)
+    return Instances.make(image_id, height, width, rle_boxes(masks), scores, masks=masks)

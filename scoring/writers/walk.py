@@ -13,7 +13,7 @@ from pipelines.files import quoted_name
 
 def file_stem(image_id: str) -> str:
     """An image's id as the name of a file; quoted, so that those of "a/b" and "a_b" differ, and "a%2Fb"."""
-    quoted = any(part in image_id for part in ("/", "%2F", "%25"))
+    quoted = any(sign in image_id for sign in ("/", "%2F", "%25"))
     return quoted_name(image_id) if quoted else image_id
 
 

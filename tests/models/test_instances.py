@@ -33,8 +33,8 @@ def instances(draw, least=0):
         WIDTH,
         column(st.tuples(FLOATS, FLOATS, FLOATS, FLOATS)),
         column(FLOATS),
-        column(st.integers(0, 3)),
-        None if masks is None else [_mask(bits) for bits in masks],
+        labels=column(st.integers(0, 3)),
+        masks=None if masks is None else [_mask(bits) for bits in masks],
     )
 
 
@@ -67,10 +67,11 @@ FIELDS = {
         ("labels", np.array([0, 1], np.int32), r"labels are int32 \(2,\)"),
         ("masks", (_mask(3),), "masks are tuple of 1, expected a tuple of 2"),
         ("masks", [_mask(3), _mask(12)], "masks are list of 2, expected a tuple of 2"),
+        ("masks", (_mask(3), None), r"mask 1 is NoneType, expected an RLE of size \[6, 8\]"),
         (
             "masks",
             (_mask(3), rle_encode(np.ones((WIDTH, HEIGHT)))),
-            r"mask 1 is an RLE of size \[8, 6\] in an image of \[6, 8\]",
+            r"mask 1 is an RLE of size \[8, 6\], expected an RLE of size \[6, 8\]",
         ),
     ],
 )
@@ -90,9 +91,9 @@ def test_make_refuses_columns_of_other_lengths_and_masks_of_other_sizes():
     with pytest.raises(ValueError, match="boxes, scores, labels differ in length: 1, 2, 1"):
         Instances.make("a", HEIGHT, WIDTH, box, [0.1, 0.2])
     with pytest.raises(ValueError, match="masks and boxes differ in length: 2, 1"):
-        Instances.make("a", HEIGHT, WIDTH, box, [0.1], None, [_mask(1)] * 2)
+        Instances.make("a", HEIGHT, WIDTH, box, [0.1], masks=[_mask(1)] * 2)
     with pytest.raises(ValueError, match="mask 0 is an RLE of size"):
-        Instances.make("a", WIDTH, HEIGHT, box, [0.1], None, [_mask(1)])
+        Instances.make("a", WIDTH, HEIGHT, box, [0.1], masks=[_mask(1)])
 
 
 def test_take_refuses_an_index_that_turns_the_order_round():

@@ -32,7 +32,17 @@ def dataset(monkeypatch):
     boxes = np.array([[10, 10, 30, 30], [100, 100, 160, 160]], np.float32)
     masks = tuple(_mask(b.astype(int)) for b in boxes)
     samples = [
-        Sample(f"{'AB'[i % 2]}{i}", Path("x"), SIDE, SIDE, str(i), boxes, masks, np.zeros(2, bool)) for i in range(6)
+        Sample(
+            f"{'AB'[i % 2]}{i}",
+            Path("x"),
+            height=SIDE,
+            width=SIDE,
+            scene=str(i),
+            boxes=boxes,
+            masks=masks,
+            crowd=np.zeros(2, bool),
+        )
+        for i in range(6)
     ]
     return Dataset("field", Path("x"), "test", "plane", tuple(samples))
 
@@ -48,11 +58,11 @@ def _finds(dataset, small=(), large=(), seconds=1.0, segmenter=False):
                 m if i in chosen else _mask([10, 10, 20, 20] if i == 0 else [100, 100, 130, 130])
                 for i, m in enumerate(sample.masks)
             ]
-            found.append(Instances.make(sample.image_id, SIDE, SIDE, sample.boxes, [1, 1], None, masks))
+            found.append(Instances.make(sample.image_id, SIDE, SIDE, sample.boxes, [1, 1], masks=masks))
         else:
             masks = [sample.masks[i] for i in chosen]
             found.append(
-                Instances.make(sample.image_id, SIDE, SIDE, sample.boxes[chosen], [0.9] * len(chosen), None, masks)
+                Instances.make(sample.image_id, SIDE, SIDE, sample.boxes[chosen], [0.9] * len(chosen), masks=masks)
             )
     return Measurement(dataset, segmenter, found, [9.0] + [seconds] * 5, all_metrics(found, dataset, segmenter))
 

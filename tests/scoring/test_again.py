@@ -36,7 +36,7 @@ def _run(out, data, **more):
     dataset = data if hasattr(data, "samples") else open_dataset(data)
     predictor = more.pop("predictor", None) or Brightness()
     settings = JobSettings(shard_size=2, score_threshold=0.0, **{"overlays": 2, **more})
-    return run_job(predictor, "m/1", dataset, out, settings, lambda r, *_: r)
+    return run_job(predictor, "m/1", dataset, out, settings=settings, progress=lambda r, *_: r)
 
 
 def test_fresh_leaves_nothing_of_the_old_job(images, tmp_path):
@@ -224,7 +224,7 @@ def _run_and_stop(store, out, stop, away=None):
 
     settings = JobSettings(shard_size=2, score_threshold=0.0, overlays=2)
     with pytest.raises(KeyboardInterrupt):
-        run_job(Brightness(), "m/1", _remote(store), out, settings, stopping)
+        run_job(Brightness(), "m/1", _remote(store), out, settings=settings, progress=stopping)
 
 
 def test_a_store_that_goes_away_in_the_middle_of_a_job(store, tmp_path):

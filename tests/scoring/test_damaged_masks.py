@@ -32,7 +32,7 @@ DAMAGED = [SHORT, LONG, {**RLE, "counts": RLE["counts"][:5]}, {**RLE, "size": [8
 
 
 def _predictions():
-    return Instances.make("a", 60, 80, [[1, 1, 9, 9]] * 2, [0.9, 0.8], None, [RLE, RLE])
+    return Instances.make("a", 60, 80, [[1, 1, 9, 9]] * 2, [0.9, 0.8], masks=[RLE, RLE])
 
 
 def _write_table(path, rle):

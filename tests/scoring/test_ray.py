@@ -54,7 +54,7 @@ def images(tmp_path_factory):
 def _score(model, images, out, progress=lambda r, *_: r, runner=None, **settings):
     how = JobSettings(shard_size=3, overlays=0, score_threshold=0.0, **settings)
     predictor = load_model(model, "cpu", how.changes)
-    return run_job(predictor, "m/1", open_dataset(images), out, how, progress, runner=runner)
+    return run_job(predictor, "m/1", open_dataset(images), out, settings=how, progress=progress, runner=runner)
 
 
 def _actors():

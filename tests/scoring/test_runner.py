@@ -145,7 +145,7 @@ def test_annotated_images_that_cannot_be_read_are_errors_too(tmp_path):
     assert kept.digest() != left.digest()
     assert "1 missing images, kept as errors" in kept.summary()
     settings = JobSettings(overlays=0, score_threshold=0)
-    job = run_job(Brightness(), "m/1", kept, tmp_path / "out", settings, lambda r, *_: r)
+    job = run_job(Brightness(), "m/1", kept, tmp_path / "out", settings=settings, progress=lambda r, *_: r)
     assert (job.images, job.failures) == (2, 2)
     errors = pq.read_table(tmp_path / "out" / "m-1" / "errors.parquet").to_pylist()
     assert {e["image_id"]: e["kind"] for e in errors} == {"b": "not an image", "d": "missing"}
@@ -180,7 +180,7 @@ class Large(Brightness):
     def predict(self, images):
         rng = np.random.default_rng(int(images[0].sum()))
         masks = [rle_encode(rng.random((100, 100)) > 0.5) for _ in range(20)]
-        return [Instances.make("0", 100, 100, [[0, 0, 9, 9]] * 20, np.linspace(1, 0.1, 20), None, masks)]
+        return [Instances.make("0", 100, 100, [[0, 0, 9, 9]] * 20, np.linspace(1, 0.1, 20), masks=masks)]
 
 
 def test_a_small_disk_that_fills_up(mixed, tmp_path):

@@ -281,7 +281,7 @@ class Detectron2Predictor:
         keep = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
         scores, labels = output.scores.float().numpy(), output.pred_classes.numpy()
         kept = None if masks is None else [masks[i] for i in keep]
-        return Instances.make(image_id, height, width, boxes[keep], scores[keep], labels[keep], kept)
+        return Instances.make(image_id, height, width, boxes[keep], scores[keep], labels=labels[keep], masks=kept)
 
 
 def _mask_of(single: Any, height: int, width: int) -> RLE:

@@ -121,7 +121,7 @@ class TorchvisionDetector:
         masks = None
         if "masks" in output:
             masks = paste_masks(output["masks"][keep, 0].float().cpu(), torch.from_numpy(boxes[keep]), height, width)
-        return Instances.make(image_id, height, width, boxes[keep], scores[keep], labels[keep], masks)
+        return Instances.make(image_id, height, width, boxes[keep], scores[keep], labels=labels[keep], masks=masks)
 
 
 def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int) -> list[RLE]:

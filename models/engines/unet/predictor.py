@@ -160,7 +160,7 @@ class CropSegmenter:
                 continue
             rle = rle_encode(mask)
             score = float(probability[mask].mean())
-            results.append(Instances.make(str(i), height, width, rle_boxes([rle]), [score], [0], [rle]))
+            results.append(Instances.make(str(i), height, width, rle_boxes([rle]), [score], labels=[0], masks=[rle]))
         return results
 
     @timed("forward")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import cv2
 import numpy as np
@@ -71,6 +71,7 @@ class DetectorBatches:
 
     dataset: Dataset
     augmentation: Augmentation
+    _: KW_ONLY
     batch_size: int
     window: int | None
     focus: float
@@ -111,7 +112,9 @@ class DetectorBatches:
         real = sample.outlined if self.masks else np.flatnonzero(~sample.crowd)
         boxes = sample.boxes[real]
         if self.window:
-            image, affine = random_window(rng, image, boxes, self.augmentation, self.window, self.focus, self.zoom)
+            image, affine = random_window(
+                rng, image, boxes, settings=self.augmentation, size=self.window, focus=self.focus, zoom=self.zoom
+            )
         else:
             image, affine = turned_whole(image, random_linear(rng, self.augmentation) * self.zoom)
             image, affine = self._fit(image, affine, self.edges[rng.integers(len(self.edges))])
@@ -120,7 +123,7 @@ class DetectorBatches:
         image = jitter_light(rng, image, self.augmentation)
         if not self.masks:
             return Example(image, boxes)
-        masks = [move_mask(*self._mask(item, int(real[k])), affine, size) for k in kept]
+        masks = [move_mask(self._mask(item, int(real[k])), affine, size) for k in kept]
         without = ~sample.crowd
         without[sample.outlined] = False
         hidden, _ = move_boxes(sample.boxes[without], affine, size, 0)
@@ -181,6 +184,7 @@ class SegmenterBatches:
     dataset: Dataset
     augmentation: Augmentation
     architecture: SegmenterArchitecture
+    _: KW_ONLY
     batch_size: int
     box_jitter: float
     seed: int

@@ -64,7 +64,9 @@ def read_course(
         details = f": {problems.summary()}" if problems.counts else ""
         raise DataError(f"{path}: none of its images was found under {path.parent}{details}")
     samples.sort(key=lambda s: s.image_id)
-    return Dataset(name or path.parent.resolve().name, path, split, category, with_unique_ids(samples, path), problems)
+    return Dataset(
+        name or path.parent.resolve().name, path, split, category, with_unique_ids(samples, path), problems=problems
+    )
 
 
 def _by_file(content: list[Mapping[str, Any]], category: str, problems: Problems) -> dict[str, list[Mapping[str, Any]]]:

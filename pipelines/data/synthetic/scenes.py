@@ -42,7 +42,7 @@ class AirfieldSettings:
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawn scene: image RGB uint8 (S, S, 3) and the visible part of each plane as RLE."""
+    """One drawn scene: image RGB uint8 (S, S, 3) and the visible pixels of each plane as RLE."""
 
     image: np.ndarray
     masks: list[RLE]
@@ -59,8 +59,8 @@ def draw_scene(settings: AirfieldSettings, split: str, index: int) -> Scene:
     angle = float(rng.uniform(0, np.pi))
     taken = np.zeros((size, size), bool)
     aprons = _lay_out(rng, image, angle)
-    _furnish(rng, image, taken, aprons, angle, shadow)
-    masks = _park(rng, settings, image, taken, aprons, light, shadow)
+    _furnish(rng, image, taken, aprons=aprons, angle=angle, shadow=shadow)
+    masks = _park(rng, settings, image, taken=taken, aprons=aprons, light=light, shadow=shadow)
     return Scene(_expose(rng, image), masks)
 
 
@@ -93,7 +93,7 @@ def _furnish(
     size = len(image)
     for _ in range(rng.integers(3, 9)):
         extent = np.array([rng.uniform(40, 190), rng.uniform(26, 80)])
-        footprint = ground.building(rng, image, rng.uniform(0, size, 2), extent, angle, shadow)
+        footprint = ground.building(rng, image, rng.uniform(0, size, 2), extent=extent, angle=angle, shadow=shadow)
         taken |= cv2.dilate(footprint.astype(np.uint8), np.ones((9, 9), np.uint8)).astype(bool)
     for _ in range(rng.integers(14, 40)):
         centre = _spot(rng, aprons, size)
@@ -156,7 +156,7 @@ def _park(
 
 
 def _inside(patch: Patch, size: int) -> Patch | None:
-    """The part of a patch that lies in the scene."""
+    """The patch cut to the scene; None where too little of it is left."""
     rows, columns = patch.coverage.shape
     x1, y1 = max(patch.left, 0), max(patch.top, 0)
     x2, y2 = min(patch.left + columns, size), min(patch.top + rows, size)

@@ -211,16 +211,16 @@ def _batches(recipe: Detectron2Recipe, cfg: Any, train: Dataset) -> DetectorBatc
     return DetectorBatches(
         train,
         recipe.augmentation,
-        cfg.SOLVER.IMS_PER_BATCH,
-        recipe.window,
-        recipe.focus,
-        recipe.min_visible,
-        recipe.seed,
-        1.0,
-        has_masks(cfg),
-        edges,
-        cfg.INPUT.MAX_SIZE_TRAIN,
-        Unreadable(Path(cfg.OUTPUT_DIR)),
+        batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        window=recipe.window,
+        focus=recipe.focus,
+        min_visible=recipe.min_visible,
+        seed=recipe.seed,
+        zoom=1.0,
+        masks=has_masks(cfg),
+        edges=edges,
+        max_edge=cfg.INPUT.MAX_SIZE_TRAIN,
+        unreadable=Unreadable(Path(cfg.OUTPUT_DIR)),
     )
 
 
@@ -312,7 +312,9 @@ def _make_trainer(
         def build_hooks(self) -> list[Any]:
             from pipelines.training.detectron2.hooks import make_hooks
 
-            hooks, self.recorder = make_hooks(self, Path(cfg.OUTPUT_DIR), listeners, evaluate, len(batches), interrupt)
+            hooks, self.recorder = make_hooks(
+                self, Path(cfg.OUTPUT_DIR), listeners=listeners, evaluate=evaluate, epoch=len(batches), interrupt=interrupt
+            )
             return hooks
 
         def train(self) -> None:
