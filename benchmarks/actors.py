@@ -36,7 +36,15 @@ def timed_job(runner: Runner, model: Path, images: Path, out: Path) -> tuple[flo
             yield result
 
     predictor = load_model(model, "cpu", {"size": 0})
-    run_job(predictor, "m/1", open_dataset(images), out, JobSettings(shard_size=SHARD, overlays=0), progress, runner=runner)
+    run_job(
+        predictor,
+        "m/1",
+        open_dataset(images),
+        out,
+        settings=JobSettings(shard_size=SHARD, overlays=0),
+        progress=progress,
+        runner=runner,
+    )
     return time.perf_counter() - started, first[0], (out / "m-1" / "instances.parquet").read_bytes()
 
 

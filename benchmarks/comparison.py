@@ -30,10 +30,21 @@ def make_case() -> tuple[Dataset, list[Candidate]]:
         masks = [
             rle_paste(np.ones((int(b[3] - b[1]), int(b[2] - b[0])), bool), int(b[0]), int(b[1]), SIZE, SIZE) for b in boxes
         ]
-        samples.append(Sample(f"i{i}", Path("-"), SIZE, SIZE, f"i{i}", boxes, tuple(masks), np.zeros(PLANES, bool)))
-        for found, noise in zip(versions, (1, 4), strict=True):
+        samples.append(
+            Sample(
+                f"i{i}",
+                Path("-"),
+                height=SIZE,
+                width=SIZE,
+                scene=f"i{i}",
+                boxes=boxes,
+                masks=tuple(masks),
+                crowd=np.zeros(PLANES, bool),
+            )
+        )
+        for predictions, noise in zip(versions, (1, 4), strict=True):
             guesses = (boxes + rng.normal(0, noise, boxes.shape)).clip(0, SIZE)
-            found.append(Instances.make(f"i{i}", SIZE, SIZE, guesses, rng.uniform(0.2, 1, PLANES), None, masks))
+            predictions.append(Instances.make(f"i{i}", SIZE, SIZE, guesses, rng.uniform(0.2, 1, PLANES), masks=masks))
     return Dataset("many", Path("-"), "test", "plane", tuple(samples)), [
         Candidate(n, f) for n, f in zip("ab", versions, strict=True)
     ]
@@ -46,7 +57,7 @@ def main() -> None:
         started = time.perf_counter()
         write_report(compare(data, candidates), candidates, data, Path(folder) / "report.html")
         ours = time.perf_counter() - started
-        theirs = sum(timed(reference, data, c.found)[0] for c in candidates)
+        theirs = sum(timed(reference, data, c.predictions)[0] for c in candidates)
     print(f"{IMAGES} images, {IMAGES * PLANES} planes, two versions")
     print(f"comparison with page (boxes and masks, 500 resamplings)   {ours:.1f} s")
     print(f"pycocotools, box AP of both alone                         {theirs:.1f} s   ratio {ours / theirs:.2f}")

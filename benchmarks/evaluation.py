@@ -28,7 +28,11 @@ def make_case() -> tuple[Dataset, list[Instances]]:
         corner = rng.uniform(0, SIZE - 120, (PLANES, 2))
         boxes = np.concatenate([corner, corner + rng.uniform(15, 115, (PLANES, 2))], 1).astype(np.float32)
         empty = np.zeros(PLANES, bool)
-        samples.append(Sample(f"i{i}", Path("-"), SIZE, SIZE, f"i{i}", boxes, (None,) * PLANES, empty))
+        samples.append(
+            Sample(
+                f"i{i}", Path("-"), height=SIZE, width=SIZE, scene=f"i{i}", boxes=boxes, masks=(None,) * PLANES, crowd=empty
+            )
+        )
         guesses = boxes + rng.normal(0, 4, boxes.shape)
         predictions.append(Instances.make(f"i{i}", SIZE, SIZE, guesses, rng.random(PLANES)))
     return Dataset("case", Path("-"), "test", "plane", tuple(samples)), predictions

@@ -1,6 +1,6 @@
 """A field of thousands of planes in one large GeoTIFF: count, recall, time and peak memory.
 
-Without --model the planes are painted in one colour and found by that colour, so that what
+Without --model the planes are painted in one colour and detected by that colour, so that what
 is measured is tiling, merging and memory. With a saved model or a registered version they
 are drawn as in the synthetic airfield and the `score` command finds them.
 """
@@ -44,18 +44,18 @@ class ByColour:
 
     def _one(self, image_id: str, image: np.ndarray) -> Instances:
         painted = (image == PAINT).all(axis=2).astype(np.uint8)
-        count, parts, stats, _ = cv2.connectedComponentsWithStats(painted, connectivity=8)
+        count, components, stats, _ = cv2.connectedComponentsWithStats(painted, connectivity=8)
         boxes = [[x, y, x + w, y + h] for x, y, w, h, _ in stats[1:count]]
-        masks = [rle_encode(parts == i) for i in range(1, count)]
-        return Instances.make(image_id, image.shape[0], image.shape[1], boxes, np.full(count - 1, 0.9), None, masks)
+        masks = [rle_encode(components == i) for i in range(1, count)]
+        return Instances.make(image_id, image.shape[0], image.shape[1], boxes, np.full(count - 1, 0.9), masks=masks)
 
 
 def plane_patch(rng: np.random.Generator, light: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A random plane: coverage (h, w) and colour (h, w, 3), without the empty rows and columns around it."""
     patch = draw_aircraft(random_aircraft(rng), (0.0, 0.0), float(rng.uniform(30, 110)), rng.uniform(0, 2 * np.pi), light)
     rows, columns = (np.flatnonzero((patch.coverage > 0).any(axis=axis)) for axis in (1, 0))
-    part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    return patch.coverage[part], patch.colour[part]
+    inside = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    return patch.coverage[inside], patch.colour[inside]
 
 
 def draw_field(path: Path, size: int, planes: int, painted: bool) -> np.ndarray:
@@ -85,10 +85,10 @@ def draw_field(path: Path, size: int, planes: int, painted: bool) -> np.ndarray:
                 rows, columns = cover.shape
                 left = column * cell + int(rng.integers(2, cell - columns - 2))
                 top = int(rng.integers(2, cell - rows - 2))
-                part = strip[top : top + rows, left : left + columns]
+                region = strip[top : top + rows, left : left + columns]
                 mask = cover >= 0.5
-                drawn = part * (1 - cover[:, :, None]) + colour * cover[:, :, None]
-                part[:] = np.where(mask[:, :, None], PAINT, part) if painted else drawn.round().clip(0, 255)
+                drawn = region * (1 - cover[:, :, None]) + colour * cover[:, :, None]
+                region[:] = np.where(mask[:, :, None], PAINT, region) if painted else drawn.round().clip(0, 255)
                 ys, xs = np.nonzero(mask)
                 top += row * cell
                 boxes.append([left + xs.min(), top + ys.min(), left + xs.max() + 1, top + ys.max() + 1])
@@ -96,21 +96,21 @@ def draw_field(path: Path, size: int, planes: int, painted: bool) -> np.ndarray:
     return np.array(boxes, np.float64)
 
 
-def found_by_colour(image: Path, tile: int, out: Path) -> None:
+def detect_by_colour(image: Path, tile: int, out: Path) -> None:
     """What the child process does."""
-    found = Tiled(ByColour(), Tiling(size=tile, overlap=0.25)).predict([WindowedImage(image)])[0]
-    write_instances([found.named(image.stem)], out)
+    detections = Tiled(ByColour(), Tiling(size=tile, overlap=0.25)).predict([WindowedImage(image)])[0]
+    write_instances([detections.named(image.stem)], out)
 
 
-def matched(truth: np.ndarray, found: Instances) -> int:
-    """How many true boxes have a found one at an IoU of 0.5, each used once, best score first."""
-    boxes = np.concatenate([found.boxes.astype(np.float64), truth])
-    owner = greedy_match(boxes, np.arange(len(boxes)), np.zeros(len(boxes)), 0.5)
-    return int((owner[len(found) :] < len(found)).sum())
+def matched(truth: np.ndarray, detections: Instances) -> int:
+    """How many true boxes have a detected one at an IoU of 0.5, each used once, best score first."""
+    boxes = np.concatenate([detections.boxes.astype(np.float64), truth])
+    owner = greedy_match(boxes, np.arange(len(boxes)), np.zeros(len(boxes)), threshold=0.5)
+    return int((owner[len(detections) :] < len(detections)).sum())
 
 
 def main() -> None:
-    """Print what was found, how fast, and with how much memory."""
+    """Print the number of detections, recall and precision, how fast, and with how much memory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=20_000)
     parser.add_argument("--planes", type=int, default=5_000)
@@ -124,7 +124,7 @@ def main() -> None:
     table = folder / "scored" / "instances.parquet"
     if options.child:
         table.parent.mkdir(parents=True, exist_ok=True)
-        found_by_colour(image, options.tile, table)
+        detect_by_colour(image, options.tile, table)
         return
     folder.mkdir(parents=True, exist_ok=True)
     truth_file = image.with_suffix(".json")
@@ -142,10 +142,12 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
     if not painted:
         table = max((folder / "out").glob("*/instances.parquet"), key=lambda p: p.stat().st_mtime)
-    found = read_instances(table)[0]
-    hits = matched(truth, found)
+    detections = read_instances(table)[0]
+    hits = matched(truth, detections)
     print(f"{len(truth)} planes in {options.size} x {options.size} pixels, tiles of {options.tile}")
-    print(f"found {len(found)}, recall {hits / len(truth):.4f}, precision {hits / max(len(found), 1):.4f} (IoU 0.5)")
+    print(
+        f"found {len(detections)}, recall {hits / len(truth):.4f}, precision {hits / max(len(detections), 1):.4f} (IoU 0.5)"
+    )
     print(f"{seconds:.0f} s, peak memory {peak:.2f} GiB (the decoded image alone: {3 * options.size**2 / 1024**3:.2f} GiB)")
 
 

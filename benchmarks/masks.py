@@ -22,11 +22,11 @@ BOXES, SIZE, ROUNDS = 100, 2000, 5
 class _Known:
     """A detector that costs nothing: it knows the boxes."""
 
-    def __init__(self, found: Instances) -> None:
-        self.found = found
+    def __init__(self, detections: Instances) -> None:
+        self.detections = detections
 
     def predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
-        return [self.found for _ in images]
+        return [self.detections for _ in images]
 
 
 def timed(function: Callable[[], object]) -> tuple[float, object]:
@@ -47,11 +47,11 @@ def main() -> None:
     image = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     corners = rng.uniform(0, SIZE - 130, (BOXES, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(30, 120, (BOXES, 2))], axis=1)
-    found = Instances.make("0", SIZE, SIZE, boxes, np.linspace(1, 0.5, BOXES))
+    detections = Instances.make("0", SIZE, SIZE, boxes, np.linspace(1, 0.5, BOXES))
     torch.manual_seed(0)
     architecture = SegmenterArchitecture(network="unet", encoder="resnet18", crop_size=128)
     segmenter = CropSegmenter(build_segmenter(architecture), architecture, device)
-    whole = ComposedPredictor(_Known(found), segmenter, ComposedArchitecture(overlaps="keep"))
+    whole = ComposedPredictor(_Known(detections), segmenter, ComposedArchitecture(overlaps="keep"))
     crops = rng.integers(0, 256, (BOXES, 128, 128, 3), dtype=np.uint8)
 
     @torch.inference_mode()
@@ -60,7 +60,7 @@ def main() -> None:
             segmenter.model(normalise(crops[start : start + segmenter.batch]).to(segmenter.device))
 
     def one_by_one() -> list[RLE]:
-        return [segmenter.masks_in_boxes([image], [found.boxes[i : i + 1]])[0][0] for i in range(BOXES)]
+        return [segmenter.masks_in_boxes([image], [detections.boxes[i : i + 1]])[0][0] for i in range(BOXES)]
 
     def ours() -> Instances:
         return whole.predict([image])[0]

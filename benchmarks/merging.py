@@ -1,10 +1,10 @@
-"""Merging of what tiles show: `models.tiling.merging.merge_parts` as it ships against SAHI's functions at their best.
+"""Merging of the detections of tiles: `models.tiling.merging.merge_tiles` as it ships against SAHI's functions.
 
 A field of 20,000 x 20,000 pixels with planes of 20 to 90 pixels, alone or in clusters, is seen by overlapping tiles:
-each tile finds, a little off, what it shows of each plane. Both sides get the same detections; SAHI is timed with
+each tile detects, a little off, the visible share of each plane. Both sides get the same detections; SAHI is timed with
 every backend that is installed (its first call, which may compile, is not counted) and its fastest one is compared.
-The two do not do the same: ours puts cut planes together and tells a part from its neighbour by what both
-tiles show, so the numbers of planes that are left are printed beside the truth.
+The two do not do the same: ours joins the detections of a cut plane and tells them from its neighbours by the region
+that both tiles show, so the numbers of planes that are left are printed beside the truth.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sahi.postprocess.backends import set_postprocess_backend
 from sahi.postprocess.combine import greedy_nmm, nmm, nms
 
 from models.instances import Instances
-from models.tiling.merging import Part, merge_parts
+from models.tiling.merging import TileResult, merge_tiles
 from models.tiling.settings import Tiling, tile_grid
 
 ROUNDS, SIDE = 5, 20_000
@@ -38,20 +38,20 @@ def planes(count: int, clustered: bool) -> np.ndarray:
     return np.concatenate([centres - sides / 2, centres + sides / 2], axis=1).clip(0, SIDE)
 
 
-def parts_of(boxes: np.ndarray, tiling: Tiling) -> list[Part]:
-    """What each tile shows of them: boxes cut at its borders, half a pixel off, those of which a third is seen."""
+def detect_in_tiles(boxes: np.ndarray, tiling: Tiling) -> list[TileResult]:
+    """Detections of each tile: boxes cut at its borders, half a pixel off, those of which a third is visible."""
     rng = np.random.default_rng(1)
-    parts = []
+    tile_results = []
     for window in tile_grid(SIDE, SIDE, tiling):
         x1, y1, x2, y2 = window
         near = boxes[(boxes[:, 2] > x1) & (boxes[:, 0] < x2) & (boxes[:, 3] > y1) & (boxes[:, 1] < y2)]
         cut = near.clip([x1, y1, x1, y1], [x2, y2, x2, y2])
         seen = np.prod(cut[:, 2:] - cut[:, :2], axis=1) / np.prod(near[:, 2:] - near[:, :2], axis=1)
         shown = (cut + rng.normal(0, 0.5, cut.shape))[seen > 1 / 3] - [x1, y1, x1, y1]
-        found = Instances.make("", y2 - y1, x2 - x1, shown, rng.uniform(0.3, 1, len(shown)))
-        if len(found):
-            parts.append(Part(found, window))
-    return parts
+        detections = Instances.make("", y2 - y1, x2 - x1, shown, rng.uniform(0.3, 1, len(shown)))
+        if len(detections):
+            tile_results.append(TileResult(detections, window))
+    return tile_results
 
 
 def timed(function: Callable[[], Sized]) -> tuple[float, Sized]:
@@ -81,17 +81,17 @@ def main() -> None:
         truth = planes(count, clustered)
         for merge, functions in (("nms", {"NMS": nms}), ("join", {"GREEDYNMM": greedy_nmm, "NMM": nmm})):
             tiling = Tiling.model_validate({"size": 640, "overlap": 0.25, "merge": merge})
-            parts = parts_of(truth, tiling)
-            boxes = np.concatenate([p.found.boxes + np.tile(p.window[:2], 2) for p in parts])
-            scores = np.concatenate([p.found.scores for p in parts])
+            tile_results = detect_in_tiles(truth, tiling)
+            boxes = np.concatenate([r.instances.boxes + np.tile(r.window[:2], 2) for r in tile_results])
+            scores = np.concatenate([r.instances.scores for r in tile_results])
             table = np.concatenate([boxes, scores[:, None], np.zeros((len(boxes), 1))], axis=1)
             for name, function in functions.items():
 
                 def theirs(f: Callable = function, t: np.ndarray = table) -> Sized:
                     return f(t, "IOS", 0.5) if f is not nms else f(t, "IOU", 0.5)
 
-                def ours(p: list[Part] = parts, how: Tiling = tiling) -> Sized:
-                    return merge_parts("", SIDE, SIDE, p, how)
+                def ours(results: list[TileResult] = tile_results, how: Tiling = tiling) -> Sized:
+                    return merge_tiles("", SIDE, SIDE, results, tiling=how)
 
                 backend = best_of_sahi(theirs)
                 set_postprocess_backend(backend)

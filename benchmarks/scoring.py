@@ -47,7 +47,15 @@ def write_images(folder: Path, count: int, smallest: int, largest: int) -> None:
 
 def score(predictor: Predictor, images: Path, out: Path, device: str = "cpu") -> None:
     """Our job, from listing to all tables."""
-    run_job(predictor, "m/1", open_dataset(images), out, JobSettings(overlays=0), lambda r, *_: r, device=device)
+    run_job(
+        predictor,
+        "m/1",
+        open_dataset(images),
+        out,
+        settings=JobSettings(overlays=0),
+        progress=lambda r, *_: r,
+        device=device,
+    )
 
 
 def plain_loop(predictor: Predictor, images: Path, out: Path) -> None:
@@ -56,8 +64,8 @@ def plain_loop(predictor: Predictor, images: Path, out: Path) -> None:
     for path in sorted(images.iterdir()):
         read = cv2.imread(str(path))
         assert read is not None
-        found = predictor.predict([cv2.cvtColor(read, cv2.COLOR_BGR2RGB)])[0].above(0.05)
-        rows += [(path.stem, *box, s) for box, s in zip(found.boxes.tolist(), found.scores.tolist(), strict=True)]
+        instances = predictor.predict([cv2.cvtColor(read, cv2.COLOR_BGR2RGB)])[0].above(0.05)
+        rows += [(path.stem, *box, s) for box, s in zip(instances.boxes.tolist(), instances.scores.tolist(), strict=True)]
     pd.DataFrame(rows, columns=["image_id", "x1", "y1", "x2", "y2", "score"]).to_csv(out, index=False)
 
 
@@ -88,13 +96,13 @@ def speed(count: int, device: str) -> None:
             seconds[name].append(timed(ways[name])[0])
     total = {name: sum(values) for name, values in seconds.items()}
     print(
-        f"{count} images of 256 to 640 pixels a side, {device}, {torch.get_num_threads()} threads, {CHUNKS} parts in turn"
+        f"{count} images of 256 to 640 pixels a side, {device}, {torch.get_num_threads()} threads, {CHUNKS} chunks in turn"
     )
     print(f"score job                  {total['job']:.2f} s   {count / total['job']:.2f} images/s")
     for name, what in (("bare", "bare forward passes"), ("loop", "imread, predict, to_csv")):
         ratios = [a / b for a, b in zip(seconds["job"], seconds[name], strict=True)]
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}, median {statistics.median(ratios):.3f}"
-        print(f"{what:<26} {total[name]:.2f} s   ratio {total['job'] / total[name]:.3f}   (by parts {spread})")
+        print(f"{what:<26} {total[name]:.2f} s   ratio {total['job'] / total[name]:.3f}   (by chunks {spread})")
 
 
 def small_model(folder: Path) -> Path:

@@ -52,23 +52,32 @@ def plain_network(folder: Path) -> torch.nn.Module:
     return model.eval()
 
 
-def agreement(found: Instances, other: Instances, image: np.ndarray) -> float:
+def agreement(predictions: Instances, other: Instances, image: np.ndarray) -> float:
     """COCO's AP of one result with the other as truth."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.png"
         Image.fromarray(image).save(path)
         height, width = image.shape[:2]
         none = (None,) * len(other)
-        sample = Sample("0", path, height, width, "0", other.boxes, none, np.zeros(len(other), bool))
+        sample = Sample(
+            "0",
+            path,
+            height=height,
+            width=width,
+            scene="0",
+            boxes=other.boxes,
+            masks=none,
+            crowd=np.zeros(len(other), bool),
+        )
         dataset = Dataset("image", path, "test", "plane", (sample,))
-        return evaluate_instances(dataset, [found], score_threshold=0, max_dets=(1, 10, 100_000)).metrics["AP"]
+        return evaluate_instances(dataset, [predictions], score_threshold=0, max_dets=(1, 10, 100_000)).metrics["AP"]
 
 
 def unmerged(tiled: Tiled, image: np.ndarray) -> Instances:
-    """What all tiles show, in the image's pixels."""
-    parts = tiled.predict_tiles([image])[0]
-    boxes = np.concatenate([p.found.boxes + np.array(p.window[:2] * 2, np.float32) for p in parts])
-    scores = np.concatenate([p.found.scores for p in parts])
+    """The detections of all tiles, in the image's pixels."""
+    tile_results = tiled.predict_tiles([image])[0]
+    boxes = np.concatenate([r.instances.boxes + np.array(r.window[:2] * 2, np.float32) for r in tile_results])
+    scores = np.concatenate([r.instances.scores for r in tile_results])
     return Instances.make("0", image.shape[0], image.shape[1], boxes, scores).above(THRESHOLD)
 
 
@@ -127,7 +136,7 @@ def main() -> None:
 
     batches = [int(b) for b in options.batches.split(",")]
     ways: dict[str, Callable[[], object]] = {"ours": lambda: tiled.predict([image])[0], "bare": bare}
-    ways |= {f"SAHI {b}": partial(sliced, theirs, image, tiling, b, True) for b in batches}
+    ways |= {f"SAHI {b}": partial(sliced, theirs, image, tiling, batch=b, merge=True) for b in batches}
     for way in ways.values():
         way()
     rounds = [{name: timed(way) for name, way in ways.items()} for _ in range(options.rounds)]

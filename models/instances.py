@@ -1,4 +1,4 @@
-"""The one result type: planes found in one image, and the table made from it.
+"""The one result type: the planes detected in one image, and the table made from it.
 
 Conventions, valid everywhere: an image is RGB uint8 (H, W, 3); a box is xyxy
 float32 in absolute pixels of the original image; a mask is COCO compressed RLE
@@ -8,12 +8,23 @@ of the original image size, ``{"size": [H, W], "counts": str}``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict
 
 import numpy as np
 
-RLE = dict[str, Any]
+
+class RLE(TypedDict):
+    """A mask as COCO compressed run-length encoding, runs down the columns.
+
+    size: [height, width] of the image in pixels; counts: the runs as text, or as bytes where pycocotools made them.
+    """
+
+    size: list[int]
+    counts: str | bytes
+
+
+BOX, LABEL = np.dtype(np.float32), np.dtype(np.int64)
 
 TABLE_COLUMNS = (
     "image_id",
@@ -31,17 +42,28 @@ TABLE_COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
+# Equality compares what the arrays hold, which dataclass's own cannot.
+@dataclass(frozen=True, eq=False)
 class Instances:
-    """Planes of one image, best score first.
+    """Planes of one image, best score first; checked when made.
 
     boxes: (N, 4) float32 xyxy pixels; scores: (N,) float32, descending;
     labels: (N,) int64, 0-based index into the model's class list; masks: N RLE
-    or None where the predictor makes none. ``height`` and ``width`` are those of
-    the original image.
+    of the image's size, or None where the predictor makes none. ``height`` and
+    ``width`` are those of the original image. `make` converts and sorts; use it where
+    that may be needed.
 
-    >>> Instances.make("a", 10, 20, [[1, 2, 3, 4], [0, 0, 5, 5]], [0.1, 0.9]).scores.tolist()
+    Two of them are equal where all fields are, arrays and masks by their content (NaN equals
+    NaN, text counts equal the same counts as bytes). They have no hash, as arrays have none.
+
+    Raises:
+        ValueError: another dtype or shape, lengths that differ, scores that rise, or a mask of another size.
+
+    >>> best_first = Instances.make("a", 10, 20, [[1, 2, 3, 4], [0, 0, 5, 5]], [0.1, 0.9])
+    >>> best_first.scores.tolist()
     [0.8999999761581421, 0.10000000149011612]
+    >>> best_first == best_first.take(np.array([0, 1])), best_first == best_first.above(0.5)
+    (True, False)
     """
 
     image_id: str
@@ -52,6 +74,37 @@ class Instances:
     labels: np.ndarray
     masks: tuple[RLE, ...] | None = None
 
+    def __post_init__(self) -> None:
+        """Check the fields against what they promise; the order of scores that are NaN is left alone."""
+        count = len(self.scores) if np.ndim(self.scores) else 0
+        for name, dtype, shape in (("boxes", BOX, (count, 4)), ("scores", BOX, (count,)), ("labels", LABEL, (count,))):
+            array = getattr(self, name)
+            if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
+                raise ValueError(f"image {self.image_id!r}: {name} are {_form(array)}, expected {dtype} {shape}")
+        if (self.scores[1:] > self.scores[:-1]).any():
+            raise ValueError(f"image {self.image_id!r}: scores rise, expected the best first (Instances.make sorts)")
+        if self.masks is None:
+            return
+        if not isinstance(self.masks, tuple) or len(self.masks) != count:
+            raise ValueError(f"image {self.image_id!r}: masks are {_form(self.masks)}, expected a tuple of {count}")
+        size = [self.height, self.width]
+        for i, mask in enumerate(self.masks):
+            if not isinstance(mask, dict) or list(mask["size"]) != size:
+                form = f"an RLE of size {list(mask['size'])}" if isinstance(mask, dict) else type(mask).__name__
+                raise ValueError(f"image {self.image_id!r}: mask {i} is {form}, expected an RLE of size {size}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Instances):
+            return NotImplemented
+        mine, theirs = (self.image_id, self.height, self.width), (other.image_id, other.height, other.width)
+        return (
+            mine == theirs
+            and np.array_equal(self.boxes, other.boxes, equal_nan=True)
+            and np.array_equal(self.scores, other.scores, equal_nan=True)
+            and np.array_equal(self.labels, other.labels)
+            and _equal_masks(self.masks, other.masks)
+        )
+
     @classmethod
     def make(
         cls,
@@ -60,10 +113,15 @@ class Instances:
         width: int,
         boxes: Any,
         scores: Any,
+        *,
         labels: Any = None,
         masks: Sequence[RLE] | None = None,
     ) -> Instances:
-        """Build from array-likes: converts dtypes and sorts by descending score (stable)."""
+        """Build from array-likes: converts dtypes and sorts by descending score (stable).
+
+        Raises:
+            ValueError: lengths that differ, or a mask of another size than the image.
+        """
         boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
         scores = np.asarray(scores, dtype=np.float32).reshape(-1)
         labels = np.zeros(len(boxes), np.int64) if labels is None else np.asarray(labels, dtype=np.int64).reshape(-1)
@@ -73,21 +131,30 @@ class Instances:
             raise ValueError(f"masks and boxes differ in length: {len(masks)}, {len(boxes)}")
         order = np.argsort(-scores, kind="stable")
         return cls(
-            image_id,
-            int(height),
-            int(width),
-            boxes[order],
-            scores[order],
-            labels[order],
-            None if masks is None else tuple(masks[i] for i in order),
+            image_id=image_id,
+            height=int(height),
+            width=int(width),
+            boxes=boxes[order],
+            scores=scores[order],
+            labels=labels[order],
+            masks=None if masks is None else tuple(masks[i] for i in order),
         )
+
+    @classmethod
+    def empty(cls, image_id: str, height: int, width: int, *, masks: bool = False) -> Instances:
+        """An image without planes; ``masks``: of a predictor that makes masks.
+
+        >>> len(Instances.empty("a", 10, 20)), Instances.empty("a", 10, 20, masks=True).masks
+        (0, ())
+        """
+        return cls.make(image_id, height, width, boxes=[], scores=[], labels=[], masks=[] if masks else None)
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def named(self, image_id: str) -> Instances:
         """The same instances under another image id."""
-        return Instances(image_id, self.height, self.width, self.boxes, self.scores, self.labels, self.masks)
+        return replace(self, image_id=image_id)
 
     def above(self, score: float) -> Instances:
         """Only the instances whose score is at least ``score``."""
@@ -97,28 +164,28 @@ class Instances:
         """The instances at ``index``, int64 (K,), which must keep their order."""
         masks = None if self.masks is None else tuple(self.masks[i] for i in index)
         boxes, scores, labels = self.boxes[index], self.scores[index], self.labels[index]
-        return Instances(self.image_id, self.height, self.width, boxes, scores, labels, masks)
+        return replace(self, boxes=boxes, scores=scores, labels=labels, masks=masks)
 
 
 def to_rows(instances: Iterable[Instances]) -> list[dict[str, Any]]:
     """Rows of the instance table (``TABLE_COLUMNS``), one per plane, in order."""
     rows = []
-    for found in instances:
-        for i in range(len(found)):
-            x1, y1, x2, y2 = (float(v) for v in found.boxes[i])
-            mask = None if found.masks is None else found.masks[i]
+    for detections in instances:
+        for i in range(len(detections)):
+            x1, y1, x2, y2 = (float(v) for v in detections.boxes[i])
+            mask = None if detections.masks is None else detections.masks[i]
             rows.append(
                 {
-                    "image_id": found.image_id,
+                    "image_id": detections.image_id,
                     "instance": i,
                     "x1": x1,
                     "y1": y1,
                     "x2": x2,
                     "y2": y2,
-                    "score": float(found.scores[i]),
-                    "label": int(found.labels[i]),
-                    "height": found.height,
-                    "width": found.width,
+                    "score": float(detections.scores[i]),
+                    "label": int(detections.labels[i]),
+                    "height": detections.height,
+                    "width": detections.width,
                     "mask_size": None if mask is None else [int(v) for v in mask["size"]],
                     "mask_counts": None if mask is None else _text(mask["counts"]),
                 }
@@ -133,21 +200,18 @@ def from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Instances]:
         grouped.setdefault(str(row["image_id"]), []).append(row)
     result = []
     for image_id, group in grouped.items():
-        has_masks = all(_present(row["mask_counts"]) for row in group)
-        masks = (
-            [{"size": [int(v) for v in row["mask_size"]], "counts": row["mask_counts"]} for row in group]
-            if has_masks
-            else None
-        )
+        masks: list[RLE] | None = None
+        if all(_present(row["mask_counts"]) for row in group):
+            masks = [{"size": [int(v) for v in row["mask_size"]], "counts": row["mask_counts"]} for row in group]
         result.append(
             Instances.make(
                 image_id,
-                group[0]["height"],
-                group[0]["width"],
-                [[row["x1"], row["y1"], row["x2"], row["y2"]] for row in group],
-                [row["score"] for row in group],
-                [row["label"] for row in group],
-                masks,
+                height=group[0]["height"],
+                width=group[0]["width"],
+                boxes=[[row["x1"], row["y1"], row["x2"], row["y2"]] for row in group],
+                scores=[row["score"] for row in group],
+                labels=[row["label"] for row in group],
+                masks=masks,
             )
         )
     return result
@@ -159,3 +223,17 @@ def _present(value: Any) -> bool:
 
 def _text(counts: str | bytes) -> str:
     return counts.decode("ascii") if isinstance(counts, bytes) else counts
+
+
+def _form(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, (list, tuple)) else type(value).__name__
+
+
+def _equal_masks(a: Sequence[RLE] | None, b: Sequence[RLE] | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return len(a) == len(b) and all(
+        list(x["size"]) == list(y["size"]) and _text(x["counts"]) == _text(y["counts"]) for x, y in zip(a, b, strict=True)
+    )

@@ -52,7 +52,7 @@ def load_model(folder: str | Path, device: str = "cpu", tiling: Mapping[str, Any
         raise ModelError(f"{folder}: unknown model {spec.kind}/{spec.engine}; known: {known}")
     module, function = target.split(":")
     build = getattr(importlib.import_module(module), function)
-    # A composition has no weights of its own; its parts are folders like this one.
+    # A composition has no weights of its own; its components are folders like this one.
     if spec.engine == "composed":
         return build(spec, Path(folder), device, tiling, load_model)
     used = retiled(spec, tiling or {})

@@ -40,11 +40,11 @@ def refuse_foreign_package(logged: Path) -> None:
     import models
 
     origin = getattr(models, "__file__", None)
-    found = Path(origin).parent if origin else None
-    if found is None or code_digest(found) != code_digest(logged):
+    imported = Path(origin).parent if origin else None
+    if imported is None or code_digest(imported) != code_digest(logged):
         raise mlflow.MlflowException(
             f"this version needs its own package 'models', but another one is already imported from "
-            f"{found or models}; load it in a process of its own (mlflow models predict, or a new Python)"
+            f"{imported or models}; load it in a process of its own (mlflow models predict, or a new Python)"
         )
 
 
@@ -107,8 +107,8 @@ class PlanesModel(PythonModel):
 
         rows, paths = [], paths_allowed()
         for number, value in enumerate(model_input["image"]):
-            found = self.predictor.predict([read_image(image_bytes(value, paths), self.rendering)])[0]
-            rows += to_rows([found.named(str(number))])
+            instances = self.predictor.predict([read_image(image_bytes(value, paths), self.rendering)])[0]
+            rows += to_rows([instances.named(str(number))])
         return pd.DataFrame(rows, columns=list(TABLE_COLUMNS))
 
 

@@ -63,7 +63,7 @@ def make_variants(grid: Sequence[str], listed: Sequence[str]) -> list[Variant]:
         RecipeError: neither or both, an entry without values, equal variants, or only one.
     """
     axes = [_axis(entry) for text in grid for entry in shlex.split(text)]
-    texts = [part.strip() for text in listed for part in text.split(";") if part.strip()]
+    texts = [variant.strip() for text in listed for variant in text.split(";") if variant.strip()]
     if bool(axes) == bool(texts):
         raise RecipeError('give either --grid "optimizer.lr=0.001,0.0005" or --variants "steps=100; steps=500 lr=0.001"')
     chosen = (
@@ -78,16 +78,16 @@ def make_variants(grid: Sequence[str], listed: Sequence[str]) -> list[Variant]:
 
 def _axis(entry: str) -> list[str]:
     key, sign, values = entry.partition("=")
-    parts, depth, start = [], 0, 0
+    choices, depth, start = [], 0, 0
     for i, letter in enumerate(values):
         depth += (letter in "[{") - (letter in "]}")
         if letter == "," and depth == 0:
-            parts.append(values[start:i])
+            choices.append(values[start:i])
             start = i + 1
-    parts.append(values[start:])
-    if not sign or not key or not all(p.strip() for p in parts):
+    choices.append(values[start:])
+    if not sign or not key or not all(c.strip() for c in choices):
         raise RecipeError(f"--grid {entry!r}: expected key=value,value")
-    return [f"{key}={part.strip()}" for part in parts]
+    return [f"{key}={choice.strip()}" for choice in choices]
 
 
 def ablation_key(keys: Sequence[str]) -> str:

@@ -249,7 +249,7 @@ def _export(folder: str, formats: str, out: str | None, score_threshold: float, 
     if unknown:
         raise click.UsageError(f"--to {unknown[0]}: expected some of {', '.join(FORMATS)}")
     target = Path(out or folder)
-    planes = export_job(Path(folder), target, wanted, score_threshold, rle, overlays)
+    planes = export_job(Path(folder), target, wanted, score_threshold=score_threshold, rle=rle, most=overlays)
     click.echo(f"{planes} planes to {target}: {', '.join(wanted)}")
 
 

@@ -229,7 +229,17 @@ def score_version(
         progress = _as_it_is
     # As long as it always was in manifests, so that older jobs can be gone on with.
     digest = folder_digest(folder)[:16]
-    job = run_job(predictor, version.label, dataset, out, settings, progress, model=digest, device=device, runner=runner)
+    job = run_job(
+        predictor,
+        version.label,
+        dataset,
+        out,
+        settings=settings,
+        progress=progress,
+        model=digest,
+        device=device,
+        runner=runner,
+    )
     job.megabytes = folder_megabytes(folder)
     _tell(job)
     tiling = tiling_of(predictor)
@@ -288,9 +298,9 @@ def _tell(job: JobResult) -> None:
     errors += f", {job.resumed} of them scored before" if job.resumed else ""
     speed = f"{job.seconds:.1f} s, {job.images / job.seconds:.3g} images/s"
     click.echo(f"{job.label}: {job.instances} planes in {job.images} images{errors}, {speed}")
-    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sorted(job.stages.items(), key=lambda s: -s[1]))
+    timings = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sorted(job.timings.items(), key=lambda s: -s[1]))
     peaks = ", ".join(f"peak {kind.replace('_', ' ')} {megabytes:,.0f} MB" for kind, megabytes in job.peaks.items())
-    click.echo(f"   {stages or 'no stages measured'}; {peaks}")
+    click.echo(f"   {timings or 'no stages measured'}; {peaks}")
     if job.little:
         click.echo(
             f"   {job.little} images fill less than an eighth of the range that they are read with (first: "

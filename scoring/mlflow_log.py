@@ -46,7 +46,7 @@ def log_job(
         if not math.isnan(megabytes):
             mlflow.log_metric("model_megabytes", megabytes)
         mlflow.log_metrics({**counts, "seconds": job.seconds, "images_per_second": job.images / job.seconds})
-        mlflow.log_metrics({f"stage_{name}_seconds": seconds for name, seconds in job.stages.items()})
+        mlflow.log_metrics({f"stage_{name}_seconds": seconds for name, seconds in job.timings.items()})
         mlflow.log_metrics({f"peak_{name}_megabytes": megabytes for name, megabytes in job.peaks.items()})
         for kind, evaluation in job.evaluations:
             mlflow_runs.log_evaluation(prefix + kind, evaluation, dataset, model_id)

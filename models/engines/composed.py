@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.engines.unet.predictor import CropMask, CropSegmenter
+from models.engines.unet.predictor import CropSegmenter
 from models.errors import ModelError
 from models.geometry.box_pairs import pairs_among
-from models.geometry.rle import rle_paste
+from models.geometry.rle import CropMask, rle_paste
 from models.instances import Instances
 from models.predictor import Predictor
-from models.saved.allowed_files import PARTS
+from models.saved.allowed_files import COMPONENTS
 from models.saved.folder import write_folder
 from models.saved.spec import ModelSpec, parse_architecture, read_spec
 
-DETECTOR, SEGMENTER = PARTS
+DETECTOR, SEGMENTER = COMPONENTS
 
 
 class ComposedArchitecture(BaseModel):
-    """How the parts work together.
+    """How detector and segmenter work together.
 
     ``overlaps``: ``exclusive`` gives each pixel to one plane, that of the higher score;
     ``keep`` leaves masks as they are. ``min_score``: detections below are not segmented.
@@ -37,7 +38,7 @@ class ComposedArchitecture(BaseModel):
 
 
 class ComposedPredictor:
-    """Detects, segments all boxes of all images together in large batches, pastes the masks back."""
+    """Detects planes, segments all boxes of all images together in large batches, pastes the masks back."""
 
     def __init__(self, detector: Predictor, segmenter: CropSegmenter, architecture: ComposedArchitecture) -> None:
         self.detector, self.segmenter, self.architecture = detector, segmenter, architecture
@@ -45,20 +46,19 @@ class ComposedPredictor:
     def predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
         """Planes with masks in RGB uint8 images of any sizes; see `Predictor`.
 
-        A detection of which no pixel is left is no plane.
+        Detections whose mask has no pixel left are dropped.
         """
-        found = [f.above(self.architecture.min_score) for f in self.detector.predict(images)]
-        cropped = self.segmenter.crop_masks(images, [f.boxes for f in found])
-        return [self._outlined(f, crops) for f, crops in zip(found, cropped, strict=True)]
+        detections = [d.above(self.architecture.min_score) for d in self.detector.predict(images)]
+        cropped = self.segmenter.crop_masks(images, [d.boxes for d in detections])
+        return [self._with_masks(d, crops) for d, crops in zip(detections, cropped, strict=True)]
 
-    def _outlined(self, found: Instances, crops: Sequence[CropMask]) -> Instances:
+    def _with_masks(self, detections: Instances, crops: Sequence[CropMask]) -> Instances:
         # Detections come best score first.
         if self.architecture.overlaps == "exclusive":
             crops = without_overlaps(crops)
         keep = [i for i, crop in enumerate(crops) if crop.mask.any()]
-        masks = tuple(rle_paste(*crops[i], found.height, found.width) for i in keep)
-        boxes, scores, labels = found.boxes[keep], found.scores[keep], found.labels[keep]
-        return Instances(found.image_id, found.height, found.width, boxes, scores, labels, masks)
+        masks = tuple(rle_paste(*crops[i], detections.height, detections.width) for i in keep)
+        return replace(detections.take(np.array(keep, np.int64)), masks=masks)
 
 
 def without_overlaps(crops: Sequence[CropMask]) -> list[CropMask]:
@@ -86,29 +86,30 @@ def save_composed(
     detector: str | Path,
     segmenter: str | Path,
     architecture: ComposedArchitecture,
-    parts: Mapping[str, str],
+    components: Mapping[str, str],
 ) -> Path:
     """Write a folder that holds copies of both saved folders, whole or not at all.
 
     Args:
-        parts: where the parts come from, such as ``{"detector": "planes-det/3"}``.
+        components: the version that each comes from, such as ``{"detector": "planes-det/3"}``.
 
     Raises:
-        ModelError: a part of the wrong kind, or a folder that cannot be written.
+        ModelError: a component of the wrong kind, or a folder that cannot be written.
     """
     specs = {DETECTOR: read_spec(detector), SEGMENTER: read_spec(segmenter)}
     for role, spec in specs.items():
         if spec.kind != role:
-            raise ModelError(f"{parts.get(role, role)}: is a {spec.kind}, a {role} is needed")
+            raise ModelError(f"{components.get(role, role)}: is a {spec.kind}, a {role} is needed")
     if specs[DETECTOR].rendering != specs[SEGMENTER].rendering:
-        shown = ", ".join(f"{parts.get(role, role)} {spec.rendering.model_dump()}" for role, spec in specs.items())
+        shown = ", ".join(f"{components.get(role, role)} {spec.rendering.model_dump()}" for role, spec in specs.items())
         raise ModelError(
-            f"the parts read image files differently ({shown}); train them with the same data.range and data.bands"
+            f"detector and segmenter read image files differently ({shown}); "
+            "train them with the same data.range and data.bands"
         )
     classes = specs[DETECTOR].classes
     if [c.lower() for c in classes] != [c.lower() for c in specs[SEGMENTER].classes]:
-        shown = ", ".join(f"{parts.get(role, role)} finds {', '.join(spec.classes)}" for role, spec in specs.items())
-        raise ModelError(f"the parts are of different classes ({shown})")
+        shown = ", ".join(f"{components.get(role, role)} finds {', '.join(spec.classes)}" for role, spec in specs.items())
+        raise ModelError(f"detector and segmenter are of different classes ({shown})")
     versions = {f"{role}.{k}": v for role, spec in specs.items() for k, v in spec.versions.items()}
     made = ModelSpec(
         kind="instance_segmenter",
@@ -116,7 +117,7 @@ def save_composed(
         architecture=architecture.model_dump(),
         classes=classes,
         rendering=specs[DETECTOR].rendering,
-        versions={**versions, **{f"{role}.version": name for role, name in parts.items()}},
+        versions={**versions, **{f"{role}.version": name for role, name in components.items()}},
     )
 
     def fill(into: Path) -> None:
@@ -133,10 +134,10 @@ def load_composed(
 
     Args:
         tiling: settings for the detector, see `models.loading.load_model`.
-        load: that function, which loads the parts.
+        load: that function, which loads the components.
 
     Raises:
-        ModelError: a part is missing, damaged or of the wrong kind.
+        ModelError: a component is missing, damaged or of the wrong kind.
         EngineMissing: the detector needs a library that is not installed.
     """
     architecture = parse_architecture(spec, ComposedArchitecture)

@@ -1,4 +1,4 @@
-"""Pairs of boxes that meet, found by a sweep along bands of the image; numpy alone, near-linear in the number of boxes."""
+"""Pairs of boxes that meet, by a sweep along bands of the image; numpy alone, near-linear in the number of boxes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-# Where boxes lie in heaps the best are asked first, about this many pairs for each box at a
-# time: what they take need not be asked, and memory stays linear.
+# Where boxes lie in heaps the best are compared first, about this many pairs for each box at a
+# time: boxes that they take need no comparison, and memory stays linear.
 PAIRS_EACH = 4
 
 
@@ -15,7 +15,7 @@ def meeting(boxes: np.ndarray, free: np.ndarray) -> tuple[int, np.ndarray, np.nd
     """Pairs of boxes that meet, of the first of ``free`` with all of ``free``.
 
     Returns:
-        How many of the first were asked (all, where the pairs are few), and the pairs.
+        How many of the first were compared (all, where the pairs are few), and the pairs.
     """
     bands = Bands(boxes[free])
     counts = bands.count(bands)
@@ -23,11 +23,11 @@ def meeting(boxes: np.ndarray, free: np.ndarray) -> tuple[int, np.ndarray, np.nd
     if total <= 2 * most:
         left, right = bands.pairs(bands, counts)
         return len(free), free[left], free[right]
-    asked = max(16, len(free) * most // (2 * total))
-    first = Bands(boxes[free[:asked]], bands)
+    compared = max(16, len(free) * most // (2 * total))
+    first = Bands(boxes[free[:compared]], bands)
     pairs = [first.pairs(bands, first.count(bands)), bands.pairs(first, bands.count(first))[::-1]]
     left, right = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    return asked, free[left], free[right]
+    return compared, free[left], free[right]
 
 
 def pairs_among(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +91,7 @@ class Bands:
         meet = top <= np.minimum(self.boxes[a, 3], other.boxes[b, 3])
         meet &= self._band(top) == self.band[own]
         if other is not self and len(self.boxes) < len(other.boxes):
-            # The asked boxes are the first of the others: each pair of two asked once, none with itself.
+            # The compared boxes are the first of the others: each pair comes once, none of a box with itself.
             meet &= a != b
         return a[meet], b[meet]
 

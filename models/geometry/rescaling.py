@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 
@@ -10,17 +12,16 @@ from models.geometry.rle import rle_crop, rle_paste
 from models.instances import RLE, Instances
 
 
-def rescaled(found: Instances, height: int, width: int) -> Instances:
-    """What was found in an image, in pixels of the same image at another size, masks too."""
-    if (height, width) == (found.height, found.width):
-        return found
-    scale = np.array([width / found.width, height / found.height] * 2)
+def rescaled(instances: Instances, height: int, width: int) -> Instances:
+    """Scale predictions, masks too, to another size of the same image (pixels)."""
+    if (height, width) == (instances.height, instances.width):
+        return instances
+    scale = np.array([width / instances.width, height / instances.height] * 2)
     masks = None
-    if found.masks is not None:
-        masks = [rescaled_mask(rle, scale, height, width) for rle in found.masks]
-    return Instances.make(
-        found.image_id, height, width, clip_boxes(found.boxes * scale, height, width), found.scores, found.labels, masks
-    )
+    if instances.masks is not None:
+        masks = tuple(rescaled_mask(rle, scale, height, width) for rle in instances.masks)
+    boxes = clip_boxes(instances.boxes * scale, height, width)
+    return replace(instances, height=height, width=width, boxes=boxes, masks=masks)
 
 
 def rescaled_mask(rle: RLE, scale: np.ndarray, height: int, width: int) -> RLE:

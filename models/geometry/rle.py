@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from models.geometry.boxes import xywh_to_xyxy
 from models.instances import RLE
+
+
+class CropMask(NamedTuple):
+    """A mask in its own part of an image, so that no dense mask of the whole image is needed.
+
+    mask: bool (h, w); left, top: its upper left corner in the image, whole pixels. An empty mask is 0 x 0 at (0, 0).
+    """
+
+    mask: np.ndarray
+    left: int
+    top: int
 
 
 def rle_encode(mask: np.ndarray) -> RLE:
@@ -61,8 +72,8 @@ def rle_iou(a: Sequence[RLE], b: Sequence[RLE]) -> np.ndarray:
 
 def rle_from_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> RLE:
     """Union of COCO polygons ``[[x1, y1, ...], ...]`` as RLE, rasterised by pycocotools."""
-    parts = coco_mask.frPyObjects([list(map(float, p)) for p in polygons], height, width)
-    return rle_text(coco_mask.merge(parts))
+    rles = coco_mask.frPyObjects([list(map(float, p)) for p in polygons], height, width)
+    return rle_text(coco_mask.merge(rles))
 
 
 def rle_paste(mask: np.ndarray, left: int, top: int, height: int, width: int) -> RLE:
@@ -177,13 +188,11 @@ def checked_rle(rle: Any, height: int, width: int) -> RLE:
     return {"size": size, "counts": counts}
 
 
-def rle_crop(rle: RLE) -> tuple[np.ndarray, int, int]:
-    """The mask's own part of the image: bool (h, w), left, top; 0 x 0 for an empty mask.
+def rle_crop(rle: RLE) -> CropMask:
+    """Crop a mask to its tight box; only that part is made dense.
 
-    Only that part is made dense.
-
-    >>> part, left, top = rle_crop(rle_paste(np.array([[1, 0], [1, 1]]), 5, 7, 100, 100))
-    >>> part.astype(int).tolist(), left, top
+    >>> crop = rle_crop(rle_paste(np.array([[1, 0], [1, 1]]), 5, 7, 100, 100))
+    >>> crop.mask.astype(int).tolist(), crop.left, crop.top
     ([[1, 0], [1, 1]], 5, 7)
     """
     height = int(rle["size"][0])
@@ -192,10 +201,10 @@ def rle_crop(rle: RLE) -> tuple[np.ndarray, int, int]:
     starts, lengths = (ends - counts)[1::2], counts[1::2]
     total = int(lengths.sum())
     if total == 0:
-        return np.zeros((0, 0), bool), 0, 0
+        return CropMask(np.zeros((0, 0), bool), 0, 0)
     pixels = np.repeat(starts - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths) + np.arange(total)
     columns, rows = np.divmod(pixels, height)
     left, top = int(columns.min()), int(rows.min())
-    part = np.zeros((int(rows.max()) - top + 1, int(columns.max()) - left + 1), bool)
-    part[rows - top, columns - left] = True
-    return part, left, top
+    mask = np.zeros((int(rows.max()) - top + 1, int(columns.max()) - left + 1), bool)
+    mask[rows - top, columns - left] = True
+    return CropMask(mask, left, top)

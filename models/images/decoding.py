@@ -27,7 +27,7 @@ MAX_PIXELS = 400_000_000
 # Pillow's own limit is lower, and raises where ours tells what to do.
 Image.MAX_IMAGE_PIXELS = None
 
-# Pauses in seconds before a file that is not on this machine is asked for once more.
+# Pauses in seconds before a file that is not on this machine is requested once more.
 RETRIES = (0.5, 2.0)
 
 

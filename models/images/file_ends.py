@@ -1,4 +1,4 @@
-"""Does a file end where its format says? Told from a few of its bytes; and a PNG that holds fewer pixels than it says."""
+"""Does a file end where its format says? A few of its bytes tell, and so do the pixels that a PNG lacks."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def _bmp_bytes(start: bytes) -> int:
 
 
 def _tiff_bytes(stream: IO[bytes], start: bytes) -> int:
-    """Where the last of the first image's directory, tags, strips and tiles ends; NOWHERE where it cannot be told."""
+    """Where the last of the first image's directory, tags, strips and tiles ends; NOWHERE where it is not known."""
     order, big = "<" if start[:2] == b"II" else ">", b"+" in start[2:4]
     number, count, value = ("Q", "Q", 8) if big else ("H", "I", 4)
     entry = struct.Struct(f"{order}HH{count}{value}s")
     ends: list[int] = []
-    found: dict[int, tuple[int, ...]] = {}
+    fields: dict[int, tuple[int, ...]] = {}
     try:
         (at,) = struct.unpack_from(order + count, start, 8 if big else 4)
         stream.seek(at)
@@ -85,10 +85,10 @@ def _tiff_bytes(stream: IO[bytes], start: bytes) -> int:
                 if place:
                     stream.seek(place)
                 content = stream.read(length) if place else inline[:length]
-                found[tag] = struct.unpack(f"{order}{items}{TIFF_NUMBERS[kind]}", content)
+                fields[tag] = struct.unpack(f"{order}{items}{TIFF_NUMBERS[kind]}", content)
         if len(directory) < entries * entry.size:
             return NOWHERE
-        offsets, counts = ((found[a] if a in found else found[b]) for a, b in ((273, 324), (279, 325)))
+        offsets, counts = ((fields[a] if a in fields else fields[b]) for a, b in ((273, 324), (279, 325)))
     except (struct.error, KeyError, OverflowError, MemoryError, OSError):
         # Whatever is wrong with the header, or the counts are missing: whoever decodes the file says it.
         return NOWHERE

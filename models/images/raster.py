@@ -8,7 +8,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict, Unpack
 
 import numpy as np
 from PIL import TiffImagePlugin
@@ -88,6 +88,14 @@ def _driver(source: str | Path | bytes, name: str) -> str:
     if not is_raster(start):
         raise DataError(f"{name}: neither TIFF nor JPEG 2000", "not an image")
     return "GTiff" if is_tiff(start) else "JP2OpenJPEG"
+
+
+class _Extent(TypedDict, total=False):
+    """The pixels that rasterio is to read: a window ((y1, y2), (x1, x2)), or all of them at the size (height, width)."""
+
+    window: tuple[tuple[int, int], tuple[int, int]]
+    out_shape: tuple[int, int]
+    resampling: Any
 
 
 class WindowedImage:
@@ -185,7 +193,7 @@ class WindowedImage:
         return find_bounds(self.rendering, self.dtype, bits, self._blocks(), (self._file.height, self._file.width))
 
     def _blocks(self) -> Iterator[Block]:
-        """The file from top to bottom, in pieces that part none of its own blocks."""
+        """The file from top to bottom, in pieces that divide none of its own blocks."""
         height, width = self._file.height, self._file.width
         own = self._file.block_shapes[0][0]
         rows = max(own, ROWS // own * own)
@@ -194,36 +202,37 @@ class WindowedImage:
             values, missing = self._values(window=window)
             yield Block(values, missing | self._transparent(window), top, 0)
 
-    def _transparent(self, window: Any) -> np.ndarray:
+    def _transparent(self, window: tuple[tuple[int, int], tuple[int, int]]) -> np.ndarray:
         from rasterio.enums import ColorInterp as Colour
 
         alpha = [i for i, kind in enumerate(self._file.colorinterp, start=1) if kind == Colour.alpha]
         return self._read(alpha[0], window=window) == 0 if alpha else np.zeros(1, bool)
 
-    def _read(self, bands: Any, **how: Any) -> np.ndarray:
+    def _read(self, bands: int | list[int], **extent: Unpack[_Extent]) -> np.ndarray:
         import rasterio
 
+        # Several bands come as (bands, h, w), and their size must be given so.
+        shape = (
+            {"out_shape": (len(bands), *extent["out_shape"])} if "out_shape" in extent and isinstance(bands, list) else {}
+        )
         try:
-            return self._file.read(bands, **how)
+            return self._file.read(bands, **{**extent, **shape})
         except (rasterio.errors.RasterioError, OSError) as error:
             raise DataError(f"{self.path}: damaged ({one_line(error, 160)})", "damaged") from error
 
-    def _values(self, **how: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _values(self, **extent: Unpack[_Extent]) -> tuple[np.ndarray, np.ndarray]:
         """Values of the shown bands, (bands, h, w), and which of them are missing, bool of that shape."""
-        out = how.pop("out_shape", None)
-        shape = {"out_shape": (len(self._bands), *out)} if out else {}
-        values = self._read(self._bands, **shape, **how)
+        values = self._read(self._bands, **extent)
         missing = ~np.isfinite(values) if values.dtype.kind == "f" else np.zeros(values.shape, bool)
         nodata = self._file.nodata
         if nodata is not None and not np.isnan(nodata):
             missing |= values == np.array(nodata).astype(np.float64)
         if self._masked:
-            one = {"out_shape": out} if out else {}
-            missing |= self._file.read_masks(1, **one, **how) == 0
+            missing |= self._file.read_masks(1, **extent) == 0
         return values, missing
 
-    def _shown(self, **how: Any) -> np.ndarray:
-        values, missing = self._values(**how)
+    def _shown(self, **extent: Unpack[_Extent]) -> np.ndarray:
+        values, missing = self._values(**extent)
         if self._palette is not None:
             image = np.where(missing[0][:, :, None], np.uint8(0), self._palette[values[0]])
         else:

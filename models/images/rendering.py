@@ -34,7 +34,7 @@ Window = tuple[int, int, int, int]
 class Rendering(BaseModel):
     """How the values of an image file become RGB uint8; part of a model version and of a scoring job.
 
-    Every field is said in its description. Two renderings of one file differ in every pixel, so a
+    Each field has its description. Two renderings of one file differ in every pixel, so a
     version is trained, evaluated and scored with one.
     """
 
@@ -144,9 +144,9 @@ def find_bounds(
     depth = depth_bounds(dtype, bits)
     if settings.range == "depth" or (settings.range == "auto" and dtype == np.uint8):
         return None if depth == (0.0, 255.0) else depth
-    found = _percentiles(dtype, blocks, shape)
+    bounds = _percentiles(dtype, blocks, shape)
     # An image of one value has no range of its own.
-    return depth if found is None or found[0] == found[1] else found
+    return depth if bounds is None or bounds[0] == bounds[1] else bounds
 
 
 def _percentiles(dtype: np.dtype, blocks: Iterable[Block], shape: tuple[int, int]) -> Bounds | None:

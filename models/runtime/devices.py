@@ -37,14 +37,14 @@ def pick_device(device: str) -> str:
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
 
 
-def pick_precision(device: str, asked: Literal["auto", "32", "bf16-mixed", "16-mixed"]) -> Precision:
-    """The precision to train in on a device of `pick_device`: what was asked for, or what suits the device.
+def pick_precision(device: str, requested: Literal["auto", "32", "bf16-mixed", "16-mixed"]) -> Precision:
+    """Pick the precision to train in on a device of `pick_device`: the requested one, or one that suits the device.
 
     ``auto`` is full precision on a CPU, bfloat16 on a GPU that computes in it and float16 on
     any other.
     """
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     if device == "cpu":
         return "32"
     # torch.cuda.is_bf16_supported() says yes where bfloat16 is emulated too (T4, V100), slower than float32.

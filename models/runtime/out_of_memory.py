@@ -1,4 +1,4 @@
-"""Batches that do not fit into the device's memory are parted, until single images remain."""
+"""Batches that do not fit into the device's memory are halved, until single images remain."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from models.predictor import Predictor
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, the machine's or the device's, did not suffice."""
-    # torch's own class is told by its name: what merges tiles needs no torch.
+    # torch's own class is recognised by its name: merging tiles needs no torch.
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
-def predict_parted(predictor: Predictor, images: Sequence[np.ndarray]) -> list[Instances]:
-    """As ``predictor.predict``, in halves where the whole batch does not fit into memory.
+def predict_in_halves(predictor: Predictor, images: Sequence[np.ndarray]) -> list[Instances]:
+    """Predict a batch as ``predictor.predict`` does, in halves where it does not fit into memory.
 
     Raises:
         DataError: a single image does not fit.
@@ -32,5 +32,5 @@ def predict_parted(predictor: Predictor, images: Sequence[np.ndarray]) -> list[I
         height, width = images[0].shape[:2]
         raise DataError(f"{width} x {height} pixels need more memory than there is; predict by tiles (--tile)", "too large")
     half = len(images) // 2
-    found = predict_parted(predictor, images[:half]) + predict_parted(predictor, images[half:])
-    return [one.named(str(i)) for i, one in enumerate(found)]
+    predictions = predict_in_halves(predictor, images[:half]) + predict_in_halves(predictor, images[half:])
+    return [instances.named(str(i)) for i, instances in enumerate(predictions)]

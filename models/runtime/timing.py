@@ -1,4 +1,4 @@
-"""Where the time goes: seconds by stage, added up over this process and its threads."""
+"""Seconds spent by operation, added up over this process and its threads."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _seconds: defaultdict[str, float] = defaultdict(float)
 
 
 @contextmanager
-def timed(stage: str) -> Iterator[None]:
-    """Add the time spent inside to ``stage``; serves as a decorator too.
+def timed(operation: str) -> Iterator[None]:
+    """Add the time spent inside to ``operation``; serves as a decorator too.
 
-    Stages that run beside each other in several threads may add up to more than the time that passed.
+    Operations that run beside each other in several threads may add up to more than the time that passed.
     """
     started = time.perf_counter()
     try:
         yield
     finally:
         with _lock:
-            _seconds[stage] += time.perf_counter() - started
+            _seconds[operation] += time.perf_counter() - started
 
 
 def seconds_since(before: dict[str, float] | None = None) -> dict[str, float]:
-    """Seconds of each stage, less those that an earlier call returned."""
+    """Seconds of each operation, less those that an earlier call returned."""
     with _lock:
         now = dict(_seconds)
-    return {stage: value - (before or {}).get(stage, 0.0) for stage, value in now.items()}
+    return {operation: value - (before or {}).get(operation, 0.0) for operation, value in now.items()}

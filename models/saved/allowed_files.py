@@ -11,7 +11,7 @@ from models.errors import ModelError
 
 SPEC_FILE = "model.json"
 WEIGHTS_FILE = "weights.safetensors"
-PARTS = ("detector", "segmenter")
+COMPONENTS = ("detector", "segmenter")
 MAX_BYTES = {SPEC_FILE: 1_000_000, WEIGHTS_FILE: 8 * 1024**3}
 
 
@@ -26,7 +26,7 @@ def check_names(files: Iterable[tuple[str, int]], where: object) -> None:
         *folders, file = name.split("/")
         if name.startswith("/") or ".." in folders or file == ".." or re.search(r"[\\\x00-\x1f]", name):
             raise ModelError(f"{where}: holds a path that leads out of it ({name!r:.100}); do not use it")
-        if file not in MAX_BYTES or len(folders) > 1 or (folders and folders[0] not in PARTS):
+        if file not in MAX_BYTES or len(folders) > 1 or (folders and folders[0] not in COMPONENTS):
             raise ModelError(f"{where}: holds {name!r:.100}, which no saved model has; do not use it")
         if size > MAX_BYTES[file]:
             raise ModelError(f"{where}: {name} has {size:,} bytes, more than {MAX_BYTES[file]:,}; do not use it")

@@ -95,7 +95,7 @@ def _never(*arguments: Any) -> None:
 
 
 # All that a pickled dict of numpy arrays needs, and what is called instead: numpy's own functions
-# can be told to take bytes for pointers. numpy's module was renamed in 2.0.
+# can be made to take bytes for pointers. numpy's module was renamed in 2.0.
 ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "ndarray"): _never,
     ("numpy", "dtype"): _Dtype,

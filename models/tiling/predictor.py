@@ -11,9 +11,9 @@ from models.geometry.rescaling import rescaled
 from models.images.windows import AnyImage, shrunk
 from models.instances import Instances
 from models.predictor import Predictor
-from models.runtime.out_of_memory import predict_parted
+from models.runtime.out_of_memory import predict_in_halves
 from models.runtime.timing import timed
-from models.tiling.merging import Part, merge_parts
+from models.tiling.merging import TileResult, merge_tiles
 from models.tiling.settings import Tiling, Window, cut_tile, tile_grid
 
 # Tiles per forward pass. On a CPU a batch is no gain in itself (15 tiles of 512 pixels,
@@ -22,7 +22,7 @@ CPU_BATCH, GPU_BATCH = 1, 16
 
 
 class Tiled:
-    """Predictor that asks another one tile by tile."""
+    """Predictor that calls another one tile by tile."""
 
     def __init__(self, predictor: Predictor, tiling: Tiling, device: str = "cpu") -> None:
         self.predictor, self.tiling = predictor, tiling
@@ -30,16 +30,16 @@ class Tiled:
 
     def predict(self, images: Sequence[AnyImage]) -> list[Instances]:
         """Planes in images of any sizes, arrays or `WindowedImage`; see `Predictor`."""
-        parts = self.predict_tiles(images)
-        return [self._merged(str(i), image, parts[i]) for i, image in enumerate(images)]
+        tile_results = self.predict_tiles(images)
+        return [self._merged(str(i), image, tile_results[i]) for i, image in enumerate(images)]
 
-    def predict_tiles(self, images: Sequence[AnyImage]) -> list[list[Part]]:
-        """What the tiles of each image show, row by row, before it is merged.
+    def predict_tiles(self, images: Sequence[AnyImage]) -> list[list[TileResult]]:
+        """Predict the tiles of each image, row by row; the results are not merged.
 
         Tiles of several images share the forward passes; a tile that shows nothing but one
-        colour beyond its neighbours is not looked at.
+        colour beyond its neighbours is skipped.
         """
-        parts: list[list[Part]] = [[] for _ in images]
+        tile_results: list[list[TileResult]] = [[] for _ in images]
         with ThreadPoolExecutor(max_workers=1) as pool:
             # The next tiles are cut, and read from disk where they must be, while the model works.
             batches = self._batches(images)
@@ -47,10 +47,10 @@ class Tiled:
             pending = pool.submit(following, batches, None)
             while (batch := pending.result()) is not None:
                 pending = pool.submit(following, batches, None)
-                found = predict_parted(self.predictor, [tile for _, _, tile in batch])
-                for (number, window, _), one in zip(batch, found, strict=True):
-                    parts[number].append(Part(one, window))
-        return parts
+                predictions = predict_in_halves(self.predictor, [tile for _, _, tile in batch])
+                for (number, window, _), instances in zip(batch, predictions, strict=True):
+                    tile_results[number].append(TileResult(instances, window))
+        return tile_results
 
     def _batches(self, images: Sequence[AnyImage]) -> Iterator[list[tuple[int, Window, np.ndarray]]]:
         batch = []
@@ -66,21 +66,21 @@ class Tiled:
         if batch:
             yield batch
 
-    def _merged(self, image_id: str, image: AnyImage, parts: list[Part]) -> Instances:
+    def _merged(self, image_id: str, image: AnyImage, tile_results: list[TileResult]) -> Instances:
         height, width = image.shape[:2]
         whole = None
         if self.tiling.full_image_size and max(height, width) > self.tiling.size:
             small = shrunk(image, self.tiling.full_image_size)
-            found = rescaled(self.predictor.predict([small])[0], height, width)
-            sides = (found.boxes[:, 2:] - found.boxes[:, :2]).max(axis=1, initial=0)
-            # What a tile shows whole, tiles show better.
-            whole = found.take(np.flatnonzero(sides > self.tiling.shared))
+            instances = rescaled(self.predictor.predict([small])[0], height, width)
+            sides = (instances.boxes[:, 2:] - instances.boxes[:, :2]).max(axis=1, initial=0)
+            # Planes that fit into a tile are detected better there.
+            whole = instances.take(np.flatnonzero(sides > self.tiling.shared))
         with timed("merge"):
-            return merge_parts(image_id, height, width, parts, self.tiling, whole)
+            return merge_tiles(image_id, height, width, tile_results, tiling=self.tiling, whole=whole)
 
 
 def tiling_of(predictor: object) -> Tiling | None:
-    """The tiling by which a predictor, or the detector of a composition, looks at images; None for whole images."""
+    """The tiling of a predictor, or of the detector of a composition; None where it predicts whole images."""
     if isinstance(predictor, Tiled):
         return predictor.tiling
     inner = getattr(predictor, "detector", None)
@@ -88,12 +88,12 @@ def tiling_of(predictor: object) -> Tiling | None:
 
 
 def by_tiles(predictor: Predictor, tiling: Tiling | None, device: str) -> Predictor:
-    """The predictor asked by tiles; itself where there is no tiling."""
+    """The predictor wrapped to work by tiles; itself where there is no tiling."""
     return predictor if tiling is None else Tiled(predictor, tiling, device)
 
 
 def _shows_nothing_new(tile: np.ndarray, window: Window, shared: int) -> bool:
-    """Whether all that a tile shows beyond its left or its upper neighbour is of one colour, as missing imagery is."""
+    """Whether a tile's pixels beyond its left or its upper neighbour are of one colour, as missing imagery is."""
     left, top = window[:2]
     return bool(_one_colour(tile) or (left and _one_colour(tile[:, shared:])) or (top and _one_colour(tile[shared:])))
 

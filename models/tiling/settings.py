@@ -14,13 +14,13 @@ Window = tuple[int, int, int, int]
 
 
 class Tiling(BaseModel):
-    """How an image is cut into tiles, and how what they show is merged; part of a model version.
+    """How an image is cut into tiles, and how their detections are merged; part of a model version.
 
     size: side of a tile in pixels; overlap: share of it that neighbours share, planes up to
-    that size are whole in some tile; merge: ``join`` puts the parts of a cut plane together,
-    ``nms`` keeps the best of what overlaps; match and threshold: detections of two tiles are
-    of one plane where the IoU (or ``ios``, intersection over the smaller area) of what both
-    tiles show of them reaches the threshold; full_image_size: longer side in pixels to which
+    that size are whole in some tile; merge: ``join`` joins the detections of a cut plane,
+    ``nms`` keeps the best of those that overlap; match and threshold: detections of two tiles are
+    of one plane where their IoU (or ``ios``, intersection over the smaller area), inside the region
+    that both tiles show, reaches the threshold; full_image_size: longer side in pixels to which
     the whole image is shrunk for one more pass, for planes larger than the overlap, null for
     no such pass; batch: tiles per forward pass, null for 1 on a CPU and 16 on a GPU.
     """
@@ -61,9 +61,9 @@ def cut_tile(image: AnyImage, window: Window) -> np.ndarray:
     """The pixels of a window, RGB uint8, black beyond the image."""
     x1, y1, x2, y2 = window
     height, width = image.shape[:2]
-    part = np.asarray(image[y1 : min(y2, height), x1 : min(x2, width)])
-    if part.shape[:2] == (y2 - y1, x2 - x1):
-        return part
+    visible = np.asarray(image[y1 : min(y2, height), x1 : min(x2, width)])
+    if visible.shape[:2] == (y2 - y1, x2 - x1):
+        return visible
     tile = np.zeros((y2 - y1, x2 - x1, 3), np.uint8)
-    tile[: part.shape[0], : part.shape[1]] = part
+    tile[: visible.shape[0], : visible.shape[1]] = visible
     return tile

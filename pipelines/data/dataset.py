@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Sample:
     boxes: np.ndarray
     masks: tuple[RLE | None, ...]
     crowd: np.ndarray
+    _: KW_ONLY
     truth: bool = True
     number: int | None = None
     window: Window | None = None
@@ -120,7 +121,7 @@ class Sample:
 
 @dataclass
 class Problems:
-    """What a reader found wrong and went on without: kind -> count, and the first example of each."""
+    """Flaws of the data that a reader left out: kind -> count, and the first example of each."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
@@ -144,6 +145,7 @@ class Dataset:
     split: str
     category: str
     samples: tuple[Sample, ...]
+    _: KW_ONLY
     problems: Problems = field(default_factory=Problems, compare=False)
     category_id: int = 1
     # Not arguments, so that a subset starts with none.
@@ -318,7 +320,7 @@ def scene_of(image_id: str, pattern: str | None = None) -> str:
 
 
 def split_by_scene(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Part a data set into training and validation without parting a scene.
+    """Split a data set into training and validation; a scene is never divided.
 
     Scenes are ordered by a hash of (seed, scene), so that the split does not depend
     on file order and adding a scene moves few others. In that order each scene goes to validation
@@ -341,7 +343,7 @@ def split_by_scene(dataset: Dataset, fraction: float, seed: int) -> tuple[Datase
             left -= sizes[scene]
     if fraction > 0 and not chosen:
         chosen.add(min(order, key=sizes.__getitem__))
-    train, val = ([s for s in dataset.samples if (s.scene in chosen) == part] for part in (False, True))
+    train, val = ([s for s in dataset.samples if (s.scene in chosen) == held_out] for held_out in (False, True))
     return replace(dataset, split="train", samples=tuple(train)), replace(dataset, split="val", samples=tuple(val))
 
 
@@ -356,7 +358,7 @@ def _common_folder(folders: Sequence[str]) -> str:
 
 
 def with_unique_ids(samples: Sequence[Sample], source: Path) -> tuple[Sample, ...]:
-    """The samples, those that share a file name told apart by their path below the common folder.
+    """The samples, those that share a file name distinguished by their path below the common folder.
 
     Raises:
         DataError: one file appears twice.

@@ -18,7 +18,7 @@ AnyPath = Any
 
 # Questions to a store that are open at a time.
 ASKING = 16
-# Failures in a row after which a store is taken for down, and asked no more than once for each file.
+# Failures in a row after which a store is taken for down, and requested no more than once for each file.
 MOST_FAILURES = 3 * ASKING
 # The mark of a file of which nothing is known; it says nothing about whether the file has changed.
 UNREADABLE = "unreadable"
@@ -69,15 +69,15 @@ def list_remote(path: AnyPath) -> list[AnyPath]:
     text, fs = str(path), path.fs
     try:
         if any(sign in path.path for sign in "*["):
-            found = fs.glob(path.path)
+            names = fs.glob(path.path)
         else:
-            found = [path.path] if fs.isfile(path.path) else _files_in(fs, path.path)
+            names = [path.path] if fs.isfile(path.path) else _files_in(fs, path.path)
     except FileNotFoundError as error:
         raise DataError(f"{text}: no such file or folder") from error
     except Exception as error:
         # Each store's library has errors of its own.
         raise DataError(f"{text}: cannot be listed ({one_line(error, 200)})") from error
-    chosen = sorted(name for name in found if name == path.path or name.lower().endswith(IMAGE_SUFFIXES))
+    chosen = sorted(name for name in names if name == path.path or name.lower().endswith(IMAGE_SUFFIXES))
     return [UPath(fs.unstrip_protocol(name), **path.storage_options) for name in chosen]
 
 
@@ -89,13 +89,13 @@ def fingerprints(paths: Sequence[AnyPath]) -> list[str]:
     """What tells whether files have changed, without reading them: size and time, or the store's mark of the content.
 
     UNREADABLE where there is nothing to be had: whoever reads the file says what is wrong with it.
-    A store that does not answer is asked again, until it has failed to so often that it is down.
+    A store that does not answer is tried again, until it has failed so often that it counts as down.
     """
     if all(isinstance(path, Path) for path in paths):
         return [_local_mark(path) for path in paths]
-    asked = _Patience()
+    store = _Patience()
     with ThreadPoolExecutor(ASKING) as pool:
-        return list(pool.map(asked.mark, paths))
+        return list(pool.map(store.mark, paths))
 
 
 def _local_mark(path: Path) -> str:
@@ -107,7 +107,7 @@ def _local_mark(path: Path) -> str:
 
 
 class _Patience:
-    """Asks a store for marks, again where it does not answer, but not for ever: millions may be asked for."""
+    """Requests marks from a store, again where it does not answer, but not for ever: there may be millions of files."""
 
     def __init__(self) -> None:
         self._failed = 0
@@ -118,9 +118,9 @@ class _Patience:
             return _local_mark(path)
         for pause in (*decoding.RETRIES, None):
             try:
-                found = _remote_mark(path)
+                mark = _remote_mark(path)
                 self._failed = 0
-                return found
+                return mark
             except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
                 return UNREADABLE
             except Exception:

@@ -34,6 +34,6 @@ def common_category(categories: Mapping[str, str], what: str) -> str:
         ModelError: they find different classes.
     """
     if len({c.lower() for c in categories.values()}) > 1:
-        found = ", ".join(f"{label} finds {category}" for label, category in categories.items())
-        raise ModelError(f"{what}: {found}; only versions of one class can be held against each other")
+        finds = ", ".join(f"{label} finds {category}" for label, category in categories.items())
+        raise ModelError(f"{what}: {finds}; only versions of one class can be held against each other")
     return next(iter(categories.values()), PLANE)

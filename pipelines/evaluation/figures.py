@@ -15,7 +15,7 @@ from models.instances import RLE, Instances
 from pipelines.data.dataset import Sample
 
 TRUTH = (64, 220, 96)
-FOUND = (255, 176, 0)
+PREDICTED = (255, 176, 0)
 
 
 def loss_figure(history: Sequence[dict[str, Any]], title: str) -> Figure:
@@ -84,7 +84,7 @@ def ablation_figure(
 
 def draw_instances(image: np.ndarray, instances: Instances, thickness: int | None = None) -> np.ndarray:
     """A copy of the RGB image with boxes, outlines and scores drawn in, lines ``thickness`` pixels wide."""
-    canvas, colour = image.copy(), FOUND
+    canvas, colour = image.copy(), PREDICTED
     thickness = thickness or _line_width(image)
     for i, box in enumerate(instances.boxes):
         x1, y1, x2, y2 = (int(round(float(v))) for v in box)
@@ -115,20 +115,20 @@ def _line_width(image: np.ndarray) -> int:
 
 
 def _outline(canvas: np.ndarray, mask: RLE, colour: tuple[int, int, int], thickness: int) -> None:
-    part, left, top = rle_crop(mask)
-    if not part.size:
+    cropped, left, top = rle_crop(mask)
+    if not cropped.size:
         return
-    contours, _ = cv2.findContours(part.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE, offset=(left, top))
+    contours, _ = cv2.findContours(cropped.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE, offset=(left, top))
     cv2.drawContours(canvas, contours, -1, colour, thickness)
 
 
 def image_sheet(rows: Sequence[tuple[np.ndarray, Sample, Instances]], width: int = 620) -> np.ndarray:
     """Rows of image | truth | prediction, RGB uint8; planes below a score of 0.5 are left out."""
     lines = []
-    for image, sample, found in rows:
+    for image, sample, instances in rows:
         # Wide enough to be seen once the image is shrunk to its panel.
         line = 1 + round(image.shape[1] / width)
-        panels = [image, draw_truth(image, sample, line), draw_instances(image, found.above(0.5), line)]
+        panels = [image, draw_truth(image, sample, line), draw_instances(image, instances.above(0.5), line)]
         height = round(width * image.shape[0] / image.shape[1])
         lines.append(np.hstack([_panel(p, width, height) for p in panels]))
     sheet = np.vstack(lines or [np.full((26, 3 * width, 3), 255, np.uint8)])
@@ -147,7 +147,7 @@ def crop_sheet(
         x1, y1, x2, y2 = crop_window(box, *image.shape[:2])
         masks = [np.repeat(rle_decode(m)[y1:y2, x1:x2, None].astype(np.uint8) * 255, 3, 2) for m in (truth, guess)]
         cell = np.hstack([_panel(p, side, side) for p in (image[y1:y2, x1:x2], *masks)])
-        cv2.putText(cell, f"IoU {iou:.2f}", (2 * side + 6, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.45, FOUND, 1, cv2.LINE_AA)
+        cv2.putText(cell, f"IoU {iou:.2f}", (2 * side + 6, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.45, PREDICTED, 1, cv2.LINE_AA)
         cells.append(cell)
     while len(cells) % across:
         cells.append(np.full_like(cells[0], 255))

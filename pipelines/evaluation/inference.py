@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 
 from models.errors import DataError, PlanesError, one_line
+from models.images.rendering import Rendering
 from models.instances import Instances
 from models.predictor import BoxSegmenter, Predictor
 from models.runtime.out_of_memory import out_of_memory
@@ -26,7 +29,7 @@ def is_segmenter(predictor: object) -> TypeGuard[BoxSegmenter]:
 
 
 def predict_image(predictor: Predictor | BoxSegmenter, image: np.ndarray, sample: Sample) -> Instances:
-    """Planes of one image, named by its id; a segmenter gets the annotated boxes, which score 1.
+    """Predict one image, named by its id; a segmenter gets the annotated boxes, which score 1.
 
     Raises:
         DataError: a segmenter, but nothing is known about the image's planes.
@@ -40,7 +43,7 @@ def predict_image(predictor: Predictor | BoxSegmenter, image: np.ndarray, sample
         )
     masks = predictor.masks_in_boxes([image], [sample.boxes])[0]
     ones = np.ones(len(sample.boxes))
-    return Instances.make(sample.image_id, sample.height, sample.width, sample.boxes, ones, None, masks)
+    return Instances.make(sample.image_id, sample.height, sample.width, sample.boxes, ones, masks=masks)
 
 
 def image_failure(error: Exception, predictor: Predictor, sample: Sample) -> DataError | None:
@@ -61,46 +64,97 @@ def image_failure(error: Exception, predictor: Predictor, sample: Sample) -> Dat
     return DataError(what, "too large" if out_of_memory(error) else "prediction")
 
 
+class ImageResult(NamedTuple):
+    """One image and one predictor: the predictions, or why there are none.
+
+    label: of the predictor; image: RGB uint8 (H, W, 3) as it was predicted, None where it failed;
+    seconds: that the prediction took, NaN where it failed.
+    """
+
+    label: str
+    sample: Sample
+    image: np.ndarray | None
+    outcome: Instances | DataError
+    seconds: float
+
+
+def predict_images(
+    predictors: Mapping[str, Predictor],
+    samples: Iterable[Sample],
+    *,
+    renderings: Mapping[str, Rendering] | None = None,
+    known: Container[tuple[str, str]] = (),
+) -> Iterator[ImageResult]:
+    """Predict each image with every predictor before the next image; an image that fails, fails for one predictor alone.
+
+    Args:
+        predictors: by label.
+        samples: the images.
+        renderings: how each predictor reads image files, by label; the sample's own without it.
+        known: (label, image id) of results that are not needed.
+
+    Raises:
+        Exception: a predictor cannot work at all.
+    """
+    labels = list(predictors)
+    for number, sample in enumerate(samples):
+        images: dict[Rendering, np.ndarray] = {}
+        # The first predictor meets colder caches: they take turns.
+        for label in labels if number % 2 else labels[::-1]:
+            if (label, sample.image_id) in known:
+                continue
+            rendering = (renderings or {}).get(label, sample.rendering)
+            try:
+                if rendering not in images:
+                    images[rendering] = replace(sample, rendering=rendering).read()
+                started = time.perf_counter()
+                instances = predict_image(predictors[label], images[rendering], sample)
+                seconds = time.perf_counter() - started
+            except Exception as error:
+                failure = image_failure(error, predictors[label], sample)
+                if failure is None:
+                    raise
+                yield ImageResult(label, sample, None, failure, math.nan)
+                continue
+            yield ImageResult(label, sample, images[rendering], instances, seconds)
+
+
 @dataclass(frozen=True)
 class Predictions:
-    """What was found in the images of a data set; ``failed``: image id -> why nothing could be looked for in it."""
+    """The predictions for a data set's images, in its order; ``failed``: image id -> why it has none."""
 
-    found: list[Instances] = field(default_factory=list)
+    instances: list[Instances] = field(default_factory=list)
     failed: dict[str, DataError] = field(default_factory=dict)
 
 
 def predict_dataset(
-    predictor: Predictor, dataset: Dataset, seen: Callable[[np.ndarray, Sample, Instances], None] | None = None
+    predictor: Predictor, dataset: Dataset, on_image: Callable[[np.ndarray, Sample, Instances], None] | None = None
 ) -> Predictions:
     """Predict the images of a data set one after the other; those that cannot be read or predicted are failures.
 
     Args:
-        seen: is shown each image with what was found in it.
+        predictor: a detector or a segmenter.
+        dataset: its images.
+        on_image: is called with each image and its predictions.
 
     Raises:
-        DataError: nothing could be predicted.
+        DataError: no image could be predicted.
         Exception: the model cannot work at all.
     """
-    done = Predictions()
-    for sample in dataset.samples:
-        try:
-            image = sample.read()
-            found = predict_image(predictor, image, sample)
-        except Exception as error:
-            failure = image_failure(error, predictor, sample)
-            if failure is None:
-                raise
-            done.failed[sample.image_id] = failure
+    predictions = Predictions()
+    for result in predict_images({"": predictor}, dataset.samples):
+        if isinstance(result.outcome, DataError):
+            predictions.failed[result.sample.image_id] = result.outcome
             continue
-        done.found.append(found)
-        if seen is not None:
-            seen(image, sample, found)
-    if dataset.samples and not done.found:
+        predictions.instances.append(result.outcome)
+        if on_image is not None and result.image is not None:
+            on_image(result.image, result.sample, result.outcome)
+    if dataset.samples and not predictions.instances:
         raise DataError(
             f"{dataset.name}/{dataset.split}: none of its {len(dataset)} images could be predicted; "
-            f"the first: {next(iter(done.failed.values()))}"
+            f"the first: {next(iter(predictions.failed.values()))}"
         )
-    return done
+    return predictions
 
 
 def evaluate_predictions(

@@ -43,11 +43,11 @@ class ImageMatch:
     planes: int
 
 
-def match_image(sample: Sample, found: Instances, kind: Kind = "bbox") -> ImageMatch:
+def match_image(sample: Sample, instances: Instances, kind: Kind = "bbox") -> ImageMatch:
     """COCO's greedy matching at its ten IoU thresholds, at most 100 detections."""
     sample = sample.for_masks() if kind == "segm" else sample
-    count = min(len(found), MAX_DETS)
-    overlaps = _overlaps(sample, found, count, kind)
+    count = min(len(instances), MAX_DETS)
+    overlaps = _overlaps(sample, instances, count, kind)
     real, crowd = np.flatnonzero(~sample.crowd), np.flatnonzero(sample.crowd)
     correct, ignored = np.zeros((2, len(IOUS), count), bool)
     taken = np.zeros((len(IOUS), len(real)), bool)
@@ -62,17 +62,17 @@ def match_image(sample: Sample, found: Instances, kind: Kind = "bbox") -> ImageM
             correct[hit, d] = True
         if len(crowd):
             ignored[:, d] = ~correct[:, d] & (overlaps[d, crowd].max() >= least)
-    return ImageMatch(found.scores[:count].astype(np.float64), correct, ignored, len(real))
+    return ImageMatch(instances.scores[:count].astype(np.float64), correct, ignored, len(real))
 
 
-def _overlaps(sample: Sample, found: Instances, count: int, kind: Kind) -> np.ndarray:
+def _overlaps(sample: Sample, instances: Instances, count: int, kind: Kind) -> np.ndarray:
     if not count or not len(sample.boxes):
         return np.zeros((count, len(sample.boxes)))
     crowd = [int(c) for c in sample.crowd]
     if kind == "segm":
-        masks = [rle_bytes(m) for m in (found.masks or ())[:count]]
+        masks = [rle_bytes(m) for m in (instances.masks or ())[:count]]
         return np.asarray(coco_mask.iou(masks, [rle_bytes(m) for m in sample.masks if m is not None], crowd))
-    return np.asarray(coco_mask.iou(xyxy_to_xywh(found.boxes[:count]), xyxy_to_xywh(sample.boxes), crowd))
+    return np.asarray(coco_mask.iou(xyxy_to_xywh(instances.boxes[:count]), xyxy_to_xywh(sample.boxes), crowd))
 
 
 class Ranked:
@@ -113,8 +113,8 @@ class Ranked:
 def rank(dataset: Dataset, predictions: Sequence[Instances], kind: Kind = "bbox") -> Ranked:
     """Match every image of a data set; images without an entry have no detections."""
     by_id = {p.image_id: p for p in predictions}
-    nothing = [Instances.make(s.image_id, s.height, s.width, [], [], [], []) for s in dataset.samples]
-    return Ranked([match_image(s, by_id.get(s.image_id, n), kind) for s, n in zip(dataset.samples, nothing, strict=True)])
+    empty = [Instances.empty(s.image_id, s.height, s.width, masks=True) for s in dataset.samples]
+    return Ranked([match_image(s, by_id.get(s.image_id, e), kind) for s, e in zip(dataset.samples, empty, strict=True)])
 
 
 def bootstrap_difference(
@@ -147,14 +147,15 @@ def resampled(images: int, statistic: Callable[[np.ndarray], float], resamples: 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What became of each detection and plane of one image at one score threshold.
+    """The verdict on each detection and plane of one image at one score threshold.
 
-    detections: kind per detection, "correct" or one of ERRORS; found: index of the
-    plane that each correct detection hit; missed: indices of planes that nothing is near.
+    detections: kind per detection, "correct" or one of ERRORS; hit: indices of the
+    planes that correct detections hit; missed: indices of planes that no detection is near;
+    overlaps: IoU of each correct detection with its plane.
     """
 
     detections: list[str]
-    found: set[int] = field(default_factory=set)
+    hit: set[int] = field(default_factory=set)
     missed: set[int] = field(default_factory=set)
     overlaps: list[float] = field(default_factory=list)
 
@@ -164,7 +165,7 @@ class Diagnosis:
         return {**kinds, "missed": len(self.missed)}
 
 
-def diagnose(sample: Sample, found: Instances, masks: bool) -> Diagnosis:
+def diagnose(sample: Sample, instances: Instances, masks: bool) -> Diagnosis:
     """Sort detections and planes by what is wrong with them, at an IoU of 0.5.
 
     A detection that hits no free plane is a duplicate where it overlaps a plane that a
@@ -174,15 +175,15 @@ def diagnose(sample: Sample, found: Instances, masks: bool) -> Diagnosis:
     """
     sample = sample.for_masks() if masks else sample
     real = np.flatnonzero(~sample.crowd)
-    boxes = box_iou(found.boxes, sample.boxes[real])
+    boxes = box_iou(instances.boxes, sample.boxes[real])
     overlaps = boxes
     if masks:
         overlaps = rle_iou(
-            list(found.masks or ()), [m for m, c in zip(sample.masks, sample.crowd, strict=True) if m and not c]
+            list(instances.masks or ()), [m for m, c in zip(sample.masks, sample.crowd, strict=True) if m and not c]
         )
-    in_crowd = _in_crowd(sample, found)
+    in_crowd = _in_crowd(sample, instances)
     kinds, hit, near, matched = [], set(), set(), []
-    for d in range(len(found)):
+    for d in range(len(instances)):
         free = [g for g in range(len(real)) if g not in hit]
         best = max(free, key=lambda g: overlaps[d, g], default=None)
         if best is not None and overlaps[d, best] >= 0.5:
@@ -206,11 +207,11 @@ def diagnose(sample: Sample, found: Instances, masks: bool) -> Diagnosis:
     return Diagnosis(kinds, {names[g] for g in hit}, missed, matched)
 
 
-def _in_crowd(sample: Sample, found: Instances) -> np.ndarray:
+def _in_crowd(sample: Sample, instances: Instances) -> np.ndarray:
     crowd = sample.boxes[sample.crowd]
-    if not len(crowd) or not len(found):
-        return np.zeros(len(found), bool)
-    inside = np.asarray(coco_mask.iou(xyxy_to_xywh(found.boxes), xyxy_to_xywh(crowd), [1] * len(crowd)))
+    if not len(crowd) or not len(instances):
+        return np.zeros(len(instances), bool)
+    inside = np.asarray(coco_mask.iou(xyxy_to_xywh(instances.boxes), xyxy_to_xywh(crowd), [1] * len(crowd)))
     return inside.max(axis=1) >= 0.5
 
 

@@ -19,9 +19,13 @@ from models.geometry.rle import rle_iou, rle_text
 from models.instances import RLE, Instances
 from pipelines.data.dataset import Dataset
 
-# The order in which COCOeval prints its twelve numbers.
 MASK_METRICS = ("IoU", "Dice", "IoU_min", "IoU_median", "IoU_above_75")
+# The order in which COCOeval prints its twelve numbers.
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+# COCO's size classes: least and largest area of a plane in pixels.
+SIZE_CLASSES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, math.inf)}
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def evaluate_instances(
 def _without_predictions(annotations: Sequence[Mapping[str, Any]]) -> list[float]:
     """0 for each number that there is truth for, else NaN, in the order of COCO_METRICS."""
     areas = [a["area"] for a in annotations if not a["iscrowd"]]
-    classes = [[a for a in areas if low <= a <= high] for low, high in ((0, 32**2), (32**2, 96**2), (96**2, math.inf))]
+    classes = [[a for a in areas if low <= a <= high] for low, high in SIZE_CLASSES.values()]
     all_and_sizes = [math.nan if not size else 0.0 for size in (areas, *classes)]
     total, small, medium, large = all_and_sizes
     return [total, total, total, small, medium, large, total, total, total, small, medium, large]
@@ -124,14 +128,15 @@ def coco_results(
 ) -> list[dict[str, Any]]:
     """COCO results entries (category 1), image ids taken from ``numbers``."""
     results = []
-    for found in predictions:
-        for i, box in enumerate(xyxy_to_xywh(found.boxes)):
-            entry: dict[str, Any] = {"image_id": numbers[found.image_id], "category_id": 1, "score": float(found.scores[i])}
+    for instances in predictions:
+        for i, box in enumerate(xyxy_to_xywh(instances.boxes)):
+            entry: dict[str, Any] = {"image_id": numbers[instances.image_id], "category_id": 1}
+            entry["score"] = float(instances.scores[i])
             entry["bbox"] = box.tolist()
             if kind == "segm":
-                if found.masks is None:
-                    raise DataError(f"{found.image_id}: predictions have no masks to evaluate")
-                entry["segmentation"] = rle_text(found.masks[i])
+                if instances.masks is None:
+                    raise DataError(f"{instances.image_id}: predictions have no masks to evaluate")
+                entry["segmentation"] = rle_text(instances.masks[i])
                 del entry["bbox"]
             results.append(entry)
     return results

@@ -30,23 +30,23 @@ def evaluate_with_sheet(
     predictor, dataset = load_model(saved, device), dataset.rendered(read_spec(saved).rendering)
     shown: list[tuple[np.ndarray, Sample, Instances]] = []
 
-    def show(image: np.ndarray, sample: Sample, found: Instances) -> None:
+    def show(image: np.ndarray, sample: Sample, instances: Instances) -> None:
         # Images without planes are shown only where there are no others.
         if shown and not len(shown[0][1].boxes) and len(sample.boxes):
             shown.clear()
         if not shown or (len(shown) < samples and len(sample.boxes)):
-            shown.append((image, sample, found))
+            shown.append((image, sample, instances))
 
-    done, segmenter = predict_dataset(predictor, dataset, show), is_segmenter(predictor)
-    evaluations = evaluate_predictions(done.found, dataset, segmenter, failed=done.failed)
-    for message in list(done.failed.values())[:1]:
+    predictions, segmenter = predict_dataset(predictor, dataset, show), is_segmenter(predictor)
+    evaluations = evaluate_predictions(predictions.instances, dataset, segmenter, failed=predictions.failed)
+    for message in list(predictions.failed.values())[:1]:
         logging.getLogger(__name__).warning(
             "%s/%s: %d of %d images failed and count as images without detections (first: %s)",
-            *(dataset.name, dataset.split, len(done.failed), len(dataset), message),
+            *(dataset.name, dataset.split, len(predictions.failed), len(dataset), message),
         )
     if not segmenter:
-        # How many failed is said once.
-        again = evaluate_predictions(done.found, dataset, segmenter, COURSE_THRESHOLD)
+        # The number of failed images stands in the first evaluations.
+        again = evaluate_predictions(predictions.instances, dataset, segmenter, COURSE_THRESHOLD)
         evaluations += [(f"at_{COURSE_THRESHOLD:g}_{prefix}", e) for prefix, e in again]
     sheet = _crops(shown) if segmenter else figures.image_sheet(shown) if shown else None
     return evaluations, sheet
@@ -54,10 +54,10 @@ def evaluate_with_sheet(
 
 def _crops(shown: Sequence[tuple[np.ndarray, Sample, Instances]], most: int = 12) -> np.ndarray | None:
     rows = []
-    for image, sample, found in shown:
-        if not sample.has_masks or found.masks is None:
+    for image, sample, instances in shown:
+        if not sample.has_masks or instances.masks is None:
             continue
         one = Dataset("", sample.path, "", "", (sample,))
-        for i, iou in zip(sample.outlined.tolist(), instance_ious(one, [found.masks]), strict=True):
-            rows.append((image, sample.boxes[i], sample.masks[i], found.masks[i], float(iou)))
+        for i, iou in zip(sample.outlined.tolist(), instance_ious(one, [instances.masks]), strict=True):
+            rows.append((image, sample.boxes[i], sample.masks[i], instances.masks[i], float(iou)))
     return figures.crop_sheet(rows[:most]) if rows else None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,17 @@ from models.images.rendering import Rendering
 from models.instances import Instances, from_rows, to_rows
 from models.predictor import Predictor
 from pipelines.data.dataset import Dataset
-from pipelines.evaluation.inference import evaluate_predictions, image_failure, is_segmenter, predict_image
+from pipelines.evaluation.inference import evaluate_predictions, is_segmenter, predict_images
 from pipelines.evaluation.matching import IOUS, Ranked, rank, resampled
-from pipelines.evaluation.metrics import Evaluation, instance_ious
+from pipelines.evaluation.metrics import SIZE_CLASSES, Evaluation, instance_ious
 from pipelines.progress import Progress
 
 SCORE = 0.05
-# COCO's size classes, by the area of a plane in pixels.
-SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, math.inf)}
-
-# Shows how far a loop over so many items is: (items, number, title) -> the items.
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One version on one data set: all metrics, what was found, and the seconds that each image took.
+    """One version on one data set: all metrics, the predictions, and the seconds that each image took.
 
     failed: image id -> why it could not be read or predicted; such an image counts as one without
     detections, and its seconds are NaN.
@@ -41,7 +36,7 @@ class Measurement:
 
     dataset: Dataset
     segmenter: bool
-    found: list[Instances]
+    predictions: list[Instances]
     seconds: list[float]
     metrics: dict[str, float] = field(default_factory=dict)
     failed: Mapping[str, DataError] = field(default_factory=dict)
@@ -69,30 +64,31 @@ class Measurement:
         """The main metric over planes of one of COCO's size classes, NaN where there are none."""
         if not self.segmenter:
             return self.at(f"{main}{size[0]}")
-        masks = {f.image_id: list(f.masks or ()) for f in self.found}
+        masks = {p.image_id: list(p.masks or ()) for p in self.predictions}
         ious = instance_ious(self.dataset, [masks.get(s.image_id, []) for s in self.dataset.samples])
         planes = [m for s in self.dataset.samples for m, c in zip(s.masks, s.crowd, strict=True) if m is not None and not c]
         areas = np.array([float(rle_area([m])[0]) for m in planes])
-        low, high = SIZES[size]
+        low, high = SIZE_CLASSES[size]
         chosen = (areas >= low) & (areas < high)
         return float(ious[chosen].mean()) if chosen.any() else math.nan
 
     def of_images(self, pattern: str, main: str) -> float:
         """The main metric over the images whose name fits a pattern (``A00*``), NaN where there are none."""
         names = [s.image_id for s in self.dataset.samples if fnmatch(s.image_id, pattern)]
-        part = self.dataset.subset(names, self.dataset.split)
+        subset = self.dataset.subset(names, self.dataset.split)
         masks = main.startswith("mask_")
-        if not part.planes or (masks and not part.has_masks):
+        if not subset.planes or (masks and not subset.has_masks):
             return math.nan
-        found = {f.image_id: f for f in self.found}
-        # Nothing is found in an image that failed.
-        nothing = [Instances.make(s.image_id, s.height, s.width, [], [], [], [] if masks else None) for s in part.samples]
-        return all_metrics([found.get(n.image_id, n) for n in nothing], part, self.segmenter).get(main, math.nan)
+        by_id = {p.image_id: p for p in self.predictions}
+        # An image that failed counts as one without detections.
+        empty = [Instances.empty(s.image_id, s.height, s.width, masks=masks) for s in subset.samples]
+        return all_metrics([by_id.get(e.image_id, e) for e in empty], subset, self.segmenter).get(main, math.nan)
 
 
-def all_metrics(found: list[Instances], dataset: Dataset, segmenter: bool) -> dict[str, float]:
+def all_metrics(predictions: list[Instances], dataset: Dataset, segmenter: bool) -> dict[str, float]:
     """Every metric that predictions and truth allow, masks of detected planes prefixed ``mask_``."""
-    return {p + k: v for p, e in evaluate_predictions(found, dataset, segmenter, SCORE) for k, v in e.metrics.items()}
+    evaluations = evaluate_predictions(predictions, dataset, segmenter, SCORE)
+    return {prefix + name: value for prefix, e in evaluations for name, value in e.metrics.items()}
 
 
 def measure(
@@ -117,30 +113,15 @@ def measure(
     """
     known = _read_kept(kept) if kept else {}
     failed: dict[str, dict[str, DataError]] = {label: {} for label in predictors}
-    labels = list(predictors)
-    title = f"evaluating {' and '.join(labels)}"
-    for number, sample in enumerate(progress(dataset.samples, len(dataset), title)):
-        images: dict[Rendering, np.ndarray] = {}
-        # Who comes first finds colder caches: they take turns.
-        for label in labels if number % 2 else labels[::-1]:
-            if (label, sample.image_id) in known:
-                continue
-            rendering = (renderings or {}).get(label, sample.rendering)
-            try:
-                if rendering not in images:
-                    images[rendering] = replace(sample, rendering=rendering).read()
-                started = time.perf_counter()
-                found = predict_image(predictors[label], images[rendering], sample)
-            except Exception as error:
-                failure = image_failure(error, predictors[label], sample)
-                if failure is None:
-                    raise
-                # Not kept: a call that goes on from here tries again.
-                failed[label][sample.image_id] = failure
-                continue
-            known[label, sample.image_id] = found, time.perf_counter() - started
-            if kept:
-                _keep(kept, label, *known[label, sample.image_id])
+    samples = progress(dataset.samples, len(dataset), f"evaluating {' and '.join(predictors)}")
+    for label, sample, _, outcome, seconds in predict_images(predictors, samples, renderings=renderings, known=known):
+        if isinstance(outcome, DataError):
+            # Not kept: a call that goes on from here tries again.
+            failed[label][sample.image_id] = outcome
+            continue
+        known[label, sample.image_id] = outcome, seconds
+        if kept:
+            _keep(kept, label, outcome, seconds)
     return {k: _measured(k, is_segmenter(p), dataset, known, failed[k]) for k, p in predictors.items()}
 
 
@@ -153,17 +134,18 @@ def _measured(
 ) -> Measurement:
     """The measurement of one version, of its results by (label, image id)."""
     results = [known.get((label, s.image_id)) for s in dataset.samples]
-    found = [result[0] for result in results if result is not None]
-    if not found and failed:
+    predictions = [result[0] for result in results if result is not None]
+    if not predictions and failed:
         first = next(iter(failed.values()))
         raise DataError(f"{label}: none of {len(dataset)} images could be predicted; the first: {first}")
     seconds = [math.nan if result is None else result[1] for result in results]
-    return Measurement(dataset, segmenter, found, seconds, all_metrics(found, dataset, segmenter), failed)
+    metrics = all_metrics(predictions, dataset, segmenter)
+    return Measurement(dataset, segmenter, predictions, seconds, metrics=metrics, failed=failed)
 
 
-def _keep(kept: Path, label: str, found: Instances, seconds: float) -> None:
-    size = [found.image_id, found.height, found.width, found.masks is not None]
-    line = json.dumps([label, seconds, size, to_rows([found])])
+def _keep(kept: Path, label: str, instances: Instances, seconds: float) -> None:
+    size = [instances.image_id, instances.height, instances.width, instances.masks is not None]
+    line = json.dumps([label, seconds, size, to_rows([instances])])
     with open(kept, "a", encoding="utf-8") as handle:
         handle.write(line + "\n")
 
@@ -178,14 +160,13 @@ def _read_kept(kept: Path) -> dict[tuple[str, str], tuple[Instances, float]]:
             continue
         try:
             label, seconds, (image_id, height, width, masks), rows = json.loads(line)
-            found = Instances.make(image_id, height, width, [], [], [], [] if masks else None)
-            found = from_rows(rows)[0] if rows else found
-            for mask in found.masks or ():
+            instances = from_rows(rows)[0] if rows else Instances.empty(image_id, height, width, masks=masks)
+            for mask in instances.masks or ():
                 checked_rle(mask, height, width)
         except (ValueError, TypeError, KeyError):
             # Damaged, so predicted again.
             continue
-        known[label, image_id] = found, float(seconds)
+        known[label, image_id] = instances, float(seconds)
     if lines and not lines[-1].endswith("\n"):
         kept.write_text("".join(lines[:-1]), encoding="utf-8")
     return known
@@ -220,7 +201,7 @@ def gain_confidence(metric: str, least: float, candidate: Measurement, baseline:
 def _statistic(metric: str, of: Measurement) -> Callable[[np.ndarray], float]:
     """A metric as a function of how often each image counts."""
     if of.segmenter and metric in ("IoU", "Dice"):
-        masks = {f.image_id: list(f.masks or ()) for f in of.found}
+        masks = {p.image_id: list(p.masks or ()) for p in of.predictions}
         each = [instance_ious(of.dataset.subset([s.image_id], ""), [masks.get(s.image_id, [])]) for s in of.dataset.samples]
         values = [2 * v / (1 + v) if metric == "Dice" else v for v in each]
         sums, counts = np.array([v.sum() for v in values]), np.array([float(len(v)) for v in values])
@@ -229,6 +210,6 @@ def _statistic(metric: str, of: Measurement) -> Callable[[np.ndarray], float]:
     plain = metric.removeprefix("mask_")
     if of.segmenter or plain not in rows:
         raise RecipeError(f"metric {metric}: no confidence can be computed; only for AP, AP50, AP75, IoU and Dice")
-    found = [f.above(SCORE) for f in of.found]
-    ranked: Ranked = rank(of.dataset, found, "segm" if metric.startswith("mask_") else "bbox")
+    predictions = [p.above(SCORE) for p in of.predictions]
+    ranked: Ranked = rank(of.dataset, predictions, "segm" if metric.startswith("mask_") else "bbox")
     return lambda weights: float(ranked.curve(weights)[rows[plain]].mean())

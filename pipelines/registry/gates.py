@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from models.errors import RecipeError, one_line
 from pipelines.data.dataset import Dataset
-from pipelines.evaluation.side_by_side import SIZES, Measurement, gain_confidence, slowdown
+from pipelines.evaluation.metrics import SIZE_CLASSES
+from pipelines.evaluation.side_by_side import Measurement, gain_confidence, slowdown
 from pipelines.registry.training_images import TrainingImages
 
 GATES = Path(__file__).parents[1] / "gates"
@@ -52,8 +53,8 @@ class SliceGate(_Settings):
     @model_validator(mode="after")
     def one_of_both(self) -> SliceGate:
         """By size or by name."""
-        if (self.size is None) == (self.images is None) or self.size not in (None, *SIZES):
-            raise ValueError(f"expected size ({', '.join(SIZES)}) or images (a pattern of names)")
+        if (self.size is None) == (self.images is None) or self.size not in (None, *SIZE_CLASSES):
+            raise ValueError(f"expected size ({', '.join(SIZE_CLASSES)}) or images (a pattern of names)")
         return self
 
 

@@ -16,7 +16,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
 
 from models.errors import RegistryError
-from models.saved.allowed_files import PARTS
+from models.saved.allowed_files import COMPONENTS
 from pipelines.registry import journal, model_versions
 from pipelines.registry.model_versions import Resolved
 from pipelines.registry.training_images import TRAINING_IMAGES_FILE, TrainingImages
@@ -98,7 +98,7 @@ def lineage(version: Resolved) -> dict[str, Any]:
     changed = ", changed since" if tags.get("git_changed") == "true" else ""
     facts["code"] = f"commit {tags.get('git_commit', 'unknown')}{changed}"
     facts["run"] = f"{record.run_id} ({run.info.run_name})" if run else f"{record.run_id} (gone)"
-    facts["parts"] = [f"{role}: {tags[role]}" for role in PARTS if role in tags]
+    facts["parts"] = [f"{role}: {tags[role]}" for role in COMPONENTS if role in tags]
     facts["copied from"] = tags.get("copied_from", "")
     facts["metrics"] = _metrics(tags)
     facts["files"] = (
@@ -156,7 +156,7 @@ def format_entry(entry: journal.Entry) -> str:
 def users(version: Resolved) -> list[str]:
     """What a version is used by: compositions that hold it, copies of it, and scoring runs."""
     client, found = MlflowClient(), []
-    for role in PARTS:
+    for role in COMPONENTS:
         # Only versions of planes-inst have such tags, of any name.
         for other in model_versions.search_versions(f"tags.{role} = '{version.label}'"):
             found.append(f"{role} of {other.name}/{other.version}")
@@ -183,7 +183,7 @@ def difference(first: Resolved, second: Resolved) -> list[tuple[str, str, str, s
         "params": [r.data.params if r else {} for r in runs],
         "metrics": [_metrics(r.tags) for r in records],
         "data": [_some(r, ("data", "data_digest", "test_digest")) for r in records],
-        "code": [_some(r, ("git_commit", "git_changed", "engine", "recipe", *PARTS)) for r in records],
+        "code": [_some(r, ("git_commit", "git_changed", "engine", "recipe", *COMPONENTS)) for r in records],
         "files": [_some(r, (model_versions.DIGEST, "weights_sha256")) for r in records],
     }
     rows = []

@@ -6,7 +6,6 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from models.errors import DataError, PlanesError, one_line
 from models.geometry.rle import checked_rle, rle_iou
 from models.images.decoding import read_image
-from models.instances import Instances, from_rows
+from models.instances import RLE, Instances, from_rows
 from models.loading import load_model
 from models.saved.folder import folder_digest
 from pipelines.registry import model_versions
@@ -136,7 +135,7 @@ def _compare(found: Instances, logged: Instances | None) -> Finding:
     return Finding("example", passed, text + ("" if found.masks is None else f", masks' IoU at least {least:.4f}"))
 
 
-def _least_iou(found: Sequence[dict[str, Any]] | None, logged: Sequence[dict[str, Any]] | None) -> float:
+def _least_iou(found: Sequence[RLE] | None, logged: Sequence[RLE] | None) -> float:
     if found is None and logged is None:
         return 1.0
     if found is None or logged is None:

@@ -270,7 +270,9 @@ def _train(plan: Plan, listeners: Sequence[Listener]) -> tuple[Path, Outcome]:
         from pipelines.training.detectron2.trainer import LOG, train_detectron2
 
         try:
-            return train_detectron2(recipe, train, data.val, folder, device, listeners, plan.request.num_gpus)
+            return train_detectron2(
+                recipe, train, data.val, folder, device=device, listeners=listeners, num_gpus=plan.request.num_gpus
+            )
         finally:
             if (folder / LOG).exists():
                 mlflow.log_artifact(str(folder / LOG))

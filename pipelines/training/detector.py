@@ -44,14 +44,14 @@ def train_detector(
     batches = DetectorBatches(
         train,
         recipe.augmentation,
-        recipe.training.batch_size,
-        recipe.window,
-        recipe.focus,
-        recipe.min_visible,
-        recipe.seed,
+        batch_size=recipe.training.batch_size,
+        window=recipe.window,
+        focus=recipe.focus,
+        min_visible=recipe.min_visible,
+        seed=recipe.seed,
         # With a size given, the network scales the images itself.
-        recipe.architecture.zoom if recipe.architecture.min_size is None else 1.0,
-        masks,
+        zoom=recipe.architecture.zoom if recipe.architecture.min_size is None else 1.0,
+        masks=masks,
         unreadable=Unreadable(folder),
     )
 
@@ -62,14 +62,14 @@ def train_detector(
     job = Job(
         model,
         batches,
-        detector_loss,
-        recipe.training,
-        recipe.optimizer,
-        folder,
-        device,
-        validate if val and val.planes else None,
-        "mask_AP" if masks and val and val.has_masks else "AP",
-        listeners,
+        loss=detector_loss,
+        training=recipe.training,
+        optimizer=recipe.optimizer,
+        folder=folder,
+        device=device,
+        evaluate=validate if val and val.planes else None,
+        metric="mask_AP" if masks and val and val.has_masks else "AP",
+        listeners=listeners,
     )
     outcome = run(job)
     spec = detector_spec(recipe.architecture, [recipe.data.category], recipe.prediction, recipe.data.rendering)
@@ -82,13 +82,14 @@ def validation_metrics(predictor: Predictor, val: Dataset, masks: bool, unreadab
     Those count as images without detections, and are noted as ``unreadable``.
     """
     predictions = predict_dataset(predictor, val)
-    metrics = evaluate_instances(val, predictions.found).finite()
-    metrics |= evaluate_instances(val, predictions.found, "segm").finite("mask_") if masks and val.has_masks else {}
+    metrics = evaluate_instances(val, predictions.instances).finite()
+    if masks and val.has_masks:
+        metrics |= evaluate_instances(val, predictions.instances, "segm").finite("mask_")
     return metrics | failures_of(predictions, val, unreadable)
 
 
 def failures_of(predictions: Predictions, val: Dataset, unreadable: Unreadable) -> dict[str, float]:
-    """The metric ``images_failed`` of a validation, if there are any, each noted and said once."""
+    """The metric ``images_failed`` of a validation, if there are any, each noted and reported once."""
     for sample in val.samples:
         if sample.image_id in predictions.failed:
             unreadable.add(sample, predictions.failed[sample.image_id], "counts as an image without detections")

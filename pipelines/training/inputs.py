@@ -36,9 +36,9 @@ class Inputs(BaseModel):
 
     def continued_by(self, other: Inputs, unreadable: Sequence[str]) -> bool:
         """Whether the others are these but for images that are unreadable (their paths)."""
-        held, asked = {**self.train, **self.val}, {**other.train, **other.val}
-        same = all(image_id in held and held[image_id][1] == digest for image_id, (_, digest) in asked.items())
-        gone = [path for image_id, (path, _) in held.items() if image_id not in asked]
+        held, requested = {**self.train, **self.val}, {**other.train, **other.val}
+        same = all(image_id in held and held[image_id][1] == digest for image_id, (_, digest) in requested.items())
+        gone = [path for image_id, (path, _) in held.items() if image_id not in requested]
         return self.settings == other.settings and same and set(gone) <= set(unreadable)
 
 
@@ -57,7 +57,7 @@ class Earlier:
     removed: int
 
 
-def find_earlier(work: Path, name: str, asked: Inputs) -> Earlier | None:
+def find_earlier(work: Path, name: str, requested: Inputs) -> Earlier | None:
     """The folder ``<name>-<key>`` of a training of these inputs and of images that it could not read."""
     for path in sorted(work.glob(f"*/{INPUTS_FILE}")):
         folder = path.parent
@@ -68,8 +68,8 @@ def find_earlier(work: Path, name: str, asked: Inputs) -> Earlier | None:
             held = Inputs.model_validate_json(path.read_bytes())
         except (OSError, ValidationError):
             continue
-        if unreadable and held.continued_by(asked, list(unreadable)):
-            removed = len(held.train) + len(held.val) - len(asked.train) - len(asked.val)
+        if unreadable and held.continued_by(requested, list(unreadable)):
+            removed = len(held.train) + len(held.val) - len(requested.train) - len(requested.val)
             return Earlier(folder, tuple(held.train), tuple(held.val), removed)
     return None
 

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ class Batches(Protocol):
 
 
 class Listener(Protocol):
-    """Told what happens; must not change the model."""
+    """Is notified of what happens; must not change the model."""
 
     def on_start(self, history: Sequence[Record], total: int) -> None:
         """Training begins or goes on after ``history``."""
@@ -52,6 +52,7 @@ class Job:
 
     model: nn.Module
     batches: Batches
+    _: KW_ONLY
     loss: Callable[[nn.Module, Any, torch.device], Mapping[str, torch.Tensor]]
     training: TrainingSettings
     optimizer: OptimizerSettings
@@ -190,7 +191,7 @@ def _step(job: Job, machine: _Machine, batch: Any, step: int, total: int) -> Rec
         group["lr"] = rate
     with precision(job.device, machine.kind):
         losses = job.loss(model, batch, machine.fabric.device)
-    loss = torch.stack([part.float() for part in losses.values()]).sum()
+    loss = torch.stack([term.float() for term in losses.values()]).sum()
     value = float(loss.detach())
     remedy = f"lower optimizer.lr (now {rate:g}) or raise warmup_steps"
     if not math.isfinite(value):
@@ -267,29 +268,29 @@ class Interrupt:
     """Holds Ctrl-C back until a step is whole: half a step saved could not be resumed to the bit.
 
     A second Ctrl-C stops at once (``at_once``), and nothing may be saved then. ``listeners``
-    that have an ``on_interrupt`` are told of the first one. Outside the main thread, or
+    that have an ``on_interrupt`` are notified of the first one. Outside the main thread, or
     where somebody else handles the signal, nothing is changed.
     """
 
     def __init__(self, listeners: Sequence[Listener] = ()) -> None:
-        self.asked = self.at_once = False
-        self._told = [listener.on_interrupt for listener in listeners if hasattr(listener, "on_interrupt")]
+        self.requested = self.at_once = False
+        self._callbacks = [listener.on_interrupt for listener in listeners if hasattr(listener, "on_interrupt")]
         ours = threading.current_thread() is threading.main_thread()
         self._installed = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if self._installed:
             signal.signal(signal.SIGINT, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.asked:
+        if self.requested:
             self.at_once = True
             raise KeyboardInterrupt
-        self.asked = True
-        for tell in self._told:
-            tell()
+        self.requested = True
+        for notify in self._callbacks:
+            notify()
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if it was asked for."""
-        if self.asked:
+        """Raise KeyboardInterrupt if Ctrl-C was pressed."""
+        if self.requested:
             raise KeyboardInterrupt
 
     def restore(self) -> None:

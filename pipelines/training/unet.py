@@ -43,31 +43,31 @@ def train_unet(
         train,
         recipe.augmentation,
         recipe.architecture,
-        recipe.training.batch_size,
-        recipe.box_jitter,
-        recipe.seed,
-        Unreadable(folder),
+        batch_size=recipe.training.batch_size,
+        box_jitter=recipe.box_jitter,
+        seed=recipe.seed,
+        unreadable=Unreadable(folder),
     )
 
     def validate(network: nn.Module) -> dict[str, float]:
         if not val:
             return {}
         predictions = predict_dataset(CropSegmenter(network, recipe.architecture, device), val)
-        masks = {f.image_id: f.masks or () for f in predictions.found}
+        masks = {f.image_id: f.masks or () for f in predictions.instances}
         metrics = evaluate_masks(val, [masks.get(s.image_id, ()) for s in val.samples]).finite()
         return metrics | failures_of(predictions, val, batches.unreadable)
 
     job = Job(
         model,
         batches,
-        segmenter_loss(recipe.loss, recipe.architecture.normalisation),
-        recipe.training,
-        recipe.optimizer,
-        folder,
-        device,
-        validate if val and val.planes else None,
-        "IoU",
-        listeners,
+        loss=segmenter_loss(recipe.loss, recipe.architecture.normalisation),
+        training=recipe.training,
+        optimizer=recipe.optimizer,
+        folder=folder,
+        device=device,
+        evaluate=validate if val and val.planes else None,
+        metric="IoU",
+        listeners=listeners,
     )
     outcome = run(job)
     spec = segmenter_spec(recipe.architecture, [recipe.data.category], recipe.data.rendering)
@@ -87,9 +87,9 @@ def segmenter_loss(
         # Sums over all pixels of a batch are no work for half precision.
         logits = model(normalise(crops, normalisation).to(device)).float()
         target = torch.from_numpy(masks)[:, None].to(device)
-        parts = {"loss_bce": bce(logits, target)}
+        losses = {"loss_bce": bce(logits, target)}
         if name == "bce_dice":
-            parts["loss_dice"] = dice(logits, (target >= 0.5).float())
-        return parts
+            losses["loss_dice"] = dice(logits, (target >= 0.5).float())
+        return losses
 
     return loss

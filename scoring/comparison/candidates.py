@@ -1,4 +1,4 @@
-"""What a user names for a comparison (scoring runs, versions, files of predictions) to candidates."""
+"""The targets of a comparison (scoring runs, versions, files of predictions) to candidates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_run(target: str) -> bool:
 
 
 def data_of(runs: Sequence[Scored]) -> Dataset:
-    """The data set that scoring runs were made on, opened where they found it.
+    """The data set that scoring runs were made on, opened where they read it.
 
     Raises:
         DataError: the runs are over different images, or the data set has moved or changed.
@@ -53,8 +53,8 @@ def _difference(runs: Sequence[Scored]) -> str:
         return ""
     first, second = ({s.image_id for s in d.samples} for d in sets)
     only = [(one.label, sorted(mine - others)) for one, mine, others in ((runs[0], first, second), (other, second, first))]
-    parts = [f"{len(names)} images only for {label} (first: {names[0]})" for label, names in only if names]
-    return f": {', '.join(parts)}" if parts else ": the same names, but other pixels or annotations"
+    differences = [f"{len(names)} images only for {label} (first: {names[0]})" for label, names in only if names]
+    return f": {', '.join(differences)}" if differences else ": the same names, but other pixels or annotations"
 
 
 def from_run(run_id: str, scored: Scored, dataset: Dataset) -> Candidate:
@@ -69,14 +69,28 @@ def from_run(run_id: str, scored: Scored, dataset: Dataset) -> Candidate:
     with store_errors(f"run {run_id}: its instance table cannot be fetched", OSError):
         local = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="scoring/instances.parquet")
     speed = scored.images / scored.seconds if scored.seconds else math.nan
-    found = checked_sizes(read_instances(Path(local)), dataset, f"run {run_id}")
-    return Candidate(scored.label, found, scored.score_threshold, speed, scored.megabytes, scored.failed)
+    predictions = checked_sizes(read_instances(Path(local)), dataset, f"run {run_id}")
+    return Candidate(
+        scored.label,
+        predictions,
+        score_threshold=scored.score_threshold,
+        images_per_second=speed,
+        megabytes=scored.megabytes,
+        failed=scored.failed,
+    )
 
 
 def from_job(job: JobResult) -> Candidate:
-    """What a job has just written."""
-    found = read_instances(job.folder / "instances.parquet")
-    return Candidate(job.label, found, job.score_threshold, job.images / job.seconds, job.megabytes, job.failures)
+    """The table that a job has just written."""
+    predictions = read_instances(job.folder / "instances.parquet")
+    return Candidate(
+        job.label,
+        predictions,
+        score_threshold=job.score_threshold,
+        images_per_second=job.images / job.seconds,
+        megabytes=job.megabytes,
+        failed=job.failures,
+    )
 
 
 def is_file_of_predictions(target: str) -> bool:
@@ -97,10 +111,10 @@ def from_file(target: str, dataset: Dataset) -> Candidate:
         DataError: neither, damaged, or over other images.
     """
     path = file_of(target)
-    found = read_predictions(path, dataset)
-    failed = failed_images(path, dataset, found)
+    predictions = read_predictions(path, dataset)
+    failed = failed_images(path, dataset, predictions)
     label = path.parent.name if path.stem == "instances" else path.name
-    return Candidate(label, found, failed=None if failed is None else len(failed))
+    return Candidate(label, predictions, failed=None if failed is None else len(failed))
 
 
 def gather(

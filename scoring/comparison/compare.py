@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import pandas as pd
 
 from models.errors import DataError
 from models.instances import Instances
-from pipelines.data.dataset import Dataset
+from pipelines.data.dataset import Dataset, Sample
 from pipelines.evaluation.matching import Diagnosis, Kind, bootstrap_difference, diagnose, disagreement, rank
 from pipelines.evaluation.metrics import COCO_METRICS, evaluate_instances
 
@@ -86,13 +86,14 @@ SHOWN_SCORE = 0.5
 
 @dataclass(frozen=True)
 class Candidate:
-    """Predictions that take part; the score below which none were kept, speed and size where known.
+    """One set of predictions in a comparison; the score below which none were kept, speed and size where known.
 
     failed: how many images could not be read or predicted, None where that is not known.
     """
 
     label: str
-    found: Sequence[Instances]
+    predictions: Sequence[Instances]
+    _: KW_ONLY
     score_threshold: float = 0.05
     images_per_second: float = math.nan
     megabytes: float = math.nan
@@ -173,9 +174,9 @@ def compare(dataset: Dataset, candidates: Sequence[Candidate], resamples: int = 
     if len(candidates) < 2 or len(set(labels)) < len(labels):
         raise DataError(f"a comparison needs two or more different candidates, not {', '.join(labels) or 'none'}")
     threshold = max(c.score_threshold for c in candidates)
-    masks = dataset.has_masks and all(f.masks is not None or not len(f) for c in candidates for f in c.found)
+    masks = dataset.has_masks and all(p.masks is not None or not len(p) for c in candidates for p in c.predictions)
     kinds: list[Kind] = ["bbox", "segm"] if masks else ["bbox"]
-    kept = {c.label: [f.above(threshold) for f in c.found] for c in candidates}
+    kept = {c.label: [p.above(threshold) for p in c.predictions] for c in candidates}
     metrics: dict[Kind, dict[str, dict[str, float]]] = {}
     curves: dict[Kind, dict[str, np.ndarray]] = {}
     pairs = []
@@ -186,27 +187,42 @@ def compare(dataset: Dataset, candidates: Sequence[Candidate], resamples: int = 
         for label in labels[1:]:
             difference = metrics[kind][label]["AP"] - metrics[kind][labels[0]]["AP"]
             pairs.append(Pair(label, kind, difference, bootstrap_difference(ranked[labels[0]], ranked[label], resamples)))
-    said = {k: _diagnoses(dataset, kept[k], masks) for k in labels}
-    errors = {k: _sum([d.counts() for d in of.values()]) for k, of in said.items()}
-    overlaps = {k: [o for d in of.values() for o in d.overlaps] for k, of in said.items()}
+    diagnoses = {k: _diagnoses(dataset, kept[k], masks) for k in labels}
+    errors = {k: _sum([d.counts() for d in of.values()]) for k, of in diagnoses.items()}
+    overlaps = {k: [o for d in of.values() for o in d.overlaps] for k, of in diagnoses.items()}
     settings = {
-        "data": f"{dataset.name}/{dataset.split}", "digest": dataset.digest(), "images": len(dataset),
-        "planes": dataset.planes, "score_threshold": threshold, "max_dets": 100, "resamples": resamples,
+        "data": f"{dataset.name}/{dataset.split}",
+        "digest": dataset.digest(),
+        "images": len(dataset),
+        "planes": dataset.planes,
+        "score_threshold": threshold,
+        "max_dets": 100,
+        "resamples": resamples,
         "errors_at_score": SHOWN_SCORE,
         "images_failed": ", ".join(f"{c.label} {c.failed}" for c in candidates if c.failed) or "none known",
-    }  # fmt: skip
+    }
     matched = {k: float(np.mean(v)) if v else math.nan for k, v in overlaps.items()}
-    images = _rank_images(dataset, kept, said, masks)
-    return Comparison(labels, kinds, metrics, curves, pairs, errors, matched, images, settings)
+    images = _rank_images(dataset, kept, diagnoses, masks)
+    return Comparison(
+        labels=labels,
+        kinds=kinds,
+        metrics=metrics,
+        curves=curves,
+        pairs=pairs,
+        errors=errors,
+        matched_iou=matched,
+        images=images,
+        settings=settings,
+    )
 
 
-def _diagnoses(dataset: Dataset, found: Sequence[Instances], masks: bool) -> dict[str, Diagnosis]:
-    by_id = {f.image_id: f.above(SHOWN_SCORE) for f in found}
-    return {s.image_id: diagnose(s, by_id.get(s.image_id, _nothing(s)), masks) for s in dataset.samples}
+def _diagnoses(dataset: Dataset, predictions: Sequence[Instances], masks: bool) -> dict[str, Diagnosis]:
+    by_id = {p.image_id: p.above(SHOWN_SCORE) for p in predictions}
+    return {s.image_id: diagnose(s, by_id.get(s.image_id, _empty(s)), masks) for s in dataset.samples}
 
 
-def _nothing(sample: Any) -> Instances:
-    return Instances.make(sample.image_id, sample.height, sample.width, [], [], [], [])
+def _empty(sample: Sample) -> Instances:
+    return Instances.empty(sample.image_id, sample.height, sample.width, masks=True)
 
 
 def _sum(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
@@ -214,29 +230,29 @@ def _sum(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _rank_images(
-    dataset: Dataset, kept: Mapping[str, Sequence[Instances]], said: Mapping[str, Mapping[str, Diagnosis]], masks: bool
+    dataset: Dataset, kept: Mapping[str, Sequence[Instances]], diagnoses: Mapping[str, Mapping[str, Diagnosis]], masks: bool
 ) -> list[ImageDifference]:
     labels = list(kept)
     by_id = {k: {f.image_id: f.above(SHOWN_SCORE) for f in of} for k, of in kept.items()}
     rows = []
     for sample in dataset.samples:
-        shown = {k: by_id[k].get(sample.image_id, _nothing(sample)) for k in labels}
+        shown = {k: by_id[k].get(sample.image_id, _empty(sample)) for k in labels}
         total, places = 0, []
         for label in labels[1:]:
             left, right = disagreement(shown[labels[0]], shown[label], masks)
             total += len(left) + len(right)
             places += [(shown[labels[0]].scores[i], shown[labels[0]].boxes[i]) for i in left]
             places += [(shown[label].scores[i], shown[label].boxes[i]) for i in right]
-        counts = [said[k][sample.image_id].counts() for k in labels]
+        counts = [diagnoses[k][sample.image_id].counts() for k in labels]
         box = max(places, key=lambda p: p[0])[1] if places else None
         rows.append(
             ImageDifference(
-                sample.image_id,
-                total,
-                tuple(c["correct"] for c in counts),
-                tuple(c["false"] + c["duplicate"] for c in counts),
-                tuple(c["missed"] for c in counts),
-                None if box is None else (float(box[0]), float(box[1]), float(box[2]), float(box[3])),
+                image_id=sample.image_id,
+                disagreements=total,
+                correct=tuple(c["correct"] for c in counts),
+                false=tuple(c["false"] + c["duplicate"] for c in counts),
+                missed=tuple(c["missed"] for c in counts),
+                box=None if box is None else (float(box[0]), float(box[1]), float(box[2]), float(box[3])),
             )
         )
     return sorted(rows, key=lambda r: (-r.disagreements, r.image_id))

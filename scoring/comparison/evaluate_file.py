@@ -42,19 +42,19 @@ def _outlines_given_boxes(job: Path) -> bool:
     return any(entry.get("settings", {}).get("kind") == "crop masks" for entry in content if isinstance(entry, dict))
 
 
-def checked_sizes(found: list[Instances], dataset: Dataset, name: str) -> list[Instances]:
+def checked_sizes(predictions: list[Instances], dataset: Dataset, name: str) -> list[Instances]:
     """The predictions, if they were made on images of the data set's sizes.
 
     Raises:
         DataError: one was not; ``name`` is where the predictions come from.
     """
     samples = {s.image_id: s for s in dataset.samples}
-    for one in found:
+    for one in predictions:
         sample = samples.get(one.image_id)
         if sample is not None and sample.height and not sample.lost and (one.height, one.width) != sample.size():
             sizes = f"{one.width}x{one.height}, in {dataset.name}/{dataset.split} it is {sample.width}x{sample.height}"
             raise DataError(f"{name}: image {one.image_id!r} is {sizes}; score the data set's own images")
-    return found
+    return predictions
 
 
 def category_of_file(path: Path) -> str | None:
@@ -70,24 +70,24 @@ def evaluate_file(path: Path, dataset: Dataset, score_threshold: float, conventi
     Raises:
         DataError: predictions or truth that cannot be used.
     """
-    found = read_predictions(path, dataset, convention)
-    count = len(failed_images(path, dataset, found) or ())
+    predictions = read_predictions(path, dataset, convention)
+    count = len(failed_images(path, dataset, predictions) or ())
     if path.suffix.lower() == ".csv":
-        evaluations = [evaluate_instances(dataset, found, "segm", score_threshold)]
+        evaluations = [evaluate_instances(dataset, predictions, "segm", score_threshold)]
     else:
-        evaluations = [e for _, e in evaluate_predictions(found, dataset, False, score_threshold)]
-    if not found and dataset.has_masks and len(evaluations) == 1 and path.suffix.lower() == ".parquet":
-        # An empty table does not tell whether masks were looked for.
-        evaluations.append(evaluate_instances(dataset, found, "segm", score_threshold))
+        evaluations = [e for _, e in evaluate_predictions(predictions, dataset, False, score_threshold)]
+    if not predictions and dataset.has_masks and len(evaluations) == 1 and path.suffix.lower() == ".parquet":
+        # An empty table does not show whether masks were made.
+        evaluations.append(evaluate_instances(dataset, predictions, "segm", score_threshold))
     return [replace(e, settings={**e.settings, "images_failed": count}) for e in evaluations]
 
 
-def failed_images(path: Path, dataset: Dataset, found: Sequence[Instances]) -> set[str] | None:
+def failed_images(path: Path, dataset: Dataset, predictions: Sequence[Instances]) -> set[str] | None:
     """Ids of the images that failed for a file of predictions: those in the table of errors beside it, and lost ones.
 
     None where neither is known. They count as images without detections, as all do that have no row.
     """
-    listed = {f.image_id for f in found}
+    listed = {f.image_id for f in predictions}
     lost = {s.image_id for s in dataset.samples if s.lost and s.image_id not in listed}
     if not (path.parent / MANIFEST).is_file() or not (path.parent / ERRORS).is_file():
         return lost or None

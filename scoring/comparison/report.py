@@ -105,7 +105,7 @@ def _error_figure(comparison: Comparison) -> Figure:
 
 def _pictures(comparison: Comparison, candidates: Sequence[Candidate], dataset: Dataset) -> list[dict[str, Any]]:
     samples = {s.image_id: s for s in dataset.samples}
-    by_id = {c.label: {f.image_id: f for f in c.found} for c in candidates}
+    by_id = {c.label: {p.image_id: p for p in c.predictions} for c in candidates}
     entries = []
     for difference in comparison.images[:SHOWN_IMAGES]:
         sample = samples[difference.image_id]
@@ -135,8 +135,8 @@ def _rows(
         line = max(1, round(2 / scale)) if scale < 1 else 1
         panels = [("image", image), ("truth", draw_truth(image, sample, line))]
         for label in labels:
-            found = by_id[label].get(sample.image_id)
-            drawn = image if found is None else draw_instances(image, found.above(SHOWN_SCORE), line)
+            instances = by_id[label].get(sample.image_id)
+            drawn = image if instances is None else draw_instances(image, instances.above(SHOWN_SCORE), line)
             panels.append((label, drawn))
         rows.append([(name, _jpeg(_fit(panel[y1:y2, x1:x2], scale))) for name, panel in panels])
     return rows

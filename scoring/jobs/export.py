@@ -15,31 +15,33 @@ FORMATS = ("coco", "kaggle", "geojson", "overlays")
 
 
 def export(
-    found: Iterable[Instances],
+    predictions: Iterable[Instances],
     dataset: Dataset,
     folder: Path,
     formats: Collection[str],
+    *,
     rle: kaggle.Convention = "course",
     most: int = 3,
 ) -> None:
     """Write coco_results.json, kaggle.csv, geojson/ and overlays/ (up to ``most``), those of ``formats``.
 
-    ``found`` is iterated once for each of them, in the data set's order.
+    ``predictions`` is iterated once for each of them, in the data set's order.
     """
     if "coco" in formats:
-        coco.write_results(found, dataset, folder / "coco_results.json")
+        coco.write_results(predictions, dataset, folder / "coco_results.json")
     if "kaggle" in formats:
-        kaggle.write_submission(found, dataset, folder / "kaggle.csv", rle)
+        kaggle.write_submission(predictions, dataset, folder / "kaggle.csv", rle)
     if "geojson" in formats:
-        geojson.write_geojson(found, dataset, folder / "geojson")
+        geojson.write_geojson(predictions, dataset, folder / "geojson")
     if "overlays" in formats:
-        overlays.write_overlays(found, dataset, folder / "overlays", most)
+        overlays.write_overlays(predictions, dataset, folder / "overlays", most)
 
 
 def export_job(
     job: Path,
     out: Path,
     formats: Collection[str],
+    *,
     score_threshold: float = 0.0,
     rle: kaggle.Convention = "course",
     most: int = 3,
@@ -53,12 +55,12 @@ def export_job(
     table = job / "instances.parquet"
     if not table.exists():
         raise DataError(f"{job}: the scoring is not finished; the same score command goes on with it")
-    found = _Above(parquet.InstanceTable(table), score_threshold)
-    if "kaggle" in formats and any(f.masks is None for f in found):
+    predictions = _Above(parquet.InstanceTable(table), score_threshold)
+    if "kaggle" in formats and any(p.masks is None for p in predictions):
         raise DataError(f"{job}: its planes have no masks, so there is no Kaggle CSV of it")
     out.mkdir(parents=True, exist_ok=True)
-    export(found, dataset, out, formats, rle, most)
-    return sum(map(len, found))
+    export(predictions, dataset, out, formats, rle=rle, most=most)
+    return sum(map(len, predictions))
 
 
 class _Above:
@@ -68,4 +70,4 @@ class _Above:
         self.table, self.threshold = table, threshold
 
     def __iter__(self) -> Iterator[Instances]:
-        return (found.above(self.threshold) for found in self.table)
+        return (instances.above(self.threshold) for instances in self.table)

@@ -9,7 +9,8 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from pipelines.files import write_text
 from pipelines.progress import Progress
 from scoring.jobs.export import FORMATS, export
 from scoring.jobs.manifest import Manifest, claimed, make_manifest
-from scoring.jobs.retry import can_be_tried_again, failed_before, part_again, replace_in_shard
+from scoring.jobs.retry import can_be_tried_again, failed_before, replace_in_shard, split_into_shards
 from scoring.jobs.shards import ERRORS, INSTANCES, finished, join_shards, totals_of, write_shard
 from scoring.reader import Failure
 from scoring.runners.local import LocalRunner, auto_batch, auto_workers
@@ -66,16 +67,17 @@ class JobSettings:
 
 @dataclass
 class JobResult:
-    """What a job left: its folder, counts, times, and metrics where there is ground truth.
+    """Result of a job: its folder, counts, times, and metrics where there is ground truth.
 
-    resumed: how many of the images had been scored by an earlier, interrupted call; stages:
-    seconds by stage, of all threads together; peaks: highest memory in MB by kind; unlogged: why
+    resumed: how many of the images had been scored by an earlier, interrupted call; timings:
+    seconds by operation, of all threads together; peaks: highest memory in MB by kind; unlogged: why
     the tracking store did not take it; little: how many images fill little of the range that they are
     read with, and the first of them.
     """
 
     label: str
     folder: Path
+    _: KW_ONLY
     images: int
     instances: int
     failures: int
@@ -85,7 +87,7 @@ class JobResult:
     score_threshold: float = 0.05
     megabytes: float = math.nan
     resumed: int = 0
-    stages: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
     unlogged: str | None = None
     little: int = 0
@@ -127,9 +129,9 @@ def run_job(
     label: str,
     dataset: Dataset,
     out: Path,
+    *,
     settings: JobSettings,
     progress: Progress,
-    *,
     model: str = "",
     device: str = "cpu",
     runner: Runner | None = None,
@@ -153,14 +155,21 @@ def run_job(
     batch_size = settings.batch_size or auto_batch(device)
     decisive = _decisive(predictor, dataset, settings, device)
     workers = settings.workers or auto_workers(device, dataset)
-    runner = runner or LocalRunner(predictor, device, batch_size, workers, settings.precision)
+    runner = runner or LocalRunner(predictor, device, batch_size=batch_size, workers=workers, kind=settings.precision)
     manifest = make_manifest(label, model, decisive, dataset, settings.shard_size)
     try:
         with claimed(folder, manifest, dataset, settings.fresh):
-            again = _try_again(runner, manifest, folder, dataset, settings.score_threshold, progress)
+            again = _try_again(
+                runner, manifest, folder, dataset, score_threshold=settings.score_threshold, progress=progress
+            )
             resumed, totals = len(dataset) - again, totals_of(folder)
             if totals is None:
-                resumed = _make_missing(runner, manifest, folder, dataset, settings.score_threshold, progress) - again
+                resumed = (
+                    _make_missing(
+                        runner, manifest, folder, dataset, score_threshold=settings.score_threshold, progress=progress
+                    )
+                    - again
+                )
                 join_shards(folder, len(manifest.shards()))
                 totals = totals_of(folder)
             assert totals is not None
@@ -169,9 +178,16 @@ def run_job(
                 raise DataError(
                     f"none of {len(dataset)} images could be scored; the first: {first.message} (--fresh tries again)"
                 )
-            job = JobResult(label, folder, totals.images, totals.instances, totals.failures, totals.seconds)
+            job = JobResult(
+                label,
+                folder,
+                images=totals.images,
+                instances=totals.instances,
+                failures=totals.failures,
+                seconds=totals.seconds,
+            )
             job.segmenter, job.score_threshold, job.resumed = is_segmenter(predictor), settings.score_threshold, resumed
-            job.stages, job.peaks = totals.stages, runner.peak_megabytes()
+            job.timings, job.peaks = totals.timings, runner.peak_megabytes()
             job.little, job.first_little = totals.little, totals.first_little
             _write(job, dataset, totals.masks, settings)
     except OSError as error:
@@ -195,7 +211,7 @@ def _decisive(predictor: Predictor, dataset: Dataset, settings: JobSettings, dev
 
 
 def _try_again(
-    runner: Runner, manifest: Manifest, folder: Path, dataset: Dataset, score_threshold: float, progress: Progress
+    runner: Runner, manifest: Manifest, folder: Path, dataset: Dataset, *, score_threshold: float, progress: Progress
 ) -> int:
     """Predict once more what could not be fetched in an earlier call; return how many images came of it."""
     failed, shards = failed_before(folder, manifest, dataset), manifest.shards()
@@ -203,22 +219,23 @@ def _try_again(
         return 0
     samples = {number: dataset.samples[shards[number].start : shards[number].stop] for number in failed}
     numbers = sorted(failed)
-    parts = [[samples[number][position] for position in failed[number]] for number in numbers]
-    begun, total, changed = time.monotonic(), sum(map(len, parts)), 0
+    retried = [[samples[number][position] for position in failed[number]] for number in numbers]
+    begun, total, changed = time.monotonic(), sum(map(len, retried)), 0
     results: dict[int, dict[int, Instances | Failure]] = {}
-    for part, index, result in progress(runner.results(parts), total, f"trying {total} images again"):
-        number = numbers[part]
+    for place, index, result in progress(runner.results(retried), total, f"trying {total} images again"):
+        number = numbers[place]
         mine = results.setdefault(number, {})
         mine[failed[number][index]] = result.above(score_threshold) if isinstance(result, Instances) else result
-        if len(mine) < len(parts[part]):
+        if len(mine) < len(retried[place]):
             continue
         # A shard at a time, so that a stop loses no more than one.
         news = {p: r for p, r in results.pop(number).items() if not _failed_again(r, samples[number][p])}
         if news:
             totals = totals_of(folder)
             if totals is not None:
-                part_again(folder, manifest, dataset, totals)
-            replace_in_shard(folder, number, samples[number], news, time.monotonic() - begun, runner.little(part))
+                split_into_shards(folder, manifest, dataset, totals)
+            seconds, little = time.monotonic() - begun, runner.little(place)
+            replace_in_shard(folder, number, samples[number], news, seconds=seconds, little=little)
             begun, changed = time.monotonic(), changed + len(news)
     return changed
 
@@ -228,29 +245,32 @@ def _failed_again(result: Instances | Failure, sample: Sample) -> bool:
 
 
 def _make_missing(
-    runner: Runner, manifest: Manifest, folder: Path, dataset: Dataset, score_threshold: float, progress: Progress
+    runner: Runner, manifest: Manifest, folder: Path, dataset: Dataset, *, score_threshold: float, progress: Progress
 ) -> int:
     """Predict and write the shards that are not there; return how many images the others hold."""
     done, shards = finished(folder), manifest.shards()
     missing = [i for i in range(len(shards)) if i not in done]
-    parts = [dataset.samples[shards[i].start : shards[i].stop] for i in missing]
-    total = sum(map(len, parts))
+    unscored = [dataset.samples[shards[i].start : shards[i].stop] for i in missing]
+    total = sum(map(len, unscored))
     if not total:
         return len(dataset)
     collected: dict[int, dict[int, Instances | Failure]] = {}
-    begun, counted = time.monotonic(), runner.stages()
+    begun, counted = time.monotonic(), runner.timings()
     with _Writer() as writer:
-        for position, index, result in progress(runner.results(parts), total, f"scoring with {manifest.label}"):
+        for position, index, result in progress(runner.results(unscored), total, f"scoring with {manifest.label}"):
             mine = collected.setdefault(position, {})
             mine[index] = result.above(score_threshold) if isinstance(result, Instances) else result
-            if len(mine) < len(parts[position]):
+            if len(mine) < len(unscored[position]):
                 continue
             results = [mine[i] for i in range(len(mine))]
             del collected[position]
-            now, stages = time.monotonic(), runner.stages()
-            spent = {stage: seconds - counted.get(stage, 0.0) for stage, seconds in stages.items()}
-            writer.submit(write_shard, folder, missing[position], results, now - begun, spent, runner.little(position))
-            begun, counted = now, stages
+            now, timings = time.monotonic(), runner.timings()
+            spent = {operation: seconds - counted.get(operation, 0.0) for operation, seconds in timings.items()}
+            little = runner.little(position)
+            writer.submit(
+                partial(write_shard, folder, missing[position], results, seconds=now - begun, timings=spent, little=little)
+            )
+            begun, counted = now, timings
     return len(dataset) - total
 
 
@@ -261,16 +281,16 @@ class _Writer:
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[None] | None = None
 
-    def submit(self, write: Callable[..., None], *arguments: Any) -> None:
-        """Write, once what is being written is on disk.
+    def submit(self, write: Callable[[], None]) -> None:
+        """Write, once the shard before is on disk.
 
         Raises:
-            OSError: what was being written could not be.
+            OSError: the shard before could not be written.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-        self._pending = self._pool.submit(write, *arguments)
+        self._pending = self._pool.submit(write)
 
     def __enter__(self) -> _Writer:
         return self
@@ -286,25 +306,25 @@ def _write(job: JobResult, dataset: Dataset, has_masks: bool, settings: JobSetti
     table = parquet.InstanceTable(job.folder / INSTANCES)
     made = set(FORMATS) if has_masks or not job.instances else set(FORMATS) - {"kaggle"}
     made -= set() if settings.overlays else {"overlays"}
-    export(table, dataset, job.folder, made, settings.rle, settings.overlays)
+    export(table, dataset, job.folder, made, rle=settings.rle, most=settings.overlays)
     if not dataset.has_truth:
         return
     failed = {f.image_id for f in parquet.read_failures(job.folder / ERRORS)} if job.failures else set()
     if job.segmenter and not dataset.has_masks:
-        # Outlines in boxes can be made where none are known, but not measured; what the table is, is said all the same.
+        # Outlines in boxes can be made where none are known, but not measured; the kind of the table is noted all the same.
         content = [{"prefix": "", "metrics": {}, "settings": {"kind": "crop masks"}}]
         write_text(job.folder / "metrics.json", json.dumps(content, indent=2) + "\n")
     elif dataset.planes:
-        found = list(table)
-        listed = {f.image_id for f in found}
-        # Images without a plane have no row; that masks were looked for there counts. Nor have those that failed, and
-        # what is not found in them is missed.
+        predictions = list(table)
+        listed = {p.image_id for p in predictions}
+        # Images without a plane have no row; they count as ones with masks where masks were made. Images that failed
+        # have no row either, and all their planes are missed.
         empty = [
-            Instances.make(s.image_id, s.height, s.width, [], [], [], [] if has_masks else None)
+            Instances.empty(s.image_id, s.height, s.width, masks=has_masks)
             for s in dataset.samples
             if s.image_id not in listed
         ]
         how = (job.segmenter, settings.score_threshold, failed)
-        job.evaluations = evaluate_predictions([*found, *empty], dataset, *how)
+        job.evaluations = evaluate_predictions([*predictions, *empty], dataset, *how)
         content = [{"prefix": p, "metrics": e.finite(), "settings": e.settings} for p, e in job.evaluations]
         write_text(job.folder / "metrics.json", json.dumps(content, indent=2) + "\n")

@@ -182,20 +182,20 @@ def read_inputs(folder: Path, manifest: Manifest) -> Dataset:
         rows = pq.read_table(folder / INPUTS).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{folder / INPUTS}: absent or damaged; score with --fresh") from error
-    none = np.zeros((0, 4), np.float32), (), np.zeros(0, bool)
     rendering = Rendering.model_validate(manifest.settings["rendering"])
     samples = [
         Sample(
             r["image_id"],
             to_path(r["path"]),
-            r["height"],
-            r["width"],
-            r["image_id"],
-            *none,
-            False,
-            r["number"],
-            None,
-            rendering,
+            height=r["height"],
+            width=r["width"],
+            scene=r["image_id"],
+            boxes=np.zeros((0, 4), np.float32),
+            masks=(),
+            crowd=np.zeros(0, bool),
+            truth=False,
+            number=r["number"],
+            rendering=rendering,
         )
         for r in rows
     ]
@@ -213,22 +213,22 @@ def _inputs(dataset: Dataset) -> pa.Table:
     return pa.Table.from_pydict(columns, schema=INPUT_SCHEMA)
 
 
-def _check(folder: Path, held: Manifest, asked: Manifest, dataset: Dataset) -> None:
-    if held == asked or (held.inputs != asked.inputs and _but_for_fingerprints(folder, held, asked, dataset)):
+def _check(folder: Path, held: Manifest, requested: Manifest, dataset: Dataset) -> None:
+    if held == requested or (held.inputs != requested.inputs and _but_for_fingerprints(folder, held, requested, dataset)):
         return
-    what = [f"{k} {held.settings.get(k)}, not {v}" for k, v in asked.settings.items() if held.settings.get(k) != v]
+    what = [f"{k} {held.settings.get(k)}, not {v}" for k, v in requested.settings.items() if held.settings.get(k) != v]
     for key in ("label", "model", "category", "shard_size"):
-        if getattr(held, key) != getattr(asked, key):
-            what.append(f"{key} {getattr(held, key)}, not {getattr(asked, key)}")
-    if held.inputs != asked.inputs:
+        if getattr(held, key) != getattr(requested, key):
+            what.append(f"{key} {getattr(held, key)}, not {getattr(requested, key)}")
+    if held.inputs != requested.inputs:
         what.append(_other_inputs(folder, dataset))
     what = what or ["other data"]
     raise DataError(f"{folder}: holds a scoring with {'; '.join(what)}; name another --out, or --fresh to score anew")
 
 
-def _but_for_fingerprints(folder: Path, held: Manifest, asked: Manifest, dataset: Dataset) -> bool:
+def _but_for_fingerprints(folder: Path, held: Manifest, requested: Manifest, dataset: Dataset) -> bool:
     """Whether two jobs are equal but for files of which one knows nothing: a store did not answer, a file was missing."""
-    if held.model_copy(update={"inputs": asked.inputs}) != asked:
+    if held.model_copy(update={"inputs": requested.inputs}) != requested:
         return False
     if _digest_in_order(dataset, as_in_060=True) == held.inputs:
         return True
@@ -242,13 +242,15 @@ def _but_for_fingerprints(folder: Path, held: Manifest, asked: Manifest, dataset
 
 def _other_inputs(folder: Path, dataset: Dataset) -> str:
     held = {r["image_id"]: r["digest"] for r in pq.read_table(folder / INPUTS).to_pylist()}
-    asked = dict(zip((s.image_id for s in dataset.samples), dataset.file_digests(), strict=True))
+    requested = dict(zip((s.image_id for s in dataset.samples), dataset.file_digests(), strict=True))
     kinds = {
-        "new": sorted(asked.keys() - held.keys()),
-        "gone": sorted(held.keys() - asked.keys()),
+        "new": sorted(requested.keys() - held.keys()),
+        "gone": sorted(held.keys() - requested.keys()),
         "changed": sorted(
-            k for k in asked.keys() & held.keys() if asked[k] != held[k] and UNREADABLE not in (asked[k], held[k])
+            k
+            for k in requested.keys() & held.keys()
+            if requested[k] != held[k] and UNREADABLE not in (requested[k], held[k])
         ),
     }
-    parts = [f"{len(names)} images {kind} (first: {names[0]})" for kind, names in kinds.items() if names]
-    return f"other inputs: {', '.join(parts) or 'other annotations or another order'}"
+    differences = [f"{len(names)} images {kind} (first: {names[0]})" for kind, names in kinds.items() if names]
+    return f"other inputs: {', '.join(differences) or 'other annotations or another order'}"

@@ -36,34 +36,34 @@ def failed_before(folder: Path, manifest: Manifest, dataset: Dataset) -> dict[in
         shards = sorted(finished(folder))
         failures = [f for i in shards for f in parquet.read_failures(shard_folder(folder, i) / ERRORS)]
     by_id = {f.image_id: f for f in failures if f.kind in (UNREACHABLE, MISSING)}
-    found: defaultdict[int, list[int]] = defaultdict(list)
+    positions: defaultdict[int, list[int]] = defaultdict(list)
     for number, sample in enumerate(dataset.samples if by_id else ()):
         failure = by_id.get(sample.image_id)
         if failure is not None and can_be_tried_again(failure, sample):
-            found[number // manifest.shard_size].append(number % manifest.shard_size)
-    return dict(found)
+            positions[number // manifest.shard_size].append(number % manifest.shard_size)
+    return dict(positions)
 
 
-def part_again(folder: Path, manifest: Manifest, dataset: Dataset, totals: Totals) -> None:
-    """Turn the tables of a finished job into its shards again, as before they were joined; it is unfinished then."""
+def split_into_shards(folder: Path, manifest: Manifest, dataset: Dataset, totals: Totals) -> None:
+    """Split the tables of a finished job into its shards again, as before they were joined; it is unfinished then."""
     rows = side_by_side(parquet.InstanceTable(folder / INSTANCES), dataset)
     failures = {f.image_id: f for f in parquet.read_failures(folder / ERRORS)}
     for number, positions in enumerate(manifest.shards()):
         results: list[Instances | Failure] = []
         for _ in positions:
-            sample, found = next(rows)
-            nothing = failures.get(sample.image_id) or _nothing(sample, totals.masks)
-            results.append(nothing if found is None else found)
-        # What the whole job took stands in the first shard.
-        seconds, stages = (totals.seconds, totals.stages) if number == 0 else (0.0, {})
+            sample, instances = next(rows)
+            without_row = failures.get(sample.image_id) or _empty(sample, totals.masks)
+            results.append(without_row if instances is None else instances)
+        # The seconds of the whole job stand in the first shard.
+        seconds, timings = (totals.seconds, totals.timings) if number == 0 else (0.0, {})
         little = [totals.first_little] * totals.little if number == 0 else []
-        write_shard(folder, number, results, seconds, stages, little)
+        write_shard(folder, number, results, seconds=seconds, timings=timings, little=little)
     # Until here a stop changes nothing: shards beside a finished job are removed.
     (folder / DONE).unlink()
 
 
-def _nothing(sample: Sample, masks: bool) -> Instances:
-    return Instances.make(sample.image_id, sample.height, sample.width, [], [], [], [] if masks else None)
+def _empty(sample: Sample, masks: bool) -> Instances:
+    return Instances.empty(sample.image_id, sample.height, sample.width, masks=masks)
 
 
 def replace_in_shard(
@@ -71,16 +71,24 @@ def replace_in_shard(
     number: int,
     samples: Sequence[Sample],
     again: dict[int, Instances | Failure],
+    *,
     seconds: float,
     little: Sequence[str] = (),
 ) -> None:
     """Write a finished shard anew with other results for some of its images; the rows of the rest stay as they are."""
     shard = shard_folder(folder, number)
     notes = json.loads((shard / NOTES).read_text())
-    found = {f.image_id: f for f in parquet.read_instances(shard / INSTANCES)}
+    predictions = {p.image_id: p for p in parquet.read_instances(shard / INSTANCES)}
     failures = {f.image_id: f for f in parquet.read_failures(shard / ERRORS)}
     results: list[Instances | Failure] = []
     for position, sample in enumerate(samples):
-        known = found.get(sample.image_id) or failures.get(sample.image_id) or _nothing(sample, notes["masks"])
+        known = predictions.get(sample.image_id) or failures.get(sample.image_id) or _empty(sample, notes["masks"])
         results.append(again.get(position, known))
-    write_shard(folder, number, results, notes["seconds"] + seconds, notes["stages"], [*notes.get("little", []), *little])
+    write_shard(
+        folder,
+        number,
+        results,
+        seconds=notes["seconds"] + seconds,
+        timings=notes["stages"],
+        little=[*notes.get("little", []), *little],
+    )

@@ -24,10 +24,10 @@ INSTANCES, ERRORS, NOTES = "instances.parquet", "errors.parquet", "shard.json"
 
 @dataclass(frozen=True)
 class Totals:
-    """What all shards hold: images predicted, planes, images that failed, seconds of work, whether masks were made.
+    """Sums over all shards: images predicted, planes, images that failed, seconds of work, whether masks were made.
 
-    stages: seconds by stage, of all threads together; little: how many images fill little of the range that
-    they are read with, first_little the id of the first.
+    timings: seconds by operation, of all threads together (``stages`` in done.json); little: how many images
+    fill little of the range that they are read with, first_little the id of the first.
     """
 
     images: int
@@ -35,7 +35,7 @@ class Totals:
     failures: int
     seconds: float
     masks: bool
-    stages: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
     little: int = 0
     first_little: str = ""
 
@@ -60,36 +60,41 @@ def write_shard(
     folder: Path,
     number: int,
     results: Sequence[Instances | Failure],
+    *,
     seconds: float,
-    stages: Mapping[str, float],
+    timings: Mapping[str, float],
     little: Sequence[str] = (),
 ) -> None:
     """Write one shard, in place of an earlier one: temporary folder, fsync, rename.
 
     Args:
-        seconds: that its images took, stages: the same by stage; the time of writing is added here.
+        folder: of the job.
+        number: of the shard.
+        results: of its images, in order.
+        seconds: that its images took.
+        timings: the same by operation; the time of writing is added here.
         little: ids of its images that fill little of their range.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
     started = time.perf_counter()
-    found = [r for r in results if isinstance(r, Instances)]
+    predictions = [r for r in results if isinstance(r, Instances)]
     failures = [r for r in results if isinstance(r, Failure)]
     target = shard_folder(folder, number)
     temporary = target.with_name(f".{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        parquet.write_instances(found, temporary / INSTANCES)
+        parquet.write_instances(predictions, temporary / INSTANCES)
         parquet.write_failures(failures, temporary / ERRORS)
         for name in (INSTANCES, ERRORS):
             flush(temporary / name)
-        counts = {"images": len(found), "instances": sum(map(len, found)), "failures": len(failures)}
+        counts = {"images": len(predictions), "instances": sum(map(len, predictions)), "failures": len(failures)}
         notes: dict[str, Any] = {**counts, "seconds": seconds}
-        notes["masks"] = any(f.masks is not None for f in found)
+        notes["masks"] = any(p.masks is not None for p in predictions)
         notes["little"] = list(little)
-        notes["stages"] = {**stages, "write": time.perf_counter() - started}
+        notes["stages"] = {**timings, "write": time.perf_counter() - started}
         (temporary / NOTES).write_text(json.dumps(notes))
         for path in (temporary / NOTES, temporary):
             flush(path)
@@ -106,12 +111,13 @@ def write_shard(
 
 
 def totals_of(folder: Path) -> Totals | None:
-    """What a finished job holds, its shards removed; None where shards are missing or not yet joined."""
+    """Read the totals of a finished job and remove its shards; None where shards are missing or not yet joined."""
     path = folder / DONE
     if not path.exists():
         return None
     shutil.rmtree(folder / SHARDS, ignore_errors=True)
-    return Totals(**json.loads(path.read_text()))
+    content = json.loads(path.read_text())
+    return Totals(timings=content.pop("stages", {}), **content)
 
 
 def join_shards(folder: Path, count: int) -> None:
@@ -122,13 +128,13 @@ def join_shards(folder: Path, count: int) -> None:
             parquet.join_tables([shard / name for shard in shards], temporary, schema)
     notes = [json.loads((shard / NOTES).read_text()) for shard in shards]
     counts = {key: sum(n[key] for n in notes) for key in ("images", "instances", "failures", "seconds")}
-    stages: defaultdict[str, float] = defaultdict(float)
-    for stage, seconds in (item for n in notes for item in n["stages"].items()):
-        stages[stage] += seconds
+    timings: defaultdict[str, float] = defaultdict(float)
+    for operation, seconds in (item for n in notes for item in n["stages"].items()):
+        timings[operation] += seconds
     # Shards of 0.6.0 have no such list.
     little = [image_id for n in notes for image_id in n.get("little", [])]
     first = little[0] if little else ""
     masks = any(n["masks"] for n in notes)
-    totals = Totals(**counts, masks=masks, stages=dict(stages), little=len(little), first_little=first)
+    totals = Totals(**counts, masks=masks, timings=dict(timings), little=len(little), first_little=first)
     with replacing(folder / DONE, durable=True) as temporary:
-        temporary.write_text(json.dumps(asdict(totals)) + "\n")
+        temporary.write_text(json.dumps({"stages" if k == "timings" else k: v for k, v in asdict(totals).items()}) + "\n")

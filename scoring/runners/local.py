@@ -18,7 +18,7 @@ from models.images.windows import AnyImage, fills_little
 from models.instances import Instances
 from models.predictor import Predictor
 from models.runtime.devices import Precision, precision
-from models.runtime.out_of_memory import predict_parted
+from models.runtime.out_of_memory import predict_in_halves
 from models.runtime.timing import seconds_since, timed
 from models.tiling.predictor import tiling_of
 from pipelines.data.dataset import Dataset, Sample
@@ -67,7 +67,13 @@ class LocalRunner:
     """A predictor in this process."""
 
     def __init__(
-        self, predictor: Predictor, device: str = "cpu", batch_size: int = 1, workers: int = 1, kind: Precision = "32"
+        self,
+        predictor: Predictor,
+        device: str = "cpu",
+        *,
+        batch_size: int = 1,
+        workers: int = 1,
+        kind: Precision = "32",
     ) -> None:
         self.predictor, self.device = predictor, device
         self.batch_size, self.workers, self.kind = batch_size, workers, kind
@@ -75,7 +81,7 @@ class LocalRunner:
         self._tiled = tiling_of(predictor) is not None
         self._little: dict[int, list[str]] = {}
 
-    def stages(self) -> dict[str, float]:
+    def timings(self) -> dict[str, float]:
         """See `Runner`."""
         return seconds_since(self._before)
 
@@ -129,8 +135,8 @@ class LocalRunner:
                 if is_segmenter(self.predictor):
                     return [(r.number, predict_image(self.predictor, cast(np.ndarray, r.image), r.sample)) for r in batch]
                 # Images that are read by windows are taken by tiles as arrays are.
-                found = predict_parted(self.predictor, [cast(np.ndarray, r.image) for r in batch])
-            return [(r.number, f.named(r.sample.image_id)) for r, f in zip(batch, found, strict=True)]
+                predictions = predict_in_halves(self.predictor, [cast(np.ndarray, r.image) for r in batch])
+            return [(r.number, p.named(r.sample.image_id)) for r, p in zip(batch, predictions, strict=True)]
         except Exception as error:
             # A large file is read while it is predicted, and may turn out damaged only then.
             failed = image_failure(error, self.predictor, batch[0].sample)

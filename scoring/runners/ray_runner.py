@@ -1,4 +1,4 @@
-"""Runs a job on Ray Data: shards go to actors, here or on a cluster, and what they find comes back to be written here.
+"""Runs a job on Ray Data: shards go to actors, here or on a cluster, and their results come back to be written here.
 
 The job's own shards and manifest decide what is still to be done, not Ray Data's checkpoints:
 those know rows that its own sinks have written, keep no order, and do not notice another
@@ -63,13 +63,13 @@ class RayRunner:
     def __init__(self, folder: Path, settings: RaySettings) -> None:
         _import_ray()
         self.folder, self.settings = folder, settings
-        self._stages: dict[str, float] = {}
+        self._timings: dict[str, float] = {}
         self._peaks: dict[str, float] = {}
         self._little: dict[int, list[str]] = {}
 
-    def stages(self) -> dict[str, float]:
+    def timings(self) -> dict[str, float]:
         """See `Runner`; of the actors."""
-        return dict(self._stages)
+        return dict(self._timings)
 
     def peak_megabytes(self) -> dict[str, float]:
         """See `Runner`; of the actor with the most."""
@@ -86,16 +86,16 @@ class RayRunner:
             PlanesError: what a local runner raises; the cluster cannot be reached.
         """
         ray = _import_ray()
-        with _cluster(self.settings.address), _told():
+        with _cluster(self.settings.address), _actor_errors():
             content = ray.put({p.relative_to(self.folder).as_posix(): p.read_bytes() for p in _files(self.folder)})
             # Pickled by hand the reference holds as long as the cluster: a new actor must find the model too.
             packed = ray.cloudpickle.dumps(content)
             for start in range(0, len(shards), MOST_BLOCKS):
                 for row in self._dataset(packed, shards[start : start + MOST_BLOCKS]).iter_rows():
-                    results, stages, peaks, little = pickle.loads(row["results"])
+                    results, timings, peaks, little = pickle.loads(row["results"])
                     self._little[start + row["position"]] = little
-                    for stage, seconds in stages.items():
-                        self._stages[stage] = self._stages.get(stage, 0.0) + seconds
+                    for operation, seconds in timings.items():
+                        self._timings[operation] = self._timings.get(operation, 0.0) + seconds
                     for kind, megabytes in peaks.items():
                         self._peaks[kind] = max(self._peaks.get(kind, 0.0), megabytes)
                     shard = shards[start + row["position"]]
@@ -144,16 +144,18 @@ class _Actor:
                 path.write_bytes(content)
             device = device_in_actor(settings.device)
             predictor = load_model(folder, device, settings.tiling)
-        self.runner = LocalRunner(predictor, device, settings.batch_size, settings.workers, settings.precision)
+        self.runner = LocalRunner(
+            predictor, device, batch_size=settings.batch_size, workers=settings.workers, kind=settings.precision
+        )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         out: dict[str, list[Any]] = {"position": [], "results": []}
         for position, samples in zip(batch["position"], batch["samples"], strict=True):
-            before = self.runner.stages()
+            before = self.runner.timings()
             results = list(self.runner.results([pickle.loads(samples)]))
-            stages = {k: v - before.get(k, 0.0) for k, v in self.runner.stages().items()}
+            timings = {k: v - before.get(k, 0.0) for k, v in self.runner.timings().items()}
             out["position"].append(int(position))
-            out["results"].append(pickle.dumps((results, stages, self.runner.peak_megabytes(), self.runner.little(0))))
+            out["results"].append(pickle.dumps((results, timings, self.runner.peak_megabytes(), self.runner.little(0))))
         return out
 
 
@@ -175,7 +177,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _import_ray() -> Any:
-    # Ray reports its use to its makers unless told otherwise, and warns of what Ray Data
+    # Ray reports its use to its makers by default, and warns of what Ray Data
     # itself does, that its actors' arguments lie in the object store.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -199,7 +201,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     local = {} if address else {"include_dashboard": False}
     try:
-        _knock(address)
+        _check_reachable(address)
         ray.init(address=address or "local", runtime_env=environment, **quiet, **local)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ModelError(
@@ -214,7 +216,7 @@ def _cluster(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _knock(address: str | None) -> None:
+def _check_reachable(address: str | None) -> None:
     """Raise OSError where nobody listens; Ray itself would try for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
@@ -222,8 +224,8 @@ def _knock(address: str | None) -> None:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Errors of actors as if they had been raised here."""
+def _actor_errors() -> Iterator[None]:
+    """Raise errors of actors as if they had been raised here."""
     import ray
 
     try:

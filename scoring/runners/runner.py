@@ -1,4 +1,4 @@
-"""What a runner is: it predicts the images of shards, here or elsewhere; the job writes them down."""
+"""The protocol of runners: a runner predicts the images of shards, here or elsewhere; the job writes them down."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from models.instances import Instances
 from pipelines.data.dataset import Sample
 from scoring.reader import Failure
 
-# (position of the shard, of the image in it, what became of it)
+# (position of the shard, of the image in it, its result)
 ShardResult = tuple[int, int, Instances | Failure]
 
 
@@ -21,11 +21,11 @@ class Runner(Protocol):
         ...
 
     def little(self, position: int) -> list[str]:
-        """Ids of the images of a shard , predicted by now, that fill little of their range; asked once."""
+        """Ids of the images of a shard, predicted by now, that fill little of their range; each call takes them out."""
         ...
 
-    def stages(self) -> dict[str, float]:
-        """Seconds by stage of the results so far, all threads and processes together."""
+    def timings(self) -> dict[str, float]:
+        """Seconds by operation of the results so far, all threads and processes together."""
         ...
 
     def peak_megabytes(self) -> dict[str, float]:

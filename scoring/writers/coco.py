@@ -14,7 +14,7 @@ from pipelines.data.dataset import Dataset, Sample
 from pipelines.files import replacing
 
 
-def write_results(found: Iterable[Instances], dataset: Dataset, path: Path) -> None:
+def write_results(predictions: Iterable[Instances], dataset: Dataset, path: Path) -> None:
     """Write COCO results; image and category ids are those of the source's COCO file.
 
     Where the source has no ids, or two images share one (of two splits, say), images are numbered from 1 in
@@ -22,7 +22,7 @@ def write_results(found: Iterable[Instances], dataset: Dataset, path: Path) -> N
     """
     with replacing(path) as temporary, open(temporary, "w") as handle:
         handle.write("[")
-        for i, entry in enumerate(_entries(found, dataset)):
+        for i, entry in enumerate(_entries(predictions, dataset)):
             handle.write((", " if i else "") + json.dumps(entry))
         handle.write("]")
 
@@ -33,11 +33,11 @@ def _named(sample: Sample) -> str:
     return f"{folder}/{sample.path.name}" if folder else sample.path.name
 
 
-def _entries(found: Iterable[Instances], dataset: Dataset) -> Iterator[dict[str, Any]]:
+def _entries(predictions: Iterable[Instances], dataset: Dataset) -> Iterator[dict[str, Any]]:
     numbers = [s.number for s in dataset.samples]
     own = None not in numbers and len(set(numbers)) == len(numbers)
     sources = {s.image_id: (s.number if own else i, s) for i, s in enumerate(dataset.samples, start=1)}
-    for one in found:
+    for one in predictions:
         number, sample = sources[one.image_id]
         for i, box in enumerate(xyxy_to_xywh(one.boxes)):
             entry = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from models.geometry.rle import rle_crop
+from models.geometry.rle import CropMask, rle_crop
 from models.images.raster import quiet_rasterio, tiff_layout
 from models.images.rendering import map_to_file, oriented_size
 from models.images.windows import WINDOWED_SUFFIXES
@@ -19,7 +19,7 @@ from pipelines.files import write_text
 from scoring.writers.walk import file_stem, remove_earlier, side_by_side
 
 
-def write_geojson(found: Iterable[Instances], dataset: Dataset, folder: Path) -> int:
+def write_geojson(predictions: Iterable[Instances], dataset: Dataset, folder: Path) -> int:
     """Write ``folder/<image id>.geojson`` for each image that has a coordinate system; return how many.
 
     A plane is the polygon of its mask along the pixels' edges, or its box's corners. The
@@ -28,7 +28,7 @@ def write_geojson(found: Iterable[Instances], dataset: Dataset, folder: Path) ->
     """
     written = 0
     remove_earlier(dataset, folder, ".geojson")
-    for sample, one in side_by_side(found, dataset):
+    for sample, one in side_by_side(predictions, dataset):
         here = isinstance(sample.path, Path) and sample.path.suffix.lower() in WINDOWED_SUFFIXES
         placed = _georeference(sample.path) if here else None
         if placed is None:
@@ -60,15 +60,15 @@ def _georeference(path: Path) -> tuple[Any, dict[str, Any]] | None:
         return None
 
 
-def _feature(found: Instances, i: int, transform: Any) -> dict[str, Any]:
-    properties = {"instance": i, "score": round(float(found.scores[i]), 6), "label": int(found.labels[i])}
-    mask = None if found.masks is None else rle_crop(found.masks[i])
-    if mask is None or not mask[0].size:
-        x1, y1, x2, y2 = (float(v) for v in found.boxes[i])
+def _feature(instances: Instances, i: int, transform: Any) -> dict[str, Any]:
+    properties = {"instance": i, "score": round(float(instances.scores[i]), 6), "label": int(instances.labels[i])}
+    crop = None if instances.masks is None else rle_crop(instances.masks[i])
+    if crop is None or not crop.mask.size:
+        x1, y1, x2, y2 = (float(v) for v in instances.boxes[i])
         corners = [(x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)]
         geometry = {"type": "Polygon", "coordinates": [[_ground(transform, *corner) for corner in corners]]}
     else:
-        geometry = _outline(*mask, transform)
+        geometry = _outline(crop, transform)
     return {"type": "Feature", "properties": properties, "geometry": geometry}
 
 
@@ -76,12 +76,12 @@ def _ground(t: Any, x: float, y: float) -> tuple[float, float]:
     return t.a * x + t.b * y + t.c, t.d * x + t.e * y + t.f
 
 
-def _outline(mask: np.ndarray, left: int, top: int, transform: Any) -> dict[str, Any]:
+def _outline(crop: CropMask, transform: Any) -> dict[str, Any]:
     from rasterio.features import shapes
 
-    t, (x, y) = transform, _ground(transform, left, top)
+    t, (x, y) = transform, _ground(transform, crop.left, crop.top)
     moved = type(transform)(t.a, t.b, x, t.d, t.e, y)
-    polygons = [shape["coordinates"] for shape, _ in shapes(mask.astype(np.uint8), mask=mask, transform=moved)]
+    polygons = [shape["coordinates"] for shape, _ in shapes(crop.mask.astype(np.uint8), mask=crop.mask, transform=moved)]
     if len(polygons) == 1:
         return {"type": "Polygon", "coordinates": polygons[0]}
     return {"type": "MultiPolygon", "coordinates": polygons}

@@ -28,7 +28,9 @@ HEADER = ("ImageId", "EncodedPixels")
 NOTHING = "[]"
 
 
-def write_submission(found: Iterable[Instances], dataset: Dataset, path: Path, convention: Convention = "course") -> None:
+def write_submission(
+    predictions: Iterable[Instances], dataset: Dataset, path: Path, convention: Convention = "course"
+) -> None:
     """Write one row per plane with a mask, best score first, images in the data set's order.
 
     ``ImageId`` is the file name without its ending; an image without planes has one
@@ -38,7 +40,7 @@ def write_submission(found: Iterable[Instances], dataset: Dataset, path: Path, c
     with replacing(path) as temporary, open(temporary, "w", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(HEADER)
-        for sample, one in side_by_side(found, dataset):
+        for sample, one in side_by_side(predictions, dataset):
             masks = () if one is None else one.masks or ()
             rows = [encode_mask(mask, convention) for mask in masks]
             for text in [row for row in rows if row] or [NOTHING]:
@@ -70,11 +72,11 @@ def encode_mask(rle: RLE, convention: Convention = "course") -> str:
     if not rle_area([rle])[0]:
         return ""
     height, width = rle["size"]
-    part, left, top = rle_crop(rle)
+    mask, left, top = rle_crop(rle)
     if convention == "course":
-        starts, lengths = mask_runs(part, left, top, width)
+        starts, lengths = mask_runs(mask, left, top, width)
     else:
-        starts, lengths = mask_runs(part.T, top, left, height)
+        starts, lengths = mask_runs(mask.T, top, left, height)
         starts = starts + 1
     return " ".join(map(str, np.stack([starts, lengths], axis=1).ravel().tolist()))
 
@@ -86,7 +88,7 @@ def decode_mask(text: str, height: int, width: int, convention: Convention = "co
         ValueError: odd count, not whole numbers, not ascending, or outside the image.
     """
     try:
-        numbers = np.array([int(part) for part in text.split()], dtype=np.int64)
+        numbers = np.array([int(number) for number in text.split()], dtype=np.int64)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"not whole numbers of pixels: {text[:40]!r}") from error
     if len(numbers) % 2:
@@ -106,9 +108,9 @@ def decode_mask(text: str, height: int, width: int, convention: Convention = "co
     if not len(rows):
         return rle_from_runs(starts, lengths, height, width)
     top, left = int(rows.min()), int(columns.min())
-    part = np.zeros((int(rows.max()) - top + 1, int(columns.max()) - left + 1), bool)
-    part[rows - top, columns - left] = True
-    return rle_paste(part, left, top, height, width)
+    mask = np.zeros((int(rows.max()) - top + 1, int(columns.max()) - left + 1), bool)
+    mask[rows - top, columns - left] = True
+    return rle_paste(mask, left, top, height, width)
 
 
 def read_submission(path: Path, dataset: Dataset, convention: Convention = "course") -> list[Instances]:
@@ -161,4 +163,4 @@ def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
 def _instances(image_id: str, sizes: Mapping[str, tuple[int, int]], masks: Sequence[RLE]) -> Instances:
     height, width = sizes[image_id]
     scores = 1 - np.arange(len(masks)) / (len(masks) + 1) * 0.5
-    return Instances.make(image_id, height, width, rle_boxes(masks), scores, None, masks)
+    return Instances.make(image_id, height, width, rle_boxes(masks), scores, masks=masks)

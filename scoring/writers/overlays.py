@@ -47,8 +47,8 @@ def write_overlays(table: Iterable[Instances], dataset: Dataset, folder: Path, m
         line = 1 if image.shape[0] < opened.shape[0] else None
         canvas = draw_truth(image, _shrunk_truth(sample, image), line) if sample.truth else image
         if sample.image_id in by_id:
-            found = rescaled(by_id[sample.image_id].above(SHOWN_SCORE), *image.shape[:2])
-            canvas = draw_instances(canvas, found, line)
+            instances = rescaled(by_id[sample.image_id].above(SHOWN_SCORE), *image.shape[:2])
+            canvas = draw_instances(canvas, instances, line)
         path = folder / f"{file_stem(sample.image_id)}.jpg"
         if not cv2.imwrite(str(path), cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90]):
             raise OSError(f"{path} cannot be written")

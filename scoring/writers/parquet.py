@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,9 +36,9 @@ SCHEMA = pa.schema(
 ERROR_SCHEMA = pa.schema([(name, pa.string()) for name in ("image_id", "path", "kind", "message")])
 
 
-def write_instances(found: Sequence[Instances], path: Path) -> None:
+def write_instances(predictions: Sequence[Instances], path: Path) -> None:
     """Write the instance table, whole or not at all; images without planes have no row."""
-    _write(pa.Table.from_pylist(to_rows(found), schema=SCHEMA), path)
+    _write(pa.Table.from_pylist(to_rows(predictions), schema=SCHEMA), path)
 
 
 def read_instances(path: Path) -> list[Instances]:
@@ -65,35 +66,42 @@ class InstanceTable:
     def __iter__(self) -> Iterator[Instances]:
         with _opened(self.path) as file:
             for group in range(file.num_row_groups):
-                found = _read(self.path, partial(file.read_row_group, group), group not in self._checked)
+                predictions = _read(self.path, partial(file.read_row_group, group), group not in self._checked)
                 self._checked.add(group)
-                yield from found
+                yield from predictions
 
 
 def _read(path: Path, read: Callable[[], pa.Table], check: bool = True) -> list[Instances]:
     """Rows of an instance table; masks are checked, since runs that end early decode to whatever the memory holds."""
     try:
         rows = read().to_pylist()
-        found = from_rows(rows)
+        if check:
+            _check_masks(path, rows)
+        predictions = from_rows(rows)
     except (OSError, pa.ArrowException, ValueError, TypeError) as error:
         raise DataError(f"{path}: its rows cannot be read ({one_line(error, 160)})") from error
-    if sum(row["mask_counts"] is not None for row in rows) != sum(len(one.masks or ()) for one in found):
+    if sum(row["mask_counts"] is not None for row in rows) != sum(len(one.masks or ()) for one in predictions):
         raise DataError(f"{path}: some planes of an image have masks and others have none; score it anew")
-    for one in found if check else ():
-        for number, mask in enumerate(one.masks or ()):
-            try:
-                checked_rle(mask, one.height, one.width)
-            except ValueError as error:
-                raise DataError(f"{path}: image {one.image_id!r}, mask {number}: {error}; score it anew") from error
-    return found
+    return predictions
 
 
-def join_tables(parts: Sequence[Path], path: Path, schema: pa.Schema) -> None:
+def _check_masks(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    for row in rows:
+        if row["mask_counts"] is None:
+            continue
+        try:
+            checked_rle({"size": row["mask_size"], "counts": row["mask_counts"]}, row["height"], row["width"])
+        except ValueError as error:
+            where = f"image {row['image_id']!r}, mask {row['instance']}"
+            raise DataError(f"{path}: {where}: {error}; score it anew") from error
+
+
+def join_tables(tables: Sequence[Path], path: Path, schema: pa.Schema) -> None:
     """Write the rows of several files into one, a row group each."""
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for part in parts:
-            table = pq.read_table(part, schema=schema)
-            # The rows of an image must not be parted.
+        for source in tables:
+            table = pq.read_table(source, schema=schema)
+            # The rows of an image must stay in one group.
             writer.write_table(table, row_group_size=max(1, table.num_rows))
 
 

@@ -13,7 +13,7 @@ from pipelines.files import quoted_name
 
 def file_stem(image_id: str) -> str:
     """An image's id as the name of a file; quoted, so that those of "a/b" and "a_b" differ, and "a%2Fb"."""
-    quoted = any(part in image_id for part in ("/", "%2F", "%25"))
+    quoted = any(sign in image_id for sign in ("/", "%2F", "%25"))
     return quoted_name(image_id) if quoted else image_id
 
 
@@ -27,13 +27,13 @@ def remove_earlier(dataset: Dataset, folder: Path, ending: str) -> None:
                 path.unlink()
 
 
-def side_by_side(found: Iterable[Instances], dataset: Dataset) -> Iterator[tuple[Sample, Instances | None]]:
-    """Every sample with what was found in it, None where there is no row of it.
+def side_by_side(predictions: Iterable[Instances], dataset: Dataset) -> Iterator[tuple[Sample, Instances | None]]:
+    """Every sample with its predictions, None where the table has no row of it.
 
     Raises:
         DataError: the table is not in the data set's order, or has an image that the data set has not.
     """
-    rest = iter(found)
+    rest = iter(predictions)
     one = next(rest, None)
     for sample in dataset.samples:
         if one is not None and one.image_id == sample.image_id:

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from models.engines.composed import ComposedArchitecture, ComposedPredictor, save_composed, without_overlaps
-from models.engines.unet.predictor import CropMask
 from models.errors import ModelError
-from models.geometry.rle import rle_decode
+from models.geometry.rle import CropMask, rle_decode
 from models.instances import Instances
 from models.loading import load_model
 from models.saved.spec import read_spec

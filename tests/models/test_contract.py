@@ -51,10 +51,16 @@ def _detectron2(folder, config="COCO-Detection/faster_rcnn_R_50_FPN_1x", **setti
     from models.engines.detectron2.predictor import build_network, detectron2_spec, make_config
 
     small = {
-        "MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64, "MODEL.FPN.OUT_CHANNELS": 16,
-        "MODEL.ROI_BOX_HEAD.FC_DIM": 32, "MODEL.ROI_MASK_HEAD.CONV_DIM": 16, "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
-        "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0, "INPUT.MIN_SIZE_TEST": 96, "TEST.DETECTIONS_PER_IMAGE": 20,
-    }  # fmt: skip
+        "MODEL.RESNETS.DEPTH": 18,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+        "MODEL.FPN.OUT_CHANNELS": 16,
+        "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+        "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+        "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0,
+        "INPUT.MIN_SIZE_TEST": 96,
+        "TEST.DETECTIONS_PER_IMAGE": 20,
+    }
     cfg = make_config(config, {**small, **settings}, 1)
     torch.manual_seed(0)
     return save_model(folder, detectron2_spec(config, cfg, ["plane"]), build_network(cfg, "cpu").state_dict())

@@ -53,7 +53,7 @@ def brute_owners(boxes, scores, labels, threshold, metric):
 def suppress(boxes, scores, labels, threshold, metric="iou"):
     """Non-maximum suppression by `greedy_match`: the survivors, best first."""
     order = np.argsort(-np.asarray(scores), kind="stable")
-    owner = greedy_match(boxes, order, labels, threshold, metric)
+    owner = greedy_match(boxes, order, labels, threshold=threshold, metric=metric)
     return order[owner[order] == order]
 
 
@@ -72,7 +72,7 @@ def test_owners_suppression_and_joining_are_those_of_brute_force(field, metric, 
     boxes, scores, labels = field
     order = np.argsort(-scores, kind="stable")
     expected = brute_owners(boxes, scores, labels, threshold, metric)
-    assert greedy_match(boxes, order, labels, threshold, metric).tolist() == expected.tolist()
+    assert greedy_match(boxes, order, labels, threshold=threshold, metric=metric).tolist() == expected.tolist()
     kept = suppress(boxes, scores, labels, threshold, metric)
     assert kept.tolist() == [i for i in order if expected[i] == i]
     group = np.array([min(np.flatnonzero(expected == o)) for o in expected], np.int64)
@@ -101,7 +101,7 @@ def test_joining_is_that_of_sahi(metric):
     boxes = _boxes(rng, 800, 700, 60)
     scores = rng.permutation(800) / 800
     table = np.concatenate([boxes, scores[:, None], np.zeros((800, 1))], axis=1)
-    owner = greedy_match(boxes, np.argsort(-scores, kind="stable"), np.zeros(800), 0.5, metric.lower())
+    owner = greedy_match(boxes, np.argsort(-scores, kind="stable"), np.zeros(800), threshold=0.5, metric=metric.lower())
     survivors = np.unique(owner)
     groups = combine.greedy_nmm(table, metric, 0.5)
     assert sorted(groups) == sorted(survivors.tolist())

@@ -156,12 +156,26 @@ def test_tricks_with_what_is_allowed_are_refused_in_one_line(kind, tmp_path):
 POINTERS = {
     "objects of plain bytes": _array(_dtype("O8", (3, "|", None, None, None, 8, 8, 0)), b"A" * 64),
     "fields beyond the end": _array(
-        _dtype("V8") + b"(" + _value(3) + _value("|") + b"N" + _value(("f",)) + b"}" + _value("f") + b"("
-        + _dtype("O8") + _value(4096) + b"ts" + _value(8) + _value(1) + _value(27) + b"tb",
+        _dtype("V8")
+        + b"("
+        + _value(3)
+        + _value("|")
+        + b"N"
+        + _value(("f",))
+        + b"}"
+        + _value("f")
+        + b"("
+        + _dtype("O8")
+        + _value(4096)
+        + b"ts"
+        + _value(8)
+        + _value(1)
+        + _value(27)
+        + b"tb",
         b"A" * 64,
     ),
     "an object by itself": _name("numpy.core.multiarray", "scalar") + b"(" + _dtype("O8") + _value(b"A" * 8) + b"tR",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", POINTERS)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from models.geometry.rle import rle_crop, rle_decode, rle_encode, rle_iou
 from models.instances import Instances
-from models.tiling.merging import Part, merge_parts
+from models.tiling.merging import TileResult, merge_tiles
 from models.tiling.predictor import Tiled
 from models.tiling.settings import Tiling, tile_grid
 
@@ -44,7 +44,7 @@ class Oracle:
                 scores.append(float(image[parts == i][:, label].max()) / 255 + (0.001 if area < 300 else 0))
                 labels.append(label)
                 masks.append(rle_encode(parts == i))
-        return Instances.make(image_id, height, width, boxes, scores, labels, masks if self.masks else None)
+        return Instances.make(image_id, height, width, boxes, scores, labels=labels, masks=masks if self.masks else None)
 
 
 def plane(height=24, width=30):
@@ -157,7 +157,7 @@ def test_a_pass_over_the_whole_image_finds_what_no_tile_shows():
             edge = (found.boxes[:, :2] <= 0).any(axis=1) | (found.boxes[:, 2:] >= image.shape[0]).any(axis=1)
             keep = np.flatnonzero(~edge)
             masks = [found.masks[i] for i in keep]
-            return Instances.make(image_id, *image.shape[:2], found.boxes[keep], found.scores[keep], None, masks)
+            return Instances.make(image_id, *image.shape[:2], found.boxes[keep], found.scores[keep], masks=masks)
 
     image, truth = scene(256, 256, [(40, 50, np.ones((120, 140), bool), 200, 0), (190, 20, plane(), 150, 0)])
     without = Tiled(Shy(), Tiling(size=SIZE, overlap=0.5)).predict([image])[0]
@@ -238,8 +238,11 @@ def test_no_dense_mask_of_a_large_image_is_made():
 
 def test_the_score_is_that_of_the_best_whole_one():
     def merged(*found):
-        parts = [Part(Instances.make("0", 64, 64, [box], [score], [0]), window) for box, score, window in found]
-        return merge_parts("0", 100, 100, parts, Tiling(size=64, overlap=0.25, merge="nms", match="ios")).scores.tolist()
+        tile_results = [
+            TileResult(Instances.make("0", 64, 64, [box], [score], labels=[0]), window) for box, score, window in found
+        ]
+        tiling = Tiling(size=64, overlap=0.25, merge="nms", match="ios")
+        return merge_tiles("0", 100, 100, tile_results, tiling=tiling).scores.tolist()
 
     here, below = (0, 0, 64, 64), (0, 8, 64, 72)
     assert merged(([20, 18, 44, 48], 0.625, here), ([20, 10, 44, 40], 0.75, below)) == [0.75]

@@ -5,7 +5,7 @@ import pytest
 
 from models.engines.unet.predictor import SegmenterArchitecture
 from models.geometry.boxes import box_iou
-from models.geometry.rle import rle_boxes, rle_decode, rle_encode
+from models.geometry.rle import CropMask, rle_boxes, rle_decode, rle_encode
 from pipelines.data.loading import augment
 from pipelines.data.loading.augment import (
     Augmentation,
@@ -32,7 +32,7 @@ def _picture():
 @pytest.mark.parametrize("seed", range(12))
 def test_boxes_follow_the_pixels_of_a_window(seed):
     image, boxes = _picture()
-    window, affine = random_window(np.random.default_rng(seed), image, boxes, STRONG, 256, 1.0)
+    window, affine = random_window(np.random.default_rng(seed), image, boxes, settings=STRONG, size=256, focus=1.0)
     moved, kept = move_boxes(boxes, affine, 256, 0.01)
     assert kept.tolist() == [0]
     drawn = rle_boxes([rle_encode(window[:, :, 0] >= 128)])
@@ -54,7 +54,7 @@ def test_masks_follow_the_pixels_of_a_turned_and_scaled_image(seed):
     image, _ = _picture()
     settings = Augmentation(rotation=40, scale=0.5)
     turned, affine = turned_whole(image, random_linear(np.random.default_rng(seed), settings))
-    moved = move_mask(image[120:160, 200:290, 0] > 0, 200, 120, affine, turned.shape[:2])
+    moved = move_mask(CropMask(image[120:160, 200:290, 0] > 0, 200, 120), affine, turned.shape[:2])
     drawn = turned[:, :, 0] >= 128
     assert (moved & drawn).sum() / (moved | drawn).sum() > 0.97
     # Nothing of a turned image is lost at the edges of its canvas.
@@ -66,15 +66,28 @@ def test_masks_follow_the_pixels_of_a_window(zoom):
     image, boxes = _picture()
     for seed in range(6):
         rng = np.random.default_rng(seed)
-        window, affine = random_window(rng, image, boxes, Augmentation(rotation=30), 160, 1.0, zoom)
-        moved = move_mask(image[120:160, 200:290, 0] > 0, 200, 120, affine, (160, 160))
+        window, affine = random_window(
+            rng, image, boxes, settings=Augmentation(rotation=30), size=160, focus=1.0, zoom=zoom
+        )
+        moved = move_mask(CropMask(image[120:160, 200:290, 0] > 0, 200, 120), affine, (160, 160))
         drawn = window[:, :, 0] >= 128
         assert (moved & drawn).sum() / (moved | drawn).sum() > 0.93
 
 
 def test_whole_images_are_fitted_with_their_boxes_and_masks(airfield):
     data = open_dataset(str(airfield), "train")
-    batches = DetectorBatches(data, Augmentation(), 2, None, 0.8, 0.3, 7, masks=True, edges=(128, 160), max_edge=200)
+    batches = DetectorBatches(
+        data,
+        Augmentation(),
+        batch_size=2,
+        window=None,
+        focus=0.8,
+        min_visible=0.3,
+        seed=7,
+        masks=True,
+        edges=(128, 160),
+        max_edge=200,
+    )
     examples = [e for step in range(3) for e in batches[step]]
     assert {e.image.shape for e in examples} <= {(128, 128, 3), (160, 160, 3)}
     for example in examples:
@@ -84,7 +97,9 @@ def test_whole_images_are_fitted_with_their_boxes_and_masks(airfield):
 
 
 def test_processes_share_a_batch_without_gaps(airfield):
-    batches = DetectorBatches(open_dataset(str(airfield), "train"), STRONG, 4, 128, 0.8, 0.3, 7)
+    batches = DetectorBatches(
+        open_dataset(str(airfield), "train"), STRONG, batch_size=4, window=128, focus=0.8, min_visible=0.3, seed=7
+    )
     whole, parts = batches[3], [batches.share(3, rank, 2) for rank in range(2)]
     assert [e.image.tobytes() for e in whole[::2]] == [e.image.tobytes() for e in parts[0]]
     assert [e.image.tobytes() for e in whole[1::2]] == [e.image.tobytes() for e in parts[1]]
@@ -94,7 +109,9 @@ def test_processes_share_a_batch_without_gaps(airfield):
 def test_boxes_follow_the_pixels_at_any_zoom(zoom):
     image, boxes = _picture()
     for seed in range(6):
-        window, affine = random_window(np.random.default_rng(seed), image, boxes, Augmentation(), 160, 1.0, zoom)
+        window, affine = random_window(
+            np.random.default_rng(seed), image, boxes, settings=Augmentation(), size=160, focus=1.0, zoom=zoom
+        )
         moved, _ = move_boxes(boxes, affine, 160, 0.01)
         drawn = rle_boxes([rle_encode(window[:, :, 0] >= 128)])
         assert np.abs(moved - drawn).max() <= 1.0
@@ -128,7 +145,9 @@ def test_light_is_left_alone_at_strength_zero():
 
 def test_batches_depend_on_the_step_alone(airfield):
     data = open_dataset(airfield, "train")
-    first, second = (DetectorBatches(data, STRONG, 2, 128, 0.8, 0.3, 7) for _ in range(2))
+    first, second = (
+        DetectorBatches(data, STRONG, batch_size=2, window=128, focus=0.8, min_visible=0.3, seed=7) for _ in range(2)
+    )
     first[0], first[1]
     for one, again in zip(first[5], second[5], strict=True):
         assert one.image.tobytes() == again.image.tobytes()
@@ -147,7 +166,7 @@ def test_every_item_is_seen_once_an_epoch():
 def test_crops_are_filled_by_their_plane(airfield, rotation):
     data = open_dataset(airfield, "train")
     settings = Augmentation(rotation=rotation)
-    batches = SegmenterBatches(data, settings, SegmenterArchitecture(crop_size=64), 8, 0.0, 0)
+    batches = SegmenterBatches(data, settings, SegmenterArchitecture(crop_size=64), batch_size=8, box_jitter=0.0, seed=0)
     crops, masks = batches[0]
     assert crops.shape == (8, 64, 64, 3)
     assert masks.shape == (8, 64, 64)
@@ -160,7 +179,7 @@ def test_crops_are_filled_by_their_plane(airfield, rotation):
 def test_without_augmentation_a_crop_is_the_box(airfield):
     data = open_dataset(airfield, "train")
     plain = Augmentation(mirror=False, quarter_turns=False)
-    batches = SegmenterBatches(data, plain, SegmenterArchitecture(crop_size=64), 1, 0.0, 0)
+    batches = SegmenterBatches(data, plain, SegmenterArchitecture(crop_size=64), batch_size=1, box_jitter=0.0, seed=0)
     _, masks = batches[0]
     best = 0.0
     for sample in data.samples:

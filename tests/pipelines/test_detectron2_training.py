@@ -54,7 +54,7 @@ def test_every_course_recipe_trains(name, data, tmp_path):
     train, val = data
     recipe = load_recipe(name, TINY)
     listener = Recording()
-    saved, outcome = train_detectron2(recipe, train, val, tmp_path / "run", "cpu", [listener])
+    saved, outcome = train_detectron2(recipe, train, val, tmp_path / "run", device="cpu", listeners=[listener])
     assert [r["step"] for r in outcome.history] == [1, 2] == [r["step"] for r in listener.steps]
     losses = {k for k in outcome.history[0] if k.startswith("train/loss_")}
     expected = {"train/loss_cls", "train/loss_box_reg", "train/loss_rpn_cls", "train/loss_rpn_loc"}
@@ -83,10 +83,10 @@ def test_a_stopped_training_goes_on_to_the_same_weights(data, tmp_path):
     recipe = load_recipe("demo_maskrcnn_detectron2", [*SMALL, "augmentation.rotation=30"])
     whole, first = train_detectron2(recipe, train, val, tmp_path / "whole", "cpu")
     with pytest.raises(KeyboardInterrupt):
-        train_detectron2(recipe, train, val, tmp_path / "parts", "cpu", [Recording(stop_at=3)])
+        train_detectron2(recipe, train, val, tmp_path / "parts", device="cpu", listeners=[Recording(stop_at=3)])
     assert not (tmp_path / "parts" / "model").exists()
     listener = Recording()
-    parts, second = train_detectron2(recipe, train, val, tmp_path / "parts", "cpu", [listener])
+    parts, second = train_detectron2(recipe, train, val, tmp_path / "parts", device="cpu", listeners=[listener])
     assert listener.begun == (3, 6)
     assert listener.safe == 6
     timeless = [[{k: v for k, v in r.items() if not k.startswith("seconds")} for r in o.history] for o in (first, second)]
@@ -108,10 +108,10 @@ def test_a_second_ctrl_c_stops_at_once_and_the_end_is_the_same(data, tmp_path):
 
     whole, _ = train_detectron2(recipe, train, None, tmp_path / "whole", "cpu")
     with pytest.raises(KeyboardInterrupt):
-        train_detectron2(recipe, train, None, tmp_path / "parts", "cpu", [Twice(stop_at=3)])
+        train_detectron2(recipe, train, None, tmp_path / "parts", device="cpu", listeners=[Twice(stop_at=3)])
     assert sorted(p.name for p in (tmp_path / "parts").glob("model_*")) == ["model_0000001.pth"]
     listener = Recording()
-    parts, _ = train_detectron2(recipe, train, None, tmp_path / "parts", "cpu", [listener])
+    parts, _ = train_detectron2(recipe, train, None, tmp_path / "parts", device="cpu", listeners=[listener])
     assert listener.begun == (2, 5)
     a, b = read_weights(whole), read_weights(parts)
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -122,7 +122,7 @@ def test_two_processes_share_the_batch(data, tmp_path):
     train, val = data
     recipe = load_recipe("demo_detector_detectron2", [*SMALL, "SOLVER.MAX_ITER=2"])
     listener = Recording()
-    saved, outcome = train_detectron2(recipe, train, val, tmp_path / "two", "cpu", [listener], num_gpus=2)
+    saved, outcome = train_detectron2(recipe, train, val, tmp_path / "two", device="cpu", listeners=[listener], num_gpus=2)
     assert [r["step"] for r in outcome.history] == [1, 2]
     assert all(math.isfinite(r["train/loss"]) for r in outcome.history)
     assert load_model(saved).predict([val.samples[0].read()])
@@ -163,7 +163,7 @@ def test_both_engines_see_the_same_augmented_examples(data):
     from pipelines.training.detectron2.trainer import _Inputs
 
     settings = Augmentation(rotation=25, scale=0.3, brightness=0.2, contrast=0.2, saturation=0.3)
-    batches = DetectorBatches(data[0], settings, 2, 128, 0.8, 0.3, 7, masks=True)
+    batches = DetectorBatches(data[0], settings, batch_size=2, window=128, focus=0.8, min_visible=0.3, seed=7, masks=True)
     for step in range(4):
         for example, made in zip(batches[step], _Inputs(batches, True, 0, 1)[step], strict=True):
             assert np.array_equal(made["image"].numpy()[::-1].transpose(1, 2, 0), example.image)

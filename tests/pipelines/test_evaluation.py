@@ -34,7 +34,9 @@ def _mask(box):
 
 def _sample(number, boxes, crowd):
     masks = tuple(_mask(b) for b in boxes)
-    return Sample(f"i{number}", Path(f"i{number}"), SIZE, SIZE, f"i{number}", boxes, masks, crowd)
+    return Sample(
+        f"i{number}", Path(f"i{number}"), height=SIZE, width=SIZE, scene=f"i{number}", boxes=boxes, masks=masks, crowd=crowd
+    )
 
 
 def _case(seed):
@@ -51,7 +53,7 @@ def _case(seed):
         # Scores on a coarse grid, so that many are equal.
         scores = rng.integers(1, 10, len(guesses)) / 10
         masks = [_mask(b) for b in guesses]
-        predictions.append(Instances.make(f"i{number}", SIZE, SIZE, guesses, scores, None, masks))
+        predictions.append(Instances.make(f"i{number}", SIZE, SIZE, guesses, scores, masks=masks))
     return Dataset("case", Path("case"), "test", "plane", tuple(samples)), predictions
 
 
@@ -81,9 +83,7 @@ def test_twelve_numbers_equal_pycocotools(seed, kind):
 
 def test_perfect_predictions_score_one_and_none_score_zero():
     data, _ = _case(0)
-    perfect = [
-        Instances.make(s.image_id, SIZE, SIZE, s.boxes[~s.crowd], np.ones((~s.crowd).sum()), None) for s in data.samples
-    ]
+    perfect = [Instances.make(s.image_id, SIZE, SIZE, s.boxes[~s.crowd], np.ones((~s.crowd).sum())) for s in data.samples]
     assert evaluate_instances(data, perfect).metrics["AP"] == pytest.approx(1)
     assert evaluate_instances(data, []).metrics["AP"] == 0
 
@@ -106,9 +106,25 @@ def test_without_planes_there_is_no_number():
 def test_predictions_for_other_images_and_missing_truth_are_errors():
     data, _ = _case(2)
     with pytest.raises(DataError, match="an image that it does not have"):
-        evaluate_instances(data, [Instances.make("alien", 5, 5, [], [])])
+        evaluate_instances(data, [Instances.empty("alien", 5, 5)])
     plain = Dataset(
-        "p", Path("p"), "t", "plane", (Sample("a", Path("a"), 5, 5, "a", np.zeros((0, 4)), (), np.zeros(0), False),)
+        "p",
+        Path("p"),
+        "t",
+        "plane",
+        (
+            Sample(
+                "a",
+                Path("a"),
+                height=5,
+                width=5,
+                scene="a",
+                boxes=np.zeros((0, 4)),
+                masks=(),
+                crowd=np.zeros(0),
+                truth=False,
+            ),
+        ),
     )
     with pytest.raises(DataError, match="no ground truth"):
         evaluate_instances(plain, [])

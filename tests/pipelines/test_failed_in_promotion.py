@@ -93,5 +93,5 @@ def test_an_image_without_planes_that_fails_costs_nothing(tmp_path):
     data = open_dataset(folder, "test", keep=True)
     found = measure({"new": Finder()}, data, _items)["new"]
     assert found.metrics["AP"] == pytest.approx(1.0)
-    assert isinstance(found.found[0], Instances)
+    assert isinstance(found.predictions[0], Instances)
     assert np.isfinite(found.seconds).all()

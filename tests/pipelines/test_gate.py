@@ -32,7 +32,17 @@ def dataset(monkeypatch):
     boxes = np.array([[10, 10, 30, 30], [100, 100, 160, 160]], np.float32)
     masks = tuple(_mask(b.astype(int)) for b in boxes)
     samples = [
-        Sample(f"{'AB'[i % 2]}{i}", Path("x"), SIDE, SIDE, str(i), boxes, masks, np.zeros(2, bool)) for i in range(6)
+        Sample(
+            f"{'AB'[i % 2]}{i}",
+            Path("x"),
+            height=SIDE,
+            width=SIDE,
+            scene=str(i),
+            boxes=boxes,
+            masks=masks,
+            crowd=np.zeros(2, bool),
+        )
+        for i in range(6)
     ]
     return Dataset("field", Path("x"), "test", "plane", tuple(samples))
 
@@ -48,11 +58,11 @@ def _finds(dataset, small=(), large=(), seconds=1.0, segmenter=False):
                 m if i in chosen else _mask([10, 10, 20, 20] if i == 0 else [100, 100, 130, 130])
                 for i, m in enumerate(sample.masks)
             ]
-            found.append(Instances.make(sample.image_id, SIDE, SIDE, sample.boxes, [1, 1], None, masks))
+            found.append(Instances.make(sample.image_id, SIDE, SIDE, sample.boxes, [1, 1], masks=masks))
         else:
             masks = [sample.masks[i] for i in chosen]
             found.append(
-                Instances.make(sample.image_id, SIDE, SIDE, sample.boxes[chosen], [0.9] * len(chosen), None, masks)
+                Instances.make(sample.image_id, SIDE, SIDE, sample.boxes[chosen], [0.9] * len(chosen), masks=masks)
             )
     return Measurement(dataset, segmenter, found, [9.0] + [seconds] * 5, all_metrics(found, dataset, segmenter))
 
@@ -117,7 +127,7 @@ def test_a_slice_must_not_get_worse(dataset):
 def test_an_image_that_failed_counts_in_its_slice_and_masks_need_outlines(dataset):
     whole = _finds(dataset, ALL, ALL)
     first = dataset.samples[0].image_id
-    failed = replace(whole, found=[f for f in whole.found if f.image_id != first])
+    failed = replace(whole, predictions=[f for f in whole.predictions if f.image_id != first])
     assert whole.of_images("*", "mask_AP50") == whole.of_images("*", "AP50") == 1
     assert failed.of_images(first, "AP50") == 0
     assert 0 < failed.of_images("*", "mask_AP50") < 1
@@ -181,7 +191,7 @@ def test_an_interrupted_measurement_goes_on(dataset, tmp_path, monkeypatch):
     found = run()
     # Five of twelve were kept.
     assert len(seen) == 6 + 7
-    assert all(len(m.found) == 6 and m.metrics["AP"] == found["a"].metrics["AP"] > 0 for m in found.values())
+    assert all(len(m.predictions) == 6 and m.metrics["AP"] == found["a"].metrics["AP"] > 0 for m in found.values())
 
 
 def test_the_projects_own_files_are_valid_and_found_by_name(tmp_path, monkeypatch):

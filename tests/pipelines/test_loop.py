@@ -45,7 +45,18 @@ def _job(folder, stop=None, evaluate=None, lr=0.05, **training):
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.1), nn.Linear(8, 1))
     settings = TrainingSettings(**{"steps": 20, "checkpoint_every": 4, **training})
     optimizer = OptimizerSettings(name="adamw", lr=lr, warmup_steps=3, clip_norm=1)
-    return Job(model, _Batches(), _loss, settings, optimizer, folder, "cpu", evaluate, "m", [stop] if stop else [])
+    return Job(
+        model,
+        _Batches(),
+        loss=_loss,
+        training=settings,
+        optimizer=optimizer,
+        folder=folder,
+        device="cpu",
+        evaluate=evaluate,
+        metric="m",
+        listeners=[stop] if stop else [],
+    )
 
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path):

@@ -31,7 +31,7 @@ def test_ap_equals_the_evaluators(seed, kind):
 def test_weights_count_images_as_often():
     data, predictions = _case(3)
     by_id = {p.image_id: p for p in predictions}
-    empty = {s.image_id: Instances.make(s.image_id, SIZE, SIZE, [], [], [], []) for s in data.samples}
+    empty = {s.image_id: Instances.empty(s.image_id, SIZE, SIZE, masks=True) for s in data.samples}
     matches = [match_image(s, by_id.get(s.image_id, empty[s.image_id])) for s in data.samples]
     weights = np.random.default_rng(0).integers(0, 4, len(matches))
     repeated = Ranked([m for m, w in zip(matches, weights, strict=True) for _ in range(w)])
@@ -42,13 +42,15 @@ def test_weights_count_images_as_often():
 def _image(boxes, crowd=None):
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
     crowd = np.zeros(len(boxes), bool) if crowd is None else np.array(crowd)
-    return Sample("a", Path("a"), SIZE, SIZE, "a", boxes, tuple(_mask(b) for b in boxes), crowd)
+    return Sample(
+        "a", Path("a"), height=SIZE, width=SIZE, scene="a", boxes=boxes, masks=tuple(_mask(b) for b in boxes), crowd=crowd
+    )
 
 
 def _found(boxes, scores=None, masks=True):
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
     scores = np.linspace(0.9, 0.5, len(boxes)) if scores is None else scores
-    return Instances.make("a", SIZE, SIZE, boxes, scores, None, [_mask(b) for b in boxes] if masks else None)
+    return Instances.make("a", SIZE, SIZE, boxes, scores, masks=[_mask(b) for b in boxes] if masks else None)
 
 
 def test_errors_by_kind():
@@ -56,18 +58,23 @@ def test_errors_by_kind():
     found = _found([[0, 0, 20, 20], [1, 1, 20, 20], [60, 60, 90, 90], [130, 0, 150, 20]])
     said = diagnose(truth, found, masks=False)
     assert said.detections == ["correct", "duplicate", "poorly localised", "false"]
-    assert said.found == {0}
+    assert said.hit == {0}
     assert said.missed == {2, 3}
     assert said.counts() == {
-        "correct": 1, "missed": 2, "false": 1, "duplicate": 1, "poorly localised": 1, "poorly outlined": 0,
-    }  # fmt: skip
+        "correct": 1,
+        "missed": 2,
+        "false": 1,
+        "duplicate": 1,
+        "poorly localised": 1,
+        "poorly outlined": 0,
+    }
 
 
 def test_a_good_box_with_a_bad_mask_is_poorly_outlined():
     truth = _image([[0, 0, 40, 40]])
     thin = np.zeros((SIZE, SIZE), bool)
     thin[0:40, 0:8] = True
-    found = Instances.make("a", SIZE, SIZE, [[0, 0, 40, 40]], [0.9], None, [rle_encode(thin)])
+    found = Instances.make("a", SIZE, SIZE, [[0, 0, 40, 40]], [0.9], masks=[rle_encode(thin)])
     assert diagnose(truth, found, masks=True).detections == ["poorly outlined"]
     assert diagnose(truth, found, masks=True).missed == set()
     assert diagnose(truth, found, masks=False).detections == ["correct"]
@@ -95,7 +102,18 @@ def test_the_bootstrap_tells_a_gain_from_noise():
     for number in range(60):
         corners = rng.uniform(0, 120, (3, 2))
         boxes = np.concatenate([corners, corners + 30], 1).astype(np.float32)
-        samples.append(Sample(f"{number}", Path("x"), SIZE, SIZE, "s", boxes, (None,) * 3, np.zeros(3, bool)))
+        samples.append(
+            Sample(
+                f"{number}",
+                Path("x"),
+                height=SIZE,
+                width=SIZE,
+                scene="s",
+                boxes=boxes,
+                masks=(None,) * 3,
+                crowd=np.zeros(3, bool),
+            )
+        )
     data = Dataset("d", Path("d"), "test", "plane", tuple(samples))
 
     def predict(noise, seed):

@@ -57,8 +57,10 @@ def _write(folder, spoilt=(), crowd=(), planes=4, split="test"):
 def _perfect(dataset, masks=None):
     """What finds every plane, outlines too (of a plane without one: its box)."""
     return [
-        Instances.make(s.image_id, s.height, s.width, s.boxes, np.linspace(0.9, 0.6, len(s.boxes)), None, masks or t.masks)
-        for s, t in zip(dataset.samples, dataset.for_masks().samples, strict=True)
+        Instances.make(
+            s.image_id, s.height, s.width, s.boxes, np.linspace(0.9, 0.6, len(s.boxes)), masks=masks or s.for_masks().masks
+        )
+        for s in dataset.samples
     ]
 
 
@@ -88,7 +90,7 @@ def test_the_numbers_are_pycocotools_own(tmp_path):
     found = []
     for s, t in zip(dataset.samples, dataset.for_masks().samples, strict=True):
         masks = [rle_encode(np.roll(rle_decode(m), i, axis=1)) for i, m in enumerate(t.masks)]
-        found.append(Instances.make(s.image_id, 60, 140, s.boxes, [0.9, 0.8, 0.7, 0.6], None, masks))
+        found.append(Instances.make(s.image_id, 60, 140, s.boxes, [0.9, 0.8, 0.7, 0.6], masks=masks))
     truth = dataset.for_masks().to_coco()
     assert sum(a["iscrowd"] for a in truth["annotations"]) == 2
     for entry in truth["annotations"]:
@@ -125,7 +127,9 @@ def test_errors_of_outlines_are_not_looked_for_where_none_is_known(tmp_path):
 
 def test_segmenters_learn_and_are_judged_by_what_has_outlines(tmp_path):
     dataset = _write(tmp_path, spoilt={1, 2, 5})
-    batches = SegmenterBatches(dataset, PLAIN, SegmenterArchitecture(network="skipnet", crop_size=64), 8, 0.0, 0)
+    batches = SegmenterBatches(
+        dataset, PLAIN, SegmenterArchitecture(network="skipnet", crop_size=64), batch_size=8, box_jitter=0.0, seed=0
+    )
     assert len(batches._planes) == 5
     crops, masks = batches[0]
     assert len(crops) == 8
@@ -140,7 +144,10 @@ def test_segmenters_learn_and_are_judged_by_what_has_outlines(tmp_path):
 
 def test_mask_heads_get_no_target_without_an_outline(tmp_path):
     dataset = _write(tmp_path, spoilt={1}, crowd={7})
-    masks, boxes = (DetectorBatches(dataset, PLAIN, 2, None, 0.8, 0.3, 0, masks=m)[0] for m in (True, False))
+    masks, boxes = (
+        DetectorBatches(dataset, PLAIN, batch_size=2, window=None, focus=0.8, min_visible=0.3, seed=0, masks=m)[0]
+        for m in (True, False)
+    )
     assert sorted(len(e.boxes) for e in masks) == [3, 3]
     assert sorted(len(e.boxes) for e in boxes) == [3, 4]
     assert all(len(e.masks) == len(e.boxes) for e in masks)
@@ -156,7 +163,7 @@ def test_mask_heads_get_no_target_without_an_outline(tmp_path):
     tiles = cut_tiles(dataset, TileSettings(size=64, overlap=0.5), 0.3)
     assert tiles.has_masks
     assert tiles.without_outline > 0
-    DetectorBatches(tiles, PLAIN, 2, None, 0.8, 0.3, 0, masks=True)[0]
+    DetectorBatches(tiles, PLAIN, batch_size=2, window=None, focus=0.8, min_visible=0.3, seed=0, masks=True)[0]
 
 
 def test_a_set_without_any_outline_has_no_masks(tmp_path):
@@ -176,7 +183,9 @@ def test_an_outline_far_from_its_box_is_dropped_and_the_box_kept(tmp_path):
     assert "1 outlines far from their box dropped (first: test_coco.json annotation 2)" in dataset.summary()
     assert xyxy_to_xywh(dataset.samples[0].boxes)[2].tolist() == _box(2)
     assert dataset.samples[0].masks[2] is None
-    SegmenterBatches(dataset, Augmentation(rotation=45), SegmenterArchitecture(crop_size=64), 8, 0.1, 0)[0]
+    SegmenterBatches(
+        dataset, Augmentation(rotation=45), SegmenterArchitecture(crop_size=64), batch_size=8, box_jitter=0.1, seed=0
+    )[0]
 
 
 def test_an_outline_beside_the_crop_is_no_traceback(tmp_path):
@@ -187,7 +196,12 @@ def test_an_outline_beside_the_crop_is_no_traceback(tmp_path):
     corner[59, 139] = True
     spoilt = replace(sample, masks=(rle_encode(corner), *sample.masks[1:]))
     batches = SegmenterBatches(
-        replace(dataset, samples=(spoilt,)), Augmentation(rotation=45), SegmenterArchitecture(crop_size=64), 8, 0.1, 0
+        replace(dataset, samples=(spoilt,)),
+        Augmentation(rotation=45),
+        SegmenterArchitecture(crop_size=64),
+        batch_size=8,
+        box_jitter=0.1,
+        seed=0,
     )
     assert np.isfinite(batches[0][1]).all()
 

@@ -15,7 +15,16 @@ from pipelines.data.readers.opening import open_dataset
 
 def _dataset(scenes):
     samples = [
-        Sample(f"{scene}_{i}", Path("x"), 8, 8, scene, np.zeros((0, 4), np.float32), (), np.zeros(0, bool))
+        Sample(
+            f"{scene}_{i}",
+            Path("x"),
+            height=8,
+            width=8,
+            scene=scene,
+            boxes=np.zeros((0, 4), np.float32),
+            masks=(),
+            crowd=np.zeros(0, bool),
+        )
         for i, scene in enumerate(scenes)
     ]
     return Dataset("d", Path("d"), "train", "plane", tuple(samples))

@@ -127,7 +127,9 @@ def test_cached_tiles_have_the_same_pixels_and_survive_a_stop(airfield, tmp_path
     assert all((tmp_path / "t" / name).stat().st_mtime_ns == stamp for name, stamp in stamps.items())
     for one, other in zip(tiles.samples, cached.samples, strict=True):
         assert (one.read() == other.read()).all()
-    batches = [DetectorBatches(d, PLAIN, 2, None, 0.8, 0.3, 0) for d in (tiles, cached)]
+    batches = [
+        DetectorBatches(d, PLAIN, batch_size=2, window=None, focus=0.8, min_visible=0.3, seed=0) for d in (tiles, cached)
+    ]
     for step in range(3):
         for one, other in zip(batches[0][step], batches[1][step], strict=True):
             assert one.boxes.tolist() == other.boxes.tolist()
@@ -145,6 +147,28 @@ def test_an_image_is_decoded_once_for_all_its_tiles(airfield, monkeypatch):
     for tile in tiles.samples:
         assert (memory.read(tile) == tile.read()).all()
     assert len(opened) == len(set(opened)) == 5
+
+
+def test_the_cache_keeps_what_was_read_last_up_to_its_limit(airfield, monkeypatch):
+    samples = open_dataset(airfield, "train").samples[:3]
+    opened = []
+    from pipelines.data.loading import cache
+
+    real = cache.open_image
+    monkeypatch.setattr(cache, "open_image", lambda path, *how: opened.append(path) or real(path, *how))
+    bytes_each = samples[0].read().nbytes
+
+    def opened_by(limit, order):
+        opened.clear()
+        memory = ImageCache(limit)
+        for i in order:
+            assert (memory.read(samples[i]) == samples[i].read()).all()
+        return [i for path in opened for i, sample in enumerate(samples) if sample.path == path]
+
+    assert opened_by(2 * bytes_each, [0, 1, 0, 2, 0, 1]) == [0, 1, 2, 1]
+    assert opened_by(3 * bytes_each, [0, 1, 2, 0, 1, 2]) == [0, 1, 2]
+    # An image above the limit is kept, alone.
+    assert opened_by(bytes_each // 2, [0, 0, 1, 1, 0]) == [0, 1, 0]
 
 
 def test_recipe_entries_of_tiles(tmp_path):

@@ -66,7 +66,16 @@ PLAIN = Augmentation(mirror=False, quarter_turns=False)
 
 
 def _batches(dataset, unreadable=None):
-    return DetectorBatches(dataset, PLAIN, 3, None, 0.5, 0.3, 7, **({"unreadable": unreadable} if unreadable else {}))
+    return DetectorBatches(
+        dataset,
+        PLAIN,
+        batch_size=3,
+        window=None,
+        focus=0.5,
+        min_visible=0.3,
+        seed=7,
+        **({"unreadable": unreadable} if unreadable else {}),
+    )
 
 
 def _grays(batch):
@@ -151,7 +160,7 @@ def test_crops_of_an_unreadable_image_are_replaced(tmp_path):
     folder = _set(tmp_path / "a")
     _end_early(folder / "train" / "s5.png")
     architecture = SegmenterArchitecture.model_construct(crop_size=32, margin=0.1)
-    batches = SegmenterBatches(open_dataset(folder, "train"), PLAIN, architecture, 6, 0.0, 3)
+    batches = SegmenterBatches(open_dataset(folder, "train"), PLAIN, architecture, batch_size=6, box_jitter=0.0, seed=3)
     crops, masks = batches[0]
     grays = sorted(round(float(np.median(crop)) / 20) - 1 for crop in crops)
     assert grays == [0, 0, 1, 2, 3, 4]

@@ -36,7 +36,7 @@ def _run(out, data, **more):
     dataset = data if hasattr(data, "samples") else open_dataset(data)
     predictor = more.pop("predictor", None) or Brightness()
     settings = JobSettings(shard_size=2, score_threshold=0.0, **{"overlays": 2, **more})
-    return run_job(predictor, "m/1", dataset, out, settings, lambda r, *_: r)
+    return run_job(predictor, "m/1", dataset, out, settings=settings, progress=lambda r, *_: r)
 
 
 def test_fresh_leaves_nothing_of_the_old_job(images, tmp_path):
@@ -97,7 +97,7 @@ def _found(image_id):
 def test_any_number_of_shards(tmp_path):
     numbers = (0, 999_999, 1_000_000, 12_345_678)
     for number in numbers:
-        shards.write_shard(tmp_path, number, [_found("a")], 1.0, {})
+        shards.write_shard(tmp_path, number, [_found("a")], seconds=1.0, timings={})
     for rubbish in (".1000001", ".old-000002", ".000003"):
         (tmp_path / manifest.SHARDS / rubbish).mkdir()
     assert shards.finished(tmp_path) == set(numbers)
@@ -224,7 +224,7 @@ def _run_and_stop(store, out, stop, away=None):
 
     settings = JobSettings(shard_size=2, score_threshold=0.0, overlays=2)
     with pytest.raises(KeyboardInterrupt):
-        run_job(Brightness(), "m/1", _remote(store), out, settings, stopping)
+        run_job(Brightness(), "m/1", _remote(store), out, settings=settings, progress=stopping)
 
 
 def test_a_store_that_goes_away_in_the_middle_of_a_job(store, tmp_path):
@@ -245,11 +245,11 @@ def test_a_stop_while_a_finished_job_is_opened_again_loses_nothing(store, tmp_pa
     for step in range(1, 9):
         real, count = retry.write_shard, []
 
-        def stopping(*arguments, real=real, count=count, step=step):
+        def stopping(*arguments, real=real, count=count, step=step, **options):
             count.append(1)
             if len(count) == step:
                 raise KeyboardInterrupt
-            return real(*arguments)
+            return real(*arguments, **options)
 
         with monkeypatch.context() as patch:
             patch.setattr(retry, "write_shard", stopping)

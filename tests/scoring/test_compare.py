@@ -26,12 +26,14 @@ def _guess(sample, noise, drop, rng, masks=True):
     keep = np.flatnonzero(rng.random(len(sample.boxes)) >= drop)
     boxes = (sample.boxes[keep] + rng.normal(0, noise, (len(keep), 4))).clip(0, sample.width).astype(np.float32)
     found = [sample.masks[i] for i in keep] if masks else None
-    return Instances.make(sample.image_id, sample.height, sample.width, boxes, rng.uniform(0.3, 1, len(keep)), None, found)
+    return Instances.make(sample.image_id, sample.height, sample.width, boxes, rng.uniform(0.3, 1, len(keep)), masks=found)
 
 
 def _candidate(label, data, noise=1.0, drop=0.0, seed=0, masks=True):
     rng = np.random.default_rng(seed)
-    return Candidate(label, [_guess(s, noise, drop, rng, masks) for s in data.samples], 0.05, 2.5, 18.0)
+    return Candidate(
+        label, [_guess(s, noise, drop, rng, masks) for s in data.samples], images_per_second=2.5, megabytes=18.0
+    )
 
 
 def test_the_numbers_are_the_evaluators_and_differences_are_to_the_first(data):
@@ -40,7 +42,7 @@ def test_the_numbers_are_the_evaluators_and_differences_are_to_the_first(data):
     assert made.kinds == ["bbox", "segm"]
     for kind in made.kinds:
         for one in (good, bad):
-            assert made.metrics[kind][one.label] == evaluate_instances(data, one.found, kind).metrics
+            assert made.metrics[kind][one.label] == evaluate_instances(data, one.predictions, kind).metrics
     pair = next(p for p in made.pairs if p.kind == "bbox")
     assert pair.label == "bad/1"
     assert pair.difference == pytest.approx(deltas(made, "bbox", "bad/1")["AP"])
@@ -86,7 +88,7 @@ def test_boxes_alone_are_compared_as_boxes(data):
 
 def test_all_are_measured_from_the_highest_threshold(data):
     low, high = _candidate("low", data, 3.0), _candidate("high", data, 3.0)
-    high = Candidate("high", [f.above(0.6) for f in high.found], 0.6)
+    high = Candidate("high", [f.above(0.6) for f in high.predictions], score_threshold=0.6)
     made = compare(data, [low, high], resamples=10)
     assert made.settings["score_threshold"] == 0.6
     assert made.metrics["bbox"]["low"] == made.metrics["bbox"]["high"]

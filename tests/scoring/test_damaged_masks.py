@@ -8,6 +8,7 @@ import io
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -21,7 +22,7 @@ from pipelines.evaluation.side_by_side import measure
 from pipelines.registry.verification import Example
 from scoring.jobs.export import export_job
 from scoring.writers.kaggle import HEADER, decode_mask, encode_mask, read_submission
-from scoring.writers.parquet import InstanceTable, read_instances, write_instances
+from scoring.writers.parquet import SCHEMA, InstanceTable, read_instances, write_instances
 from tests.scoring.test_failed_images import Finder, _score, _set
 
 RLE = rle_encode(np.random.default_rng(0).random((60, 80)) > 0.5)
@@ -30,8 +31,15 @@ LONG = {**RLE, "counts": RLE["counts"] + RLE["counts"][:10]}
 DAMAGED = [SHORT, LONG, {**RLE, "counts": RLE["counts"][:5]}, {**RLE, "size": [80, 60]}, {**RLE, "counts": "é"}]
 
 
-def _found(rle):
-    return Instances.make("a", 60, 80, [[1, 1, 9, 9]] * 2, [0.9, 0.8], None, [RLE, rle])
+def _predictions():
+    return Instances.make("a", 60, 80, [[1, 1, 9, 9]] * 2, [0.9, 0.8], masks=[RLE, RLE])
+
+
+def _write_table(path, rle):
+    """An instance table whose second mask is damaged; `Instances` itself takes no mask of another size."""
+    rows = to_rows([_predictions()])
+    rows[1] |= {"mask_size": rle["size"], "mask_counts": rle["counts"]}
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
 
 
 @pytest.mark.parametrize("rle", DAMAGED)
@@ -59,9 +67,9 @@ def test_annotations(tmp_path, rle, course):
 @pytest.mark.parametrize("rle", DAMAGED)
 def test_instance_tables(tmp_path, rle):
     path = tmp_path / "instances.parquet"
-    write_instances([_found(RLE)], path)
-    assert read_instances(path)[0].masks[1] == RLE
-    write_instances([_found(rle)], path)
+    write_instances([_predictions()], path)
+    assert read_instances(path) == [_predictions()]
+    _write_table(path, rle)
     for read in (read_instances, lambda path: list(InstanceTable(path))):
         with pytest.raises(DataError, match=r"instances\.parquet: image 'a', mask 1: .*; score it anew"):
             read(path)
@@ -72,7 +80,7 @@ def test_instance_tables(tmp_path, rle):
 )
 def test_rows_that_are_no_planes(tmp_path, column, value):
     path = tmp_path / "instances.parquet"
-    write_instances([_found(RLE)], path)
+    write_instances([_predictions()], path)
     table = pq.read_table(path)
     rows = table.to_pylist()
     rows[1][column] = value
@@ -132,7 +140,7 @@ def test_examples(rle):
     stream = io.BytesIO()
     Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(stream, "PNG")
     image = base64.b64encode(stream.getvalue()).decode()
-    rows = to_rows([_found(RLE)])
+    rows = to_rows([_predictions()])
     assert len(Example(image=image, rows=rows).rows) == 2
     rows[1] |= {"mask_size": rle["size"], "mask_counts": rle["counts"]}
     with pytest.raises(ValidationError):
@@ -154,7 +162,7 @@ def test_kept_measurements(tmp_path, damage):
     lines[1] = damaged.get(damage, json.dumps([*content[:3], [{"image_id": "1"}]]).encode())
     kept.write_bytes(b"\n".join(lines) + b"\n")
     again = measure({"m": Finder()}, dataset, lambda items, *_: items, kept)["m"]
-    assert [f.masks for f in again.found] == [f.masks for f in whole.found]
+    assert again.predictions == whole.predictions
 
 
 def test_a_polygon_that_reaches_beyond_all_images_does_not_break_the_process(tmp_path):

@@ -40,7 +40,7 @@ class Finder:
             mask = np.zeros((height, width), bool)
             mask[10:40, 10:40] = True
             found.append(
-                Instances.make(str(i), height, width, boxes, [0.9] * len(boxes), None, [rle_encode(mask)] * len(boxes))
+                Instances.make(str(i), height, width, boxes, [0.9] * len(boxes), masks=[rle_encode(mask)] * len(boxes))
             )
         return found
 
@@ -71,7 +71,9 @@ def _open(folder):
 
 
 def _score(folder, out, predictor, label="m/1", overlays=2):
-    return run_job(predictor, label, _open(folder), out, JobSettings(overlays=overlays), lambda items, *_: items)
+    return run_job(
+        predictor, label, _open(folder), out, settings=JobSettings(overlays=overlays), progress=lambda items, *_: items
+    )
 
 
 def _everywhere(folder, out, predictor):

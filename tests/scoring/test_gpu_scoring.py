@@ -59,7 +59,7 @@ def saved(tmp_path_factory):
 
 def _score(folder, data, device, kind="32", tiling=None):
     predictor = load_model(folder, device, tiling)
-    runner = LocalRunner(predictor, device, auto_batch(device), auto_workers(device, data), kind)
+    runner = LocalRunner(predictor, device, batch_size=auto_batch(device), workers=auto_workers(device, data), kind=kind)
     return [result for _, _, result in runner.results([data.samples])], runner
 
 

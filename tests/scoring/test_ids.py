@@ -30,7 +30,7 @@ def _found(dataset):
     for i, sample in enumerate(dataset.samples):
         mask = np.zeros((20, 30), bool)
         mask[i, i : i + 3] = True
-        found.append(Instances.make(sample.image_id, 20, 30, [[i, i, i + 3, i + 1]], [0.5], None, [rle_encode(mask)]))
+        found.append(Instances.make(sample.image_id, 20, 30, [[i, i, i + 3, i + 1]], [0.5], masks=[rle_encode(mask)]))
     return found
 
 

@@ -49,7 +49,9 @@ def images(tmp_path_factory) -> Path:
 
 def _run(out, images, predictor=None, settings=None, **more):
     settings = settings or JobSettings(shard_size=4, overlays=0, score_threshold=0.0)
-    return run_job(predictor or Brightness(), "m/1", open_dataset(images), out, settings, lambda r, *_: r, **more)
+    return run_job(
+        predictor or Brightness(), "m/1", open_dataset(images), out, settings=settings, progress=lambda r, *_: r, **more
+    )
 
 
 def _digests(folder):
@@ -211,7 +213,7 @@ def test_a_full_disk_is_said_and_what_was_done_is_kept(images, tmp_path, monkeyp
 
 def test_files_are_made_from_the_table_later(images, tmp_path):
     _run(tmp_path, images)
-    planes = export_job(tmp_path / "m-1", tmp_path / "later", ["coco", "overlays"], 0.5, most=2)
+    planes = export_job(tmp_path / "m-1", tmp_path / "later", ["coco", "overlays"], score_threshold=0.5, most=2)
     assert len(list((tmp_path / "later" / "overlays").iterdir())) <= 2
     table = pq.read_table(tmp_path / "m-1" / "instances.parquet").to_pandas()
     assert planes == (table.score >= 0.5).sum()

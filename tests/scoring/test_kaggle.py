@@ -112,7 +112,7 @@ def data(tmp_path):
 
 
 def _planes(image_id, *masks):
-    return Instances.make(image_id, 20, 30, [[0, 0, 9, 9]] * len(masks), np.linspace(0.9, 0.5, len(masks)), None, masks)
+    return Instances.make(image_id, 20, 30, [[0, 0, 9, 9]] * len(masks), np.linspace(0.9, 0.5, len(masks)), masks=masks)
 
 
 def test_the_file_is_the_courses(tmp_path, data):

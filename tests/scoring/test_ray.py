@@ -54,7 +54,7 @@ def images(tmp_path_factory):
 def _score(model, images, out, progress=lambda r, *_: r, runner=None, **settings):
     how = JobSettings(shard_size=3, overlays=0, score_threshold=0.0, **settings)
     predictor = load_model(model, "cpu", how.changes)
-    return run_job(predictor, "m/1", open_dataset(images), out, how, progress, runner=runner)
+    return run_job(predictor, "m/1", open_dataset(images), out, settings=how, progress=progress, runner=runner)
 
 
 def _actors():
@@ -90,7 +90,7 @@ def test_tables_are_those_of_the_local_runner_also_when_actors_are_killed(model,
     assert len({p.pid for p in killed}) >= 3
     assert (job.images, job.instances, job.failures) == (local.images, local.instances, local.failures)
     assert _digests(tmp_path / "ray") == _digests(tmp_path / "local")
-    assert job.stages["forward"] > 0
+    assert job.timings["forward"] > 0
     assert job.peaks["memory"] > 0
 
 

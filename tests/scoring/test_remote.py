@@ -77,7 +77,7 @@ def web(local):
 
 def _score(where, out, **settings):
     how = JobSettings(shard_size=2, overlays=2, score_threshold=0.0, **settings)
-    return run_job(Brightness(), "m/1", open_dataset(where), out, how, lambda r, *_: r)
+    return run_job(Brightness(), "m/1", open_dataset(where), out, settings=how, progress=lambda r, *_: r)
 
 
 def _rows(out):

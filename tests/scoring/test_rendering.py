@@ -38,7 +38,9 @@ def rasters(tmp_path):
 
 def _job(out, data, rendering, **more):
     settings = JobSettings(score_threshold=0.0, overlays=1, **more)
-    return run_job(Brightness(), "m/1", open_dataset(data).rendered(rendering), out, settings, lambda r, *_: r)
+    return run_job(
+        Brightness(), "m/1", open_dataset(data).rendered(rendering), out, settings=settings, progress=lambda r, *_: r
+    )
 
 
 def test_a_job_is_scored_with_its_range_and_keeps_it(rasters, tmp_path):
@@ -84,7 +86,7 @@ def test_a_version_keeps_what_it_was_trained_with(tmp_path):
     assert old.rendering == Rendering()
     save_model(folder, old.model_copy(update={"rendering": FIXED}), read_weights(folder))
     assert read_spec(folder).rendering == FIXED
-    with pytest.raises(ModelError, match="the parts read image files differently"):
+    with pytest.raises(ModelError, match="detector and segmenter read image files differently"):
         save_composed(tmp_path / "c", _detector(tmp_path / "d"), folder, ComposedArchitecture(), {})
 
 
@@ -95,8 +97,8 @@ def test_versions_are_measured_each_with_its_own_range(rasters):
 
     truth = replace(dataset, samples=tuple(replace(s, truth=True, height=150, width=210) for s in dataset.samples))
     found = measure(both, truth, lambda items, *_: items, None, {"a": FIXED})
-    assert found["a"].found[0].scores[0] == pytest.approx(np.mean(scene(400, 1500, 20, "uint16")[0] / 2047), abs=0.01)
-    assert abs(found["b"].found[0].scores[0] - found["a"].found[0].scores[0]) > 0.05
+    assert found["a"].predictions[0].scores[0] == pytest.approx(np.mean(scene(400, 1500, 20, "uint16")[0] / 2047), abs=0.01)
+    assert abs(found["b"].predictions[0].scores[0] - found["a"].predictions[0].scores[0]) > 0.05
 
 
 def test_training_reads_what_the_recipe_says(rasters):
@@ -115,7 +117,7 @@ def test_the_cache_lets_go_of_files_that_are_read_by_windows(tmp_path, monkeypat
     cache = ImageCache()
     for sample in open_dataset(tmp_path).samples:
         cache.read(sample)
-    assert len(cache._held) == MOST_OPEN
+    assert len(cache._opened) == MOST_OPEN
 
 
 def test_images_that_fill_little_of_their_range_are_counted_once(rasters, tmp_path):
@@ -133,5 +135,5 @@ def test_images_that_fill_little_of_their_range_are_counted_once(rasters, tmp_pa
 
     dataset, settings = open_dataset(rasters).rendered(deep), JobSettings(score_threshold=0.0, overlays=0, shard_size=1)
     with pytest.raises(KeyboardInterrupt):
-        run_job(Brightness(), "m/1", dataset, tmp_path / "half", settings, stopping)
-    assert run_job(Brightness(), "m/1", dataset, tmp_path / "half", settings, lambda r, *_: r).little == 2
+        run_job(Brightness(), "m/1", dataset, tmp_path / "half", settings=settings, progress=stopping)
+    assert run_job(Brightness(), "m/1", dataset, tmp_path / "half", settings=settings, progress=lambda r, *_: r).little == 2

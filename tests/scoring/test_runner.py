@@ -18,11 +18,12 @@ from models.errors import DataError, ModelError, OutputError
 from models.geometry.rle import rle_encode
 from models.instances import Instances
 from models.runtime import timing
-from models.runtime.out_of_memory import predict_parted
+from models.runtime.out_of_memory import predict_in_halves
 from models.tiling.predictor import Tiled
 from models.tiling.settings import Tiling
 from pipelines.data.readers.opening import open_dataset
 from scoring.jobs.job import JobSettings, run_job
+from scoring.jobs.shards import totals_of
 from scoring.runners.local import LocalRunner, auto_workers
 from tests.conftest import write_image
 from tests.scoring.test_job import Brightness, _digests, _run
@@ -88,7 +89,7 @@ def test_images_of_many_sizes_do_not_pile_up(tmp_path):
 
 def test_batches_that_do_not_fit_are_parted(mixed, tmp_path):
     images = [np.full((4, 4, 3), i, np.uint8) for i in range(7)]
-    found = predict_parted(Small(), images)
+    found = predict_in_halves(Small(), images)
     assert [f.image_id for f in found] == [str(i) for i in range(7)]
     assert np.allclose([f.scores[0] * 255 for f in found], range(7))
     small = Small()
@@ -106,7 +107,7 @@ def test_batches_that_do_not_fit_are_parted(mixed, tmp_path):
             raise MemoryError
 
     with pytest.raises(DataError, match=r"4 x 4 pixels need more memory than there is; predict by tiles"):
-        predict_parted(Full(), images[:1])
+        predict_in_halves(Full(), images[:1])
 
 
 def test_an_image_that_the_model_cannot_take_is_an_error_and_a_broken_gpu_the_end(mixed, tmp_path):
@@ -144,27 +145,32 @@ def test_annotated_images_that_cannot_be_read_are_errors_too(tmp_path):
     assert kept.digest() != left.digest()
     assert "1 missing images, kept as errors" in kept.summary()
     settings = JobSettings(overlays=0, score_threshold=0)
-    job = run_job(Brightness(), "m/1", kept, tmp_path / "out", settings, lambda r, *_: r)
+    job = run_job(Brightness(), "m/1", kept, tmp_path / "out", settings=settings, progress=lambda r, *_: r)
     assert (job.images, job.failures) == (2, 2)
     errors = pq.read_table(tmp_path / "out" / "m-1" / "errors.parquet").to_pylist()
     assert {e["image_id"]: e["kind"] for e in errors} == {"b": "not an image", "d": "missing"}
     assert job.metrics["AP"] >= 0
 
 
-def test_stages_add_up_over_threads():
+def test_timings_add_up_over_threads():
     before = timing.seconds_since()
-    with timing.timed("test stage"):
+    with timing.timed("test operation"):
         pass
-    first = timing.seconds_since(before)["test stage"]
+    first = timing.seconds_since(before)["test operation"]
     assert 0 < first < 1
-    assert timing.seconds_since(timing.seconds_since())["test stage"] == 0
+    assert timing.seconds_since(timing.seconds_since())["test operation"] == 0
 
 
 def test_a_job_tells_where_its_time_went(mixed, tmp_path):
     job = _run(tmp_path, mixed, Tiled(Brightness(), Tiling(size=32)), JobSettings(overlays=0, score_threshold=0))
-    assert {"decode", "wait", "tile", "merge", "write"} <= job.stages.keys()
-    assert all(seconds >= 0 for seconds in job.stages.values())
+    assert {"decode", "wait", "tile", "merge", "write"} <= job.timings.keys()
+    assert all(seconds >= 0 for seconds in job.timings.values())
     assert job.peaks["memory"] > 50
+    # Jobs of other releases are read and read ours: the name on disk stays.
+    done = json.loads((job.folder / "done.json").read_text())
+    assert done["stages"] == job.timings
+    assert set(done) == {"images", "instances", "failures", "seconds", "masks", "stages", "little", "first_little"}
+    assert totals_of(job.folder).timings == job.timings
     assert auto_workers("cpu", open_dataset(mixed)) == max(1, (os.cpu_count() or 1) // 4)
 
 
@@ -174,7 +180,7 @@ class Large(Brightness):
     def predict(self, images):
         rng = np.random.default_rng(int(images[0].sum()))
         masks = [rle_encode(rng.random((100, 100)) > 0.5) for _ in range(20)]
-        return [Instances.make("0", 100, 100, [[0, 0, 9, 9]] * 20, np.linspace(1, 0.1, 20), None, masks)]
+        return [Instances.make("0", 100, 100, [[0, 0, 9, 9]] * 20, np.linspace(1, 0.1, 20), masks=masks)]
 
 
 def test_a_small_disk_that_fills_up(mixed, tmp_path):

@@ -20,13 +20,13 @@ MASK = rle_encode(np.pad(np.ones((4, 6), bool), 3))
 
 def _found(image_id, masks=True):
     boxes = [[1.25, 2, 9, 9], [0, 0, 3.5, 4]]
-    return Instances.make(image_id, 10, 12, boxes, [0.5, 0.75], [0, 0], [MASK, MASK] if masks else None)
+    return Instances.make(image_id, 10, 12, boxes, [0.5, 0.75], labels=[0, 0], masks=[MASK, MASK] if masks else None)
 
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_parquet_round_trip(tmp_path, masks):
     path = tmp_path / "t.parquet"
-    write_instances([_found("a", masks), Instances.make("none", 5, 5, [], []), _found("b ü", masks)], path)
+    write_instances([_found("a", masks), Instances.empty("none", 5, 5), _found("b ü", masks)], path)
     assert tuple(pq.read_schema(path).names) == TABLE_COLUMNS
     back = read_instances(path)
     assert [b.image_id for b in back] == ["a", "b ü"]
@@ -65,7 +65,7 @@ def test_coco_results_use_the_ids_of_the_source(tmp_path, airfield):
     (tmp_path / "test").symlink_to(airfield / "test")
     data = open_dataset(tmp_path / "test_coco.json")
     sample = data.samples[1]
-    found = Instances.make(sample.image_id, 512, 512, sample.boxes[:1], [0.5], None, sample.masks[:1])
+    found = Instances.make(sample.image_id, 512, 512, sample.boxes[:1], [0.5], masks=sample.masks[:1])
     write_results([found], data, tmp_path / "r.json")
     (entry,) = json.loads((tmp_path / "r.json").read_text())
     assert (entry["image_id"], entry["category_id"], entry["file_name"]) == (502, 9, sample.path.name)
@@ -76,10 +76,13 @@ def test_coco_results_use_the_ids_of_the_source(tmp_path, airfield):
 
 
 def test_comparison_needs_equal_data():
-    a, b = Scored("m/1", "d/test", "x", {"AP": 0.5, "AP50": 0.8}, 4, 2.0), Scored("m/2", "d/test", "x", {"AP": 0.6}, 4, 1.0)
+    a, b = (
+        Scored("m/1", data="d/test", digest="x", metrics={"AP": 0.5, "AP50": 0.8}, images=4, seconds=2.0),
+        Scored("m/2", data="d/test", digest="x", metrics={"AP": 0.6}, images=4, seconds=1.0),
+    )
     text = render(comparison_table([a, b]))
     assert "0.500" in text
     assert "m/2" in text
-    other = Scored("m/3", "e/test", "y", {"AP": 0.6}, 4, 1.0)
+    other = Scored("m/3", data="e/test", digest="y", metrics={"AP": 0.6}, images=4, seconds=1.0)
     with pytest.raises(DataError, match=r"m/3 was scored on e/test \(digest y\), m/1 on d/test"):
         comparison_table([a, other])

@@ -129,8 +129,8 @@ def apply_settings(cfg: Any, settings: Mapping[str, Any]) -> None:
 
 
 def _value_at(cfg: Any, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg.get(part) if hasattr(cfg, "get") else None
+    for field in key.split("."):
+        cfg = cfg.get(field) if hasattr(cfg, "get") else None
     return cfg
 
 
@@ -261,8 +261,8 @@ class Detectron2Predictor:
         tensor = torch.as_tensor(np.ascontiguousarray(resized.astype("float32").transpose(2, 0, 1)))
         inputs = [{"image": tensor, "height": height, "width": width}]
         if not self.masks:
-            found = self.model(inputs)[0]["instances"].to("cpu")
-            return self._instances(image_id, height, width, found, None)
+            output = self.model(inputs)[0]["instances"].to("cpu")
+            return self._instances(image_id, height, width, output, None)
         network: Any = self.model
         raw = network.inference(inputs, do_postprocess=False)[0]
         boxes, masks = [detector_postprocess(raw[:0], height, width).to("cpu")], []
@@ -276,12 +276,12 @@ class Detectron2Predictor:
         return self._instances(image_id, height, width, type(raw).cat(boxes), masks)
 
     @staticmethod
-    def _instances(image_id: str, height: int, width: int, found: Any, masks: list[RLE] | None) -> Instances:
-        boxes = clip_boxes(found.pred_boxes.tensor.float().numpy(), height, width)
+    def _instances(image_id: str, height: int, width: int, output: Any, masks: list[RLE] | None) -> Instances:
+        boxes = clip_boxes(output.pred_boxes.tensor.float().numpy(), height, width)
         keep = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
-        scores, labels = found.scores.float().numpy(), found.pred_classes.numpy()
+        scores, labels = output.scores.float().numpy(), output.pred_classes.numpy()
         kept = None if masks is None else [masks[i] for i in keep]
-        return Instances.make(image_id, height, width, boxes[keep], scores[keep], labels[keep], kept)
+        return Instances.make(image_id, height, width, boxes[keep], scores[keep], labels=labels[keep], masks=kept)
 
 
 def _mask_of(single: Any, height: int, width: int) -> RLE:

@@ -93,14 +93,15 @@ def load_file(model: nn.Module, source: str) -> tuple[list[str], list[str]]:
         if "://" in source:
             raise download_error(source, error) from error
         raise ModelError(f"weights {source}: cannot be loaded ({one_line(error, 200)})") from error
-    found = checkpointer.incompatible
-    return [*found.missing_keys, *(entry[0] for entry in found.incorrect_shapes)], list(found.unexpected_keys)
+    report = checkpointer.incompatible
+    return [*report.missing_keys, *(entry[0] for entry in report.incorrect_shapes)], list(report.unexpected_keys)
 
 
-def safe_checkpointer(model: nn.Module, folder: str = "", **checkpointables: Any) -> Any:
+def safe_checkpointer(model: nn.Module, folder: str = "", *, trainer: Any = None) -> Any:
     """Detectron2's DetectionCheckpointer, which reads no pickle that runs code.
 
-    ``incompatible`` holds fvcore's report of the last load.
+    ``incompatible`` holds fvcore's report of the last load. The state of ``trainer`` is kept in the
+    checkpoints too, where it is given.
     """
     from detectron2.checkpoint import DetectionCheckpointer
 
@@ -121,7 +122,7 @@ def safe_checkpointer(model: nn.Module, folder: str = "", **checkpointables: Any
             temporary.write_text(last_filename_basename)
             temporary.replace(path)
 
-    return SafeCheckpointer(model, folder, **checkpointables)
+    return SafeCheckpointer(model, folder, **({} if trainer is None else {"trainer": trainer}))
 
 
 def read_detectron2(filename: str) -> dict[str, Any]:

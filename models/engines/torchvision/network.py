@@ -112,16 +112,16 @@ def build_detector(architecture: DetectorArchitecture, classes: int, weights: st
         )
     if len({len(sizes) for sizes in architecture.anchor_sizes}) > 1:
         raise ModelError("architecture.anchor_sizes: every feature map needs the same number of sizes")
-    parts = {**_parts(architecture, classes), **_sampling(architecture)}
+    components = {**_components(architecture, classes), **_sampling(architecture)}
     backbone = _backbone(architecture, weights == "imagenet")
     if isinstance(architecture, MaskArchitecture):
-        model = MaskRCNN(backbone, **parts, **_mask_parts(architecture, classes))
+        model = MaskRCNN(backbone, **components, **_mask_components(architecture, classes))
     else:
-        model = FasterRCNN(backbone, **parts)
+        model = FasterRCNN(backbone, **components)
     old = model.transform
     model.transform = _Transform(old.min_size[-1], old.max_size, old.image_mean, old.image_std)
-    for part in (model.rpn, model.roi_heads):
-        part.box_coder = _FullPrecision(part.box_coder.weights)
+    for component in (model.rpn, model.roi_heads):
+        component.box_coder = _FullPrecision(component.box_coder.weights)
     model.transform.zoom = architecture.zoom if architecture.min_size is None else None
     if weights == "coco":
         load_matching(model, _coco_weights(architecture), "coco")
@@ -130,25 +130,25 @@ def build_detector(architecture: DetectorArchitecture, classes: int, weights: st
     return model
 
 
-def _parts(architecture: DetectorArchitecture, classes: int) -> dict[str, nn.Module]:
+def _components(architecture: DetectorArchitecture, classes: int) -> dict[str, nn.Module]:
     maps = len(architecture.anchor_sizes)
     channels, hidden = architecture.fpn_channels, architecture.head_channels
     anchors = AnchorGenerator(
         tuple(tuple(s) for s in architecture.anchor_sizes), (tuple(architecture.aspect_ratios),) * maps
     )
-    parts = {
+    components = {
         "rpn_anchor_generator": anchors,
         "box_roi_pool": MultiScaleRoIAlign(_map_names(architecture), output_size=7, sampling_ratio=2),
         "box_predictor": FastRCNNPredictor(hidden, classes + 1),
     }
     if architecture.heads == "v1":
-        return {**parts, "box_head": TwoMLPHead(channels * 49, hidden)}
-    parts["rpn_head"] = RPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2)
-    parts["box_head"] = FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [hidden], norm_layer=nn.BatchNorm2d)
-    return parts
+        return {**components, "box_head": TwoMLPHead(channels * 49, hidden)}
+    components["rpn_head"] = RPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2)
+    components["box_head"] = FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [hidden], norm_layer=nn.BatchNorm2d)
+    return components
 
 
-def _mask_parts(architecture: MaskArchitecture, classes: int) -> dict[str, nn.Module]:
+def _mask_components(architecture: MaskArchitecture, classes: int) -> dict[str, nn.Module]:
     width = architecture.mask_channels
     norm = nn.BatchNorm2d if architecture.heads == "v2" else None
     return {
@@ -194,8 +194,8 @@ def _backbone(architecture: DetectorArchitecture, pretrained: bool) -> BackboneW
     else:
         layers = {i: f"layer{i}" for i in range(1, 5)}
         channels = {i: (body.fc.in_features // 8) * 2 ** (i - 1) for i in layers}
-        parts = ["conv1", "layer1", "layer2", "layer3", "layer4"]
-        frozen = [getattr(body, p) for p in parts[: max(0, 5 - architecture.trainable_stages)]]
+        blocks = ["conv1", "layer1", "layer2", "layer3", "layer4"]
+        frozen = [getattr(body, p) for p in blocks[: max(0, 5 - architecture.trainable_stages)]]
     missing = [level for level in architecture.levels if level not in layers]
     if missing:
         raise ModelError(f"architecture.levels: {name} has {sorted(layers)}, not {missing[0]}")
@@ -230,7 +230,7 @@ class _Transform(GeneralizedRCNNTransform):
     def postprocess(self, result, image_shapes, original_image_sizes):  # type: ignore[no-untyped-def]
         if self.training:
             return result
-        masks = [found.pop("masks", None) for found in result]
+        masks = [detections.pop("masks", None) for detections in result]
         result = super().postprocess(result, image_shapes, original_image_sizes)
         return [{**f, "masks": m} if m is not None else f for f, m in zip(result, masks, strict=True)]
 

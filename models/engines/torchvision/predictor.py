@@ -121,7 +121,7 @@ class TorchvisionDetector:
         masks = None
         if "masks" in output:
             masks = paste_masks(output["masks"][keep, 0].float().cpu(), torch.from_numpy(boxes[keep]), height, width)
-        return Instances.make(image_id, height, width, boxes[keep], scores[keep], labels[keep], masks)
+        return Instances.make(image_id, height, width, boxes[keep], scores[keep], labels=labels[keep], masks=masks)
 
 
 def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int) -> list[RLE]:
@@ -136,6 +136,6 @@ def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: in
         left, top = max(int(box[0]), 0), max(int(box[1]), 0)
         right, bottom = min(int(box[2]) + 1, width), min(int(box[3]) + 1, height)
         origin = torch.tensor([left, top, left, top])
-        part = paste_mask_in_image(mask[None], box - origin, bottom - top, right - left)
-        pasted.append(rle_paste(part.numpy() >= 0.5, left, top, height, width))
+        pixels = paste_mask_in_image(mask[None], box - origin, bottom - top, right - left)
+        pasted.append(rle_paste(pixels.numpy() >= 0.5, left, top, height, width))
     return pasted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import cv2
 import numpy as np
@@ -13,7 +13,7 @@ from torch import nn
 
 from models.errors import ModelError, one_line
 from models.geometry.boxes import crop_window
-from models.geometry.rle import rle_boxes, rle_encode, rle_paste
+from models.geometry.rle import CropMask, rle_boxes, rle_encode, rle_paste
 from models.images.rendering import DEFAULT, Rendering
 from models.instances import RLE, Instances
 from models.runtime.devices import channels_last, library_versions, pick_device, to_device
@@ -140,14 +140,6 @@ def normalise(crops: np.ndarray, by: Literal["imagenet", "crop"] = "imagenet") -
     return torch.from_numpy(scaled).permute(0, 3, 1, 2)
 
 
-class CropMask(NamedTuple):
-    """A mask in its own part of an image: bool (h, w) at (left, top)."""
-
-    mask: np.ndarray
-    left: int
-    top: int
-
-
 class CropSegmenter:
     """Segments the plane in a crop; as a Predictor it takes each image as one crop."""
 
@@ -164,11 +156,11 @@ class CropSegmenter:
             height, width = probability.shape
             mask = probability >= self.architecture.threshold
             if not mask.any():
-                results.append(Instances.make(str(i), height, width, [], [], [], []))
+                results.append(Instances.empty(str(i), height, width, masks=True))
                 continue
             rle = rle_encode(mask)
             score = float(probability[mask].mean())
-            results.append(Instances.make(str(i), height, width, rle_boxes([rle]), [score], [0], [rle]))
+            results.append(Instances.make(str(i), height, width, rle_boxes([rle]), [score], labels=[0], masks=[rle]))
         return results
 
     @timed("forward")
@@ -177,10 +169,10 @@ class CropSegmenter:
         size = self.architecture.crop_size
         results: list[np.ndarray] = []
         for start in range(0, len(crops), self.batch):
-            part = crops[start : start + self.batch]
-            resized = np.stack([_resize(c, size, size) for c in part])
+            batch = crops[start : start + self.batch]
+            resized = np.stack([_resize(c, size, size) for c in batch])
             probabilities = self._forward(normalise(resized, self.architecture.normalisation))
-            for crop, probability in zip(part, probabilities, strict=True):
+            for crop, probability in zip(batch, probabilities, strict=True):
                 results.append(_resize(probability, *crop.shape[:2]))
         return results
 

@@ -7,6 +7,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.geometry.boxes import box_area, clip_boxes
+from models.geometry.rle import CropMask
 
 
 class Augmentation(BaseModel):
@@ -75,6 +76,7 @@ def random_window(
     rng: np.random.Generator,
     image: np.ndarray,
     boxes: np.ndarray,
+    *,
     settings: Augmentation,
     size: int,
     focus: float,
@@ -160,18 +162,19 @@ def warp(image: np.ndarray, affine: np.ndarray, size: int | tuple[int, int]) -> 
     return cv2.warpAffine(image, centred, (width, height), flags=cv2.INTER_LINEAR)
 
 
-def move_mask(part: np.ndarray, left: int, top: int, affine: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def move_mask(crop: CropMask, affine: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Carry a mask into a window.
 
     Args:
-        part: bool (h, w), the mask's own part of the image, at (left, top).
+        crop: the mask in its own part of the image.
         affine: (2, 3) map from image pixels to window pixels.
         size: (height, width) of the window.
 
     Returns:
         uint8 (height, width), 1 where at least half of a pixel is covered.
     """
-    rows, columns = part.shape
+    mask, left, top = crop
+    rows, columns = mask.shape
     corners = np.array([[left, top], [left + columns, top], [left, top + rows], [left + columns, top + rows]])
     moved = corners @ affine[:, :2].T + affine[:, 2]
     window = np.zeros(size, np.uint8)
@@ -180,7 +183,7 @@ def move_mask(part: np.ndarray, left: int, top: int, affine: np.ndarray, size: t
     if x2 > x1 and y2 > y1:
         shift = affine[:, 2] + affine[:, :2] @ [left, top] - [x1, y1]
         inner = np.concatenate([affine[:, :2], shift[:, None]], axis=1)
-        window[y1:y2, x1:x2] = warp(part.astype(np.uint8) * 255, inner, (int(y2 - y1), int(x2 - x1))) >= 128
+        window[y1:y2, x1:x2] = warp(mask.astype(np.uint8) * 255, inner, (int(y2 - y1), int(x2 - x1))) >= 128
     return window
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import cv2
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image
 from models.engines.unet.predictor import SegmenterArchitecture
 from models.errors import DataError
 from models.geometry.boxes import crop_window
-from models.geometry.rle import rle_boxes, rle_decode
+from models.geometry.rle import CropMask, rle_boxes, rle_decode
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.data.loading.augment import (
     Augmentation,
@@ -65,12 +65,13 @@ class DetectorBatches:
 
     With ``window`` pixels set, random windows are cut; else whole images are used, both
     scaled by ``zoom``, and where ``edges`` is given brought to one of those shorter sides,
-    at most ``max_edge`` long. ``masks``: make masks too. ``unreadable``: images that are found
-    to be, in whose place others stand.
+    at most ``max_edge`` long. ``masks``: make masks too. ``unreadable``: images that cannot be
+    read are noted there, and others take their place.
     """
 
     dataset: Dataset
     augmentation: Augmentation
+    _: KW_ONLY
     batch_size: int
     window: int | None
     focus: float
@@ -88,7 +89,7 @@ class DetectorBatches:
         if self.masks and not self.dataset.has_masks:
             raise DataError(f"{self.dataset.name}: planes have no outlines (segmentation) to train on")
         self._cache = ImageCache()
-        self._parts: dict[tuple[int, int], tuple[np.ndarray, int, int]] = {}
+        self._masks: dict[tuple[int, int], CropMask] = {}
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -111,7 +112,9 @@ class DetectorBatches:
         real = sample.outlined if self.masks else np.flatnonzero(~sample.crowd)
         boxes = sample.boxes[real]
         if self.window:
-            image, affine = random_window(rng, image, boxes, self.augmentation, self.window, self.focus, self.zoom)
+            image, affine = random_window(
+                rng, image, boxes, settings=self.augmentation, size=self.window, focus=self.focus, zoom=self.zoom
+            )
         else:
             image, affine = turned_whole(image, random_linear(rng, self.augmentation) * self.zoom)
             image, affine = self._fit(image, affine, self.edges[rng.integers(len(self.edges))])
@@ -120,7 +123,7 @@ class DetectorBatches:
         image = jitter_light(rng, image, self.augmentation)
         if not self.masks:
             return Example(image, boxes)
-        masks = [move_mask(*self._part(item, int(real[k])), affine, size) for k in kept]
+        masks = [move_mask(self._mask(item, int(real[k])), affine, size) for k in kept]
         without = ~sample.crowd
         without[sample.outlined] = False
         hidden, _ = move_boxes(sample.boxes[without], affine, size, 0)
@@ -135,14 +138,14 @@ class DetectorBatches:
         resized = np.asarray(Image.fromarray(image).resize(new[::-1], Image.Resampling.BILINEAR))
         return resized, np.diag([new[1] / width, new[0] / height]) @ affine
 
-    def _part(self, item: int, plane: int) -> tuple[np.ndarray, int, int]:
-        if (item, plane) not in self._parts:
+    def _mask(self, item: int, plane: int) -> CropMask:
+        if (item, plane) not in self._masks:
             sample = self.dataset.samples[item]
             rle = sample.masks[plane]
             assert rle is not None, "planes without an outline are left out where masks are learnt"
             x1, y1, x2, y2 = crop_window(rle_boxes([rle])[0], sample.height, sample.width)
-            self._parts[item, plane] = (rle_decode(rle)[y1:y2, x1:x2], x1, y1)
-        return self._parts[item, plane]
+            self._masks[item, plane] = CropMask(rle_decode(rle)[y1:y2, x1:x2], x1, y1)
+        return self._masks[item, plane]
 
 
 def _painted_over(image: np.ndarray, boxes: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
@@ -175,12 +178,13 @@ def _with_masks(image: np.ndarray, masks: list[np.ndarray]) -> Example:
 class SegmenterBatches:
     """Batch ``step`` -> (RGB uint8 crops (B, S, S, 3), coverage masks float32 (B, S, S)).
 
-    ``unreadable``: images that are found to be, for whose planes others stand.
+    ``unreadable``: images that cannot be read are noted there, and other planes take the place of theirs.
     """
 
     dataset: Dataset
     augmentation: Augmentation
     architecture: SegmenterArchitecture
+    _: KW_ONLY
     batch_size: int
     box_jitter: float
     seed: int

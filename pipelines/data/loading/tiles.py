@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models.errors import DataError, one_line
 from models.geometry.boxes import box_area, clip_boxes
-from models.geometry.rle import rle_area, rle_boxes, rle_crop, rle_paste
+from models.geometry.rle import CropMask, rle_area, rle_boxes, rle_crop, rle_paste
 from models.images.rendering import DEFAULT
 from models.instances import RLE
 from models.tiling.settings import Tiling, Window, tile_grid
@@ -60,9 +60,9 @@ def cut_tiles(dataset: Dataset, settings: TileSettings, min_visible: float, seed
     problems = Problems()
     tiles: list[Sample] = []
     for sample in dataset.samples:
-        parts: dict[int, tuple[np.ndarray, int, int]] = {}
+        crops: dict[int, CropMask] = {}
         for window in settings.grid(sample.height, sample.width):
-            tile, whole = _tile(sample, window, min_visible, parts)
+            tile, whole = _tile(sample, window, min_visible, crops)
             if (~tile.crowd).any():
                 tiles.append(tile)
             elif not whole:
@@ -79,9 +79,7 @@ def _draw(seed: int, name: str) -> float:
     return int(hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()[:8], 16) / 16**8
 
 
-def _tile(
-    sample: Sample, window: Window, min_visible: float, parts: dict[int, tuple[np.ndarray, int, int]]
-) -> tuple[Sample, bool]:
+def _tile(sample: Sample, window: Window, min_visible: float, crops: dict[int, CropMask]) -> tuple[Sample, bool]:
     """The tile, and whether all planes that reach into it count."""
     x1, y1, _, y2 = window
     size = y2 - y1
@@ -94,11 +92,11 @@ def _tile(
         mask, box = sample.masks[i], clipped[i]
         visible = float(box_area(box)[0] / max(box_area(moved[i])[0], 1e-9))
         if mask is not None:
-            if i not in parts:
-                parts[i] = rle_crop(mask)
-            mask = clip_mask(parts[i], window)
+            if i not in crops:
+                crops[i] = rle_crop(mask)
+            mask = clip_mask(crops[i], window)
             area = float(rle_area([mask])[0])
-            visible = area / max(int(parts[i][0].sum()), 1)
+            visible = area / max(int(crops[i].mask.sum()), 1)
             # A cut plane's box is drawn anew: that of the whole plane may be wider than what is seen of it.
             box = rle_boxes([mask])[0] if 0 < visible < 1 else box
         if visible <= 0 or (visible < min_visible and not sample.crowd[i]):
@@ -120,14 +118,14 @@ def _tile(
     ), whole
 
 
-def clip_mask(part: tuple[np.ndarray, int, int], window: Window) -> RLE:
-    """What a window shows of a mask, as RLE of the window's size, pixel by pixel the same.
+def clip_mask(crop: CropMask, window: Window) -> RLE:
+    """Clip a mask to a window, as RLE of the window's size, pixel by pixel the same.
 
     Args:
-        part: bool (h, w), left, top: the mask's own part of the image (`rle_crop`).
+        crop: the mask in its own part of the image (`rle_crop`).
         window: (x1, y1, x2, y2), which may reach beyond the image.
     """
-    mask, left, top = part
+    mask, left, top = crop
     x1, y1, x2, y2 = window
     begin_x, begin_y = max(x1 - left, 0), max(y1 - top, 0)
     seen = mask[begin_y : max(y2 - top, begin_y), begin_x : max(x2 - left, begin_x)]

@@ -1,4 +1,4 @@
-"""Images that turn out unreadable while a training runs: left out from then on, each said once, none ends it."""
+"""Images that turn out unreadable while a training runs: left out from then on, each reported once, none ends it."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class Unreadable:
         return _key(sample) in self._known
 
     def add(self, sample: Sample, error: Exception, consequence: str = "left out of the training") -> None:
-        """Note an image that cannot be read; say it and its consequence, once for each file."""
-        told, path, key = self.messages(), str(sample.path), _key(sample)
+        """Note an image that cannot be read; report it and its consequence, once for each file."""
+        reported, path, key = self.messages(), str(sample.path), _key(sample)
         if key in self._known:
             return
         what = one_line(error) if isinstance(error, PlanesError) else f"{type(error).__name__}: {one_line(error, 160)}"
         self._known[key] = what if path in what else f"{path}: cannot be read ({what})"
-        if path not in told:
+        if path not in reported:
             logging.getLogger(__name__).warning("%s; %s", self._known[key], consequence)
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -147,7 +147,7 @@ class Looked:
 
 
 def look_at(file: AnyPath | None) -> Looked:
-    """Whether an annotated image's file is there and can be used, ``None``: it was not found.
+    """Whether an annotated image's file is there and can be used, ``None``: there is no file.
 
     A file that seems to end early is decoded to see whether it does.
     """
@@ -210,13 +210,13 @@ def make_sample(
     return Sample(
         image_id,
         path,
-        size[0],
-        size[1],
-        scene,
-        np.array([p.box for p in planes], np.float32) if planes else _NO_BOXES,
-        tuple(p.mask for p in planes),
-        np.array([p.crowd for p in planes], bool) if planes else _NO_CROWD,
-        truth,
-        number,
+        height=size[0],
+        width=size[1],
+        scene=scene,
+        boxes=np.array([p.box for p in planes], np.float32) if planes else _NO_BOXES,
+        masks=tuple(p.mask for p in planes),
+        crowd=np.array([p.crowd for p in planes], bool) if planes else _NO_CROWD,
+        truth=truth,
+        number=number,
         lost=lost,
     )

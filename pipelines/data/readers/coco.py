@@ -36,7 +36,7 @@ def read_coco(
     problems = Problems()
     wanted, known = _category_ids(content, category, path)
     images = _images(content["images"], path)
-    annotations = _by_image(content.get("annotations", []), images, wanted, known, path, problems)
+    annotations = _by_image(content.get("annotations", []), images, wanted, known=known, path=path, problems=problems)
     samples = []
     for key, entry in images.items():
         file = find_image(path.parent, str(entry["file_name"]), split, path.stem)
@@ -55,13 +55,15 @@ def read_coco(
         known_truth = isinstance(content.get("annotations"), list)
         number = key if isinstance(key, int) else None
         kept = [p for p in planes if p]
-        samples.append(make_sample(file.stem, file, lying.size, scene, kept, known_truth, number, looked.lost))
+        samples.append(
+            make_sample(file.stem, file, lying.size, scene, kept, truth=known_truth, number=number, lost=looked.lost)
+        )
     if all(s.lost for s in samples):
-        told = f": {problems.summary()}" if problems.counts else ""
-        raise DataError(f"{path}: none of its {len(images)} images was found under {path.parent}{told}")
+        details = f": {problems.summary()}" if problems.counts else ""
+        raise DataError(f"{path}: none of its {len(images)} images was found under {path.parent}{details}")
     chosen = with_unique_ids(samples, path)
     first = min((i for i in wanted if isinstance(i, int)), default=1)
-    return Dataset(name or path.parent.resolve().name, path, split, category, chosen, problems, first)
+    return Dataset(name or path.parent.resolve().name, path, split, category, chosen, problems=problems, category_id=first)
 
 
 def find_image(root: AnyPath, file_name: str, split: str, stem: str) -> AnyPath | None:

@@ -61,10 +61,12 @@ def read_course(
         scene, kept = scene_of(file.stem, scene_pattern), [p for p in planes if p]
         samples.append(make_sample(file.stem, file, lying.size, scene, kept, lost=looked.lost))
     if all(s.lost for s in samples):
-        told = f": {problems.summary()}" if problems.counts else ""
-        raise DataError(f"{path}: none of its images was found under {path.parent}{told}")
+        details = f": {problems.summary()}" if problems.counts else ""
+        raise DataError(f"{path}: none of its images was found under {path.parent}{details}")
     samples.sort(key=lambda s: s.image_id)
-    return Dataset(name or path.parent.resolve().name, path, split, category, with_unique_ids(samples, path), problems)
+    return Dataset(
+        name or path.parent.resolve().name, path, split, category, with_unique_ids(samples, path), problems=problems
+    )
 
 
 def _by_file(content: list[Mapping[str, Any]], category: str, problems: Problems) -> dict[str, list[Mapping[str, Any]]]:

@@ -42,22 +42,24 @@ def open_dataset(
     if not isinstance(path, Path):
         return _open_remote(path, split, category, scene_pattern, keep)
     if "+" in split and path.is_dir():
-        parts = [open_dataset(where, part, category, scene_pattern, keep) for part in split.split("+")]
-        samples = with_unique_ids([s for part in parts for s in part.samples], path)
+        datasets = [open_dataset(where, name, category, scene_pattern, keep) for name in split.split("+")]
+        samples = with_unique_ids([s for dataset in datasets for s in dataset.samples], path)
         problems = Problems()
-        for part in parts:
-            for kind, count in part.problems.counts.items():
-                problems.add(kind, part.problems.examples[kind])
+        for dataset in datasets:
+            for kind, count in dataset.problems.counts.items():
+                problems.add(kind, dataset.problems.examples[kind])
                 problems.counts[kind] += count - 1
-        return replace(parts[0], split=split, samples=samples, problems=problems)
+        return replace(datasets[0], split=split, samples=samples, problems=problems)
     if path.is_file() and path.suffix.lower() == ".json":
-        return _read_json_file(path, _label(path, split), category, scene_pattern, keep)
+        return _read_json_file(path, _label(path, split), category, scene_pattern=scene_pattern, keep=keep)
     if path.is_file() and path.suffix.lower() in (".csv", ".parquet"):
         return _plain(_listed(path), path, split, category, scene_pattern)
     if path.is_dir():
         for candidate in _annotation_files(path, split):
             if candidate.is_file():
-                return _read_json_file(candidate, split, category, scene_pattern, keep, path.resolve().name)
+                return _read_json_file(
+                    candidate, split, category, scene_pattern=scene_pattern, keep=keep, name=path.resolve().name
+                )
         _check_split(path, split)
         folder = path / split if (path / split).is_dir() else path
         return _plain(list_images(folder), folder, split, category, scene_pattern)
@@ -76,13 +78,13 @@ def splits_of(folder: Path) -> list[str]:
         "instances_{}.json": folder.glob("annotations/instances_*.json"),
         "{}.json": (p for p in folder.glob("*.json") if (folder / p.stem).is_dir()),
     }
-    found = set()
+    splits = set()
     for pattern, paths in named.items():
         before, after = pattern.split("{}")
-        found |= {p.name.removeprefix(before).removesuffix(after).removesuffix("2017") for p in paths}
-    found |= {p.parent.name for p in folder.glob("*/_annotations.coco.json")}
+        splits |= {p.name.removeprefix(before).removesuffix(after).removesuffix("2017") for p in paths}
+    splits |= {p.parent.name for p in folder.glob("*/_annotations.coco.json")}
     usual = {p.name for p in folder.iterdir() if p.is_dir() and p.name in USUAL_SPLITS}
-    return sorted(found | usual)
+    return sorted(splits | usual)
 
 
 def _check_split(folder: Path, split: str) -> None:
@@ -108,7 +110,7 @@ def check_exists(where: str | Path) -> None:
 
 def _open_remote(path: AnyPath, split: str, category: str, scene_pattern: str | None, keep: bool) -> Dataset:
     if path.suffix.lower() == ".json":
-        return _read_json_file(path, _label(path, split), category, scene_pattern, keep)
+        return _read_json_file(path, _label(path, split), category, scene_pattern=scene_pattern, keep=keep)
     files = _listed(path) if path.suffix.lower() in (".csv", ".parquet") else list_remote(path)
     return _plain(files, path, split, category, scene_pattern)
 
@@ -128,9 +130,9 @@ def _read_json_file(
 ) -> Dataset:
     content = read_json(path)
     if isinstance(content, dict) and "images" in content:
-        return read_coco(path, split, category, scene_pattern, name, keep)
+        return read_coco(path, split, category, scene_pattern=scene_pattern, name=name, keep=keep)
     if isinstance(content, list):
-        return read_course(path, split, category, scene_pattern, name, keep)
+        return read_course(path, split, category, scene_pattern=scene_pattern, name=name, keep=keep)
     raise DataError(f"{path}: neither COCO (images, annotations, categories) nor the course's list of annotations")
 
 

@@ -92,7 +92,7 @@ def fit(stated: Size | None, header: Header) -> Fit | None:
     """How annotations of a stated (height, width), None: that of the file, lie on a file; None where nothing explains it.
 
     The same size; sizes in proportion, to a pixel of rounding; or either for the pixels as they lie in the file,
-    where its orientation tag makes height and width change places. Tags that only mirror cannot be told by the size.
+    where its orientation tag makes height and width change places. Tags that only mirror do not show in the size.
     """
     size = header.size
     raw = (header.height, header.width)
@@ -110,7 +110,7 @@ def fitted(looked: Looked, stated: Size | None, entries: Sequence[Mapping[str, A
     """How annotations lie on a file that was looked at; where nothing explains their size, it is lost ("other size").
 
     Args:
-        stated: (height, width) of the image they were made on; None where that is not said, and RLE outlines say it.
+        stated: (height, width) of the image they were made on; None where that is not stated, and RLE outlines state it.
         entries: the raw annotations.
     """
     stated = stated or size_of_outlines(entries)

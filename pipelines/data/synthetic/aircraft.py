@@ -50,32 +50,68 @@ def random_aircraft(rng: np.random.Generator) -> Aircraft:
     u = rng.uniform
     if family == 0:
         return Aircraft(
-            u(0.09, 0.125), u(0.86, 1.06), u(0.42, 0.7), u(0.19, 0.25), u(0.05, 0.08), u(0.02, 0.12),
-            u(0.32, 0.42), u(0.3, 0.6), int(rng.choice([2, 2, 4])), False, livery,
-        )  # fmt: skip
+            fuselage=u(0.09, 0.125),
+            span=u(0.86, 1.06),
+            sweep=u(0.42, 0.7),
+            root_chord=u(0.19, 0.25),
+            tip_chord=u(0.05, 0.08),
+            wing_x=u(0.02, 0.12),
+            tail_span=u(0.32, 0.42),
+            tail_sweep=u(0.3, 0.6),
+            engines=int(rng.choice([2, 2, 4])),
+            engine_at_tail=False,
+            livery=livery,
+        )
     if family == 1:
         return Aircraft(
-            u(0.09, 0.12), u(0.82, 1.0), u(0.25, 0.5), u(0.15, 0.2), u(0.05, 0.08), u(-0.04, 0.05),
-            u(0.34, 0.44), u(0.2, 0.5), 2, True, livery,
-        )  # fmt: skip
+            fuselage=u(0.09, 0.12),
+            span=u(0.82, 1.0),
+            sweep=u(0.25, 0.5),
+            root_chord=u(0.15, 0.2),
+            tip_chord=u(0.05, 0.08),
+            wing_x=u(-0.04, 0.05),
+            tail_span=u(0.34, 0.44),
+            tail_sweep=u(0.2, 0.5),
+            engines=2,
+            engine_at_tail=True,
+            livery=livery,
+        )
     if family == 2:
         return Aircraft(
-            u(0.11, 0.15), u(1.05, 1.35), u(0.0, 0.1), u(0.16, 0.22), u(0.11, 0.16), u(0.08, 0.18),
-            u(0.36, 0.46), u(0.0, 0.15), int(rng.choice([0, 2])), False, livery,
-        )  # fmt: skip
+            fuselage=u(0.11, 0.15),
+            span=u(1.05, 1.35),
+            sweep=u(0.0, 0.1),
+            root_chord=u(0.16, 0.22),
+            tip_chord=u(0.11, 0.16),
+            wing_x=u(0.08, 0.18),
+            tail_span=u(0.36, 0.46),
+            tail_sweep=u(0.0, 0.15),
+            engines=int(rng.choice([0, 2])),
+            engine_at_tail=False,
+            livery=livery,
+        )
     return Aircraft(
-        u(0.1, 0.15), u(0.6, 0.75), u(0.7, 1.0), u(0.36, 0.46), u(0.06, 0.12), u(-0.02, 0.06),
-        u(0.32, 0.4), u(0.5, 0.9), 0, False, LIVERIES[int(rng.integers(3, 7))],
-    )  # fmt: skip
+        fuselage=u(0.1, 0.15),
+        span=u(0.6, 0.75),
+        sweep=u(0.7, 1.0),
+        root_chord=u(0.36, 0.46),
+        tip_chord=u(0.06, 0.12),
+        wing_x=u(-0.02, 0.06),
+        tail_span=u(0.32, 0.4),
+        tail_sweep=u(0.5, 0.9),
+        engines=0,
+        engine_at_tail=False,
+        livery=LIVERIES[int(rng.integers(3, 7))],
+    )
 
 
 def outline(plane: Aircraft) -> list[tuple[str, np.ndarray]]:
-    """Parts of the plane as (name, polygon (K, 2)) in units of its length, centre at the origin."""
+    """Outline a plane's wings, tail, engines and body as (name, polygon (K, 2)), in units of its length, centre at 0, 0."""
     w = plane.fuselage / 2
     t = np.linspace(np.pi / 2, -np.pi / 2, 9)
     nose = np.stack([0.36 + 0.14 * np.cos(t), w * np.sin(t)], axis=1)
     body = np.concatenate([nose, [[-0.3, -w], [-0.48, -w * 0.25], [-0.48, w * 0.25], [-0.3, w]]])
-    parts = []
+    polygons = []
     for side in (1, -1):
         half = plane.span / 2
         lead, back = plane.wing_x + plane.root_chord / 2, plane.sweep * half
@@ -86,18 +122,18 @@ def outline(plane: Aircraft) -> list[tuple[str, np.ndarray]]:
             [lead - plane.root_chord, side * 0 + w * 0.8],
             [lead - plane.root_chord, 0],
         ]
-        parts.append(("wing", np.array(wing) * [1, side]))
+        polygons.append(("wing", np.array(wing) * [1, side]))
         half = plane.tail_span / 2
         back = plane.tail_sweep * half
         tail = [[-0.34, 0], [-0.36 - back, half], [-0.42 - back, half], [-0.47, 0]]
-        parts.append(("tail", np.array(tail) * [1, side]))
+        polygons.append(("tail", np.array(tail) * [1, side]))
         for number in range(plane.engines // 2):
             reach = w + 0.015 if plane.engine_at_tail else plane.span * (0.17 + 0.15 * number)
             front = -0.18 if plane.engine_at_tail else lead - plane.sweep * reach + 0.05
             box = np.array([[0, -0.022], [0, 0.022], [-0.11, 0.018], [-0.11, -0.018]]) + [front, reach]
-            parts.append(("engine", box * [1, side]))
+            polygons.append(("engine", box * [1, side]))
     fin = np.array([[-0.3, 0], [-0.47, 0.012], [-0.5, 0.012], [-0.5, -0.012], [-0.47, -0.012]])
-    return [*parts, ("body", body), ("fin", fin)]
+    return [*polygons, ("body", body), ("fin", fin)]
 
 
 @dataclass(frozen=True)
@@ -122,8 +158,8 @@ def draw_aircraft(
 
     ``light`` is the unit vector (2,) towards the sun: the half of the fuselage away from it is darker.
     """
-    parts = outline(plane)
-    corners = np.concatenate([p for _, p in parts])
+    polygons = outline(plane)
+    corners = np.concatenate([p for _, p in polygons])
     radius = float(np.abs(corners).max()) * length * np.sqrt(2) + 2
     left, top = int(np.floor(centre_xy[0] - radius)), int(np.floor(centre_xy[1] - radius))
     size = int(np.ceil(2 * radius)) + 2
@@ -137,7 +173,7 @@ def draw_aircraft(
     cover = np.zeros((big, big), np.uint8)
     colour = np.zeros((big, big, 3), np.float32)
     main, accent = (np.array(c, np.float32) for c in plane.livery)
-    for name, points in parts:
+    for name, points in polygons:
         shade = {"wing": main * 0.94, "tail": main * 0.9, "engine": main * 0.72, "body": main, "fin": accent}[name]
         cv2.fillPoly(cover, [pixels(points)], 255)
         cv2.fillPoly(colour, [pixels(points)], shade.tolist())

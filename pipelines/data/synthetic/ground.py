@@ -129,12 +129,12 @@ def distractor(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, 
                 image, centre - direction * size / 2, centre + direction * size / 2, (228, 224, 214), max(int(size / 9), 2)
             )
     elif kind == 1:
-        for part, extent in (
+        for middle, extent in (
             (centre, np.array([size, size * 0.26])),
             (centre + a * size * 0.4, np.array([size * 0.26, size])),
         ):
-            cv2.fillPoly(image, [_rectangle(part + shadow * 0.5, extent, angle)], (60, 60, 58))
-            cv2.fillPoly(image, [_rectangle(part, extent, angle)], pale.tolist())
+            cv2.fillPoly(image, [_rectangle(middle + shadow * 0.5, extent, angle)], (60, 60, 58))
+            cv2.fillPoly(image, [_rectangle(middle, extent, angle)], pale.tolist())
     elif kind == 2:
         cv2.ellipse(
             image, _point(centre), (int(size * 0.2), max(int(size * 0.1), 2)), np.degrees(angle), 0, 360, (66, 72, 66), -1

@@ -42,10 +42,10 @@ class AirfieldSettings:
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawn scene: image RGB uint8 (S, S, 3) and the visible part of each plane as RLE."""
+    """One drawn scene: image RGB uint8 (S, S, 3) and the visible pixels of each plane as RLE."""
 
     image: np.ndarray
-    masks: list[dict[str, Any]]
+    masks: list[RLE]
 
 
 def draw_scene(settings: AirfieldSettings, split: str, index: int) -> Scene:
@@ -59,8 +59,8 @@ def draw_scene(settings: AirfieldSettings, split: str, index: int) -> Scene:
     angle = float(rng.uniform(0, np.pi))
     taken = np.zeros((size, size), bool)
     aprons = _lay_out(rng, image, angle)
-    _furnish(rng, image, taken, aprons, angle, shadow)
-    masks = _park(rng, settings, image, taken, aprons, light, shadow)
+    _furnish(rng, image, taken, aprons=aprons, angle=angle, shadow=shadow)
+    masks = _park(rng, settings, image, taken=taken, aprons=aprons, light=light, shadow=shadow)
     return Scene(_expose(rng, image), masks)
 
 
@@ -93,7 +93,7 @@ def _furnish(
     size = len(image)
     for _ in range(rng.integers(3, 9)):
         extent = np.array([rng.uniform(40, 190), rng.uniform(26, 80)])
-        footprint = ground.building(rng, image, rng.uniform(0, size, 2), extent, angle, shadow)
+        footprint = ground.building(rng, image, rng.uniform(0, size, 2), extent=extent, angle=angle, shadow=shadow)
         taken |= cv2.dilate(footprint.astype(np.uint8), np.ones((9, 9), np.uint8)).astype(bool)
     for _ in range(rng.integers(14, 40)):
         centre = _spot(rng, aprons, size)
@@ -129,7 +129,7 @@ def _park(
     aprons: list[tuple[np.ndarray, np.ndarray, float]],
     light: np.ndarray,
     shadow: np.ndarray,
-) -> list[dict[str, Any]]:
+) -> list[RLE]:
     """Place planes one by one where nothing is yet, most of them in one direction of parking."""
     size = settings.size
     masks: list[RLE] = []
@@ -156,7 +156,7 @@ def _park(
 
 
 def _inside(patch: Patch, size: int) -> Patch | None:
-    """The part of a patch that lies in the scene."""
+    """The patch cut to the scene; None where too little of it is left."""
     rows, columns = patch.coverage.shape
     x1, y1 = max(patch.left, 0), max(patch.top, 0)
     x2, y2 = min(patch.left + columns, size), min(patch.top + rows, size)
@@ -240,7 +240,7 @@ def _prepare(folder: Path, settings: AirfieldSettings, progress: Callable[[Itera
     return True
 
 
-def _write_scene(job: tuple[AirfieldSettings, str, int, str]) -> tuple[str, list[dict[str, Any]]]:
+def _write_scene(job: tuple[AirfieldSettings, str, int, str]) -> tuple[str, list[RLE]]:
     settings, split, index, folder = job
     cv2.setNumThreads(1)
     scene = draw_scene(settings, split, index)
@@ -250,7 +250,7 @@ def _write_scene(job: tuple[AirfieldSettings, str, int, str]) -> tuple[str, list
     return name, scene.masks
 
 
-def _coco(entries: list[tuple[str, list[dict[str, Any]]]], size: int) -> dict[str, Any]:
+def _coco(entries: list[tuple[str, list[RLE]]], size: int) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, (name, masks) in enumerate(entries, start=1):

@@ -26,7 +26,14 @@ class Recorder(HookBase):
     """
 
     def __init__(
-        self, folder: Path, listeners: Sequence[Listener], evaluate: Evaluate | None, epoch: int, period: int, metric: str
+        self,
+        folder: Path,
+        *,
+        listeners: Sequence[Listener],
+        evaluate: Evaluate | None,
+        epoch: int,
+        period: int,
+        metric: str,
     ) -> None:
         self.folder, self.listeners, self.evaluate = folder, listeners, evaluate
         self.epoch, self.period, self.metric = epoch, period, metric
@@ -95,7 +102,7 @@ class Saved(HookBase):
     def after_step(self) -> None:
         """Tell of a checkpoint; save one more where the training is to stop."""
         done = self.trainer.iter + 1
-        stop = bool(self.interrupt and self.interrupt.asked)
+        stop = bool(self.interrupt and self.interrupt.requested)
         safe = done % self.period == 0 or done == self.trainer.max_iter
         if stop and not safe:
             self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
@@ -110,6 +117,7 @@ class Saved(HookBase):
 def make_hooks(
     trainer: Any,
     folder: Path,
+    *,
     listeners: Sequence[Listener],
     evaluate: Evaluate | None,
     epoch: int,
@@ -119,7 +127,9 @@ def make_hooks(
     cfg = trainer.cfg
     period = cfg.SOLVER.CHECKPOINT_PERIOD
     metric = "mask_AP" if cfg.MODEL.MASK_ON else "AP"
-    recorder = Recorder(folder, listeners, evaluate, epoch, cfg.TEST.EVAL_PERIOD, metric)
+    recorder = Recorder(
+        folder, listeners=listeners, evaluate=evaluate, epoch=epoch, period=cfg.TEST.EVAL_PERIOD, metric=metric
+    )
     made = [hooks.IterationTimer(), hooks.LRScheduler(), recorder]
     if comm.is_main_process():
         made.append(hooks.PeriodicCheckpointer(trainer.checkpointer, period, max_to_keep=2))

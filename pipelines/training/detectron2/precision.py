@@ -18,7 +18,7 @@ def amp_precision(device: str) -> Precision:
 
 
 def make_stepper(model: torch.nn.Module, inputs: Any, optimizer: torch.optim.Optimizer, device: str, mixed: bool) -> Any:
-    """Detectron2's trainer of single steps, in mixed precision if asked for."""
+    """Detectron2's trainer of single steps, in mixed precision if requested."""
     if not mixed:
         return SimpleTrainer(model, inputs, optimizer)
     return MixedTrainer(model, inputs, optimizer, device, amp_precision(device))

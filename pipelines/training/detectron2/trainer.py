@@ -147,10 +147,11 @@ def _work(
     _log_to_file(folder)
     cfg = training_config(recipe, folder, device)
     batches = _batches(recipe, cfg, train)
-    told = listeners if comm.is_main_process() else ()
-    interrupt = Interrupt(told) if comm.get_world_size() == 1 else None
+    # Only one process logs and reports.
+    listeners = listeners if comm.is_main_process() else ()
+    interrupt = Interrupt(listeners) if comm.get_world_size() == 1 else None
     try:
-        trainer = _make_trainer(cfg, batches, _evaluation(recipe, cfg, val, batches.unreadable), told, interrupt)
+        trainer = _make_trainer(cfg, batches, _evaluation(recipe, cfg, val, batches.unreadable), listeners, interrupt)
         if trainer.checkpointer.has_checkpoint():
             try:
                 trainer.resume_or_load(resume=True)
@@ -210,16 +211,16 @@ def _batches(recipe: Detectron2Recipe, cfg: Any, train: Dataset) -> DetectorBatc
     return DetectorBatches(
         train,
         recipe.augmentation,
-        cfg.SOLVER.IMS_PER_BATCH,
-        recipe.window,
-        recipe.focus,
-        recipe.min_visible,
-        recipe.seed,
-        1.0,
-        has_masks(cfg),
-        edges,
-        cfg.INPUT.MAX_SIZE_TRAIN,
-        Unreadable(Path(cfg.OUTPUT_DIR)),
+        batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        window=recipe.window,
+        focus=recipe.focus,
+        min_visible=recipe.min_visible,
+        seed=recipe.seed,
+        zoom=1.0,
+        masks=has_masks(cfg),
+        edges=edges,
+        max_edge=cfg.INPUT.MAX_SIZE_TRAIN,
+        unreadable=Unreadable(Path(cfg.OUTPUT_DIR)),
     )
 
 
@@ -311,7 +312,9 @@ def _make_trainer(
         def build_hooks(self) -> list[Any]:
             from pipelines.training.detectron2.hooks import make_hooks
 
-            hooks, self.recorder = make_hooks(self, Path(cfg.OUTPUT_DIR), listeners, evaluate, len(batches), interrupt)
+            hooks, self.recorder = make_hooks(
+                self, Path(cfg.OUTPUT_DIR), listeners=listeners, evaluate=evaluate, epoch=len(batches), interrupt=interrupt
+            )
             return hooks
 
         def train(self) -> None:
