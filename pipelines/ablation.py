@@ -95,20 +95,18 @@ def ablation_key(keys: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()[:12]
 
 
-def find_parent(key: str, but_not: str | None = None) -> Run | None:
+def find_parent(client: MlflowClient, key: str, but_not: str | None = None) -> Run | None:
     """The newest parent run of this ablation, if there is one besides ``but_not``."""
-    client = MlflowClient()
     experiments = [e.experiment_id for e in client.search_experiments(max_results=1000)]
     runs = client.search_runs(experiments, f"tags.{KEY} = '{key}'", order_by=["attributes.start_time DESC"])
     return next((run for run in runs if run.info.run_id != but_not), None)
 
 
-def adopt_children(old: Run, parent_id: str) -> int:
+def adopt_children(client: MlflowClient, old: Run, parent_id: str) -> int:
     """Move the runs of an unfinished ablation under another parent and delete the old one; returns how many.
 
     MLflow keeps deleted runs restorable; the old parent held nothing that the new one does not.
     """
-    client = MlflowClient()
     children = client.search_runs([old.info.experiment_id], f"tags.`{PARENT}` = '{old.info.run_id}'")
     for child in children:
         client.set_tag(child.info.run_id, PARENT, parent_id)
@@ -117,9 +115,8 @@ def adopt_children(old: Run, parent_id: str) -> int:
     return len(children)
 
 
-def finished_child(parent_id: str, training_key: str) -> Run | None:
+def finished_child(client: MlflowClient, parent_id: str, training_key: str) -> Run | None:
     """The finished run of a variant under its parent, if there is one."""
-    client = MlflowClient()
     experiment = client.get_run(parent_id).info.experiment_id
     condition = f"tags.`{PARENT}` = '{parent_id}' and tags.training_key = '{training_key}' and status = 'FINISHED'"
     return next(iter(client.search_runs([experiment], condition)), None)
@@ -160,9 +157,9 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def curves(result: Result, name: str) -> tuple[list[int], list[float]]:
+def curves(client: MlflowClient, result: Result, name: str) -> tuple[list[int], list[float]]:
     """Steps and values of a metric of a variant's run."""
     if result.run is None:
         return [], []
-    points = sorted(MlflowClient().get_metric_history(result.run.info.run_id, name), key=lambda p: p.step)
+    points = sorted(client.get_metric_history(result.run.info.run_id, name), key=lambda p: p.step)
     return [p.step for p in points], [p.value for p in points]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import click
 
 # The default of options that a model version decides.
@@ -157,15 +162,12 @@ def compare(targets: tuple[str, ...], **options) -> None:  # type: ignore[no-unt
     curves, errors, intervals and pictures, and an MLflow run.
     """
     from pipelines.steps.cli_support import friendly
-    from scoring.commands import ComparisonRequest, run_comparison
 
     names = tuple(name for target in targets for name in target.split())
-    friendly(run_comparison)(ComparisonRequest(names, **options))
+    friendly(_compare)(names, options)
 
 
 def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str, **options) -> None:  # type: ignore[no-untyped-def]
-    from pathlib import Path
-
     from pipelines.data.readers.opening import check_exists
     from scoring.jobs.job import JobSettings, claim_folder
 
@@ -173,34 +175,28 @@ def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str
     check_exists(data)
     claim_folder(Path(out))
 
-    from models.images.rendering import parse_rendering
-    from models.runtime.devices import pick_device
-    from pipelines.tracking import mlflow_runs
-    from scoring.commands import Execution, check_logged, compare_jobs, open_for, resolve_all, score_version
+    from pipelines.registry.model_versions import Registry
+    from scoring.use_cases import Execution, ScoreRequest, score
 
-    uri = mlflow_runs.connect()
     address = None if options["ray_address"] == "none" else options["ray_address"]
     execution = Execution(options["runner"], address, _auto("actors", options))
-    # A cluster may have what this machine has not.
-    device = device if execution.address and device != "auto" else pick_device(device)
-    # What cannot be had is said before anything is scored.
-    versions = resolve_all(models)
     rendering = {key: None if options[key] == VERSION else options[key] for key in ("value_range", "bands")}
-    parse_rendering(rendering["value_range"], rendering["bands"])
-    datasets = open_for(versions, data, split, options["scene_pattern"])
-    for dataset in {id(d): d for d in datasets}.values():
-        click.echo(dataset.summary())
     more = {"shard_size": options["shard"], "workers": _auto("workers", options), "fresh": options["fresh"]}
     more |= rendering
     outputs = options["score_threshold"], options["overlays"], options["rle"]
     settings = JobSettings(_auto("batch", options), *outputs, _tiling(options), **more, precision=options["precision"])
-    each = zip(versions, datasets, strict=True)
-    runs = [score_version(*version, dataset, Path(out), settings, device, execution) for version, dataset in each]
-    _show([scored for scored, _ in runs], Path(out))
-    check_logged([job for _, job in runs])
-    click.echo(f"MLflow UI: {mlflow_runs.ui_link(uri)}")
-    compare_jobs([job for _, job in runs], datasets, Path(out))
-    worst = max(job.failures / len(dataset) for (_, job), dataset in zip(runs, datasets, strict=True))
+    request = ScoreRequest(
+        models=models,
+        data=data,
+        out=out,
+        split=split,
+        scene_pattern=options["scene_pattern"],
+        device=device,
+        settings=settings,
+        execution=execution,
+    )
+    jobs = score(Registry.connect(), request, _display())
+    worst = max(job.failures / (job.images + job.failures) for job in jobs)
     if worst > options["max_errors"]:
         click.echo(f"Error: {worst:.1%} of the images failed, more than --max-errors allows", err=True)
         raise SystemExit(3)
@@ -239,9 +235,24 @@ def _number(option: str, text: str, kind):  # type: ignore[no-untyped-def]
         raise click.UsageError(f"{name} {text}: expected {'a whole number' if kind is int else 'a number'}") from error
 
 
-def _export(folder: str, formats: str, out: str | None, score_threshold: float, overlays: int, rle) -> None:  # type: ignore[no-untyped-def]
-    from pathlib import Path
+def _compare(names: tuple[str, ...], options: dict[str, Any]) -> None:
+    from pipelines.registry.model_versions import Registry
+    from scoring.jobs.job import claim_folder
+    from scoring.use_cases import ComparisonRequest, compare_targets
 
+    claim_folder(Path(options["out"]))
+    compare_targets(Registry.connect(), ComparisonRequest(targets=names, **options), _display())
+
+
+def _display() -> Any:
+    """Bars and lines that count failed images."""
+    from pipelines.steps.cli_support import TERMINAL, show_progress
+    from scoring.reader import Failure
+
+    return replace(TERMINAL, items=partial(show_progress, failed=lambda scored: isinstance(scored[2], Failure)))
+
+
+def _export(folder: str, formats: str, out: str | None, score_threshold: float, overlays: int, rle) -> None:  # type: ignore[no-untyped-def]
     from scoring.jobs.export import FORMATS, export_job
 
     wanted = formats.split(",")
@@ -254,8 +265,6 @@ def _export(folder: str, formats: str, out: str | None, score_threshold: float, 
 
 
 def _evaluate(predictions: str, data: str, split: str, score_threshold: float, rle, category: str) -> None:  # type: ignore[no-untyped-def]
-    from pathlib import Path
-
     from pipelines.data.readers.opening import open_dataset
     from pipelines.evaluation.categories import PLANE
     from pipelines.evaluation.metrics import coco_tables
@@ -265,17 +274,6 @@ def _evaluate(predictions: str, data: str, split: str, score_threshold: float, r
     dataset = open_dataset(data, split, known if category == AUTO else category, keep=True)
     for evaluation in evaluate_file(Path(predictions), dataset, score_threshold, rle):
         click.echo(coco_tables(evaluation))
-
-
-def _show(runs, out) -> None:  # type: ignore[no-untyped-def]
-    from scoring.comparison.compare import comparison_table, render
-
-    # Versions of different classes are measured against different annotations.
-    for category in dict.fromkeys(run.category for run in runs):
-        table = comparison_table([run for run in runs if run.category == category])
-        click.echo(render(table))
-    if len(runs) > 1 and len({run.category for run in runs}) == 1:
-        table.to_csv(out / "comparison.csv", index=False)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import click
 
-from pipelines.steps.cli_support import friendly, stage
+from pipelines.steps.cli_support import TERMINAL, friendly, stage
+from pipelines.steps.options import AS_RECIPE
 
 
 @click.command()
 @click.option("--data", default="data/airfield", show_default=True, help="Data set; made where it does not exist.")
 @click.option("--out", default="predictions", show_default=True, help="Folder for the outputs of scoring.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--steps", default=AS_RECIPE, show_default=True, help="Steps of both trainings; a few show the way.")
 @friendly
-def main(data: str, out: str, device: str) -> None:
+def main(data: str, out: str, device: str, steps: str) -> None:
     """Make data, train a U-Net and a detector, compose them, register and promote all three, score the test set.
 
     What a second run finds done (data, equal trainings, promotions) it reuses.
@@ -33,17 +35,22 @@ def main(data: str, out: str, device: str) -> None:
             click.echo(f"{data}: taken as it is")
         else:
             prepare(data)
-    trained = [_train("unet", "demo_unet", "planes-unet", "2/6 U-Net", data, device)]
-    trained.append(_train("detector", "demo_detector", "planes-det", "3/6 detector", data, device))
-    from pipelines.steps.compose import ComposeRequest, compose
-    from pipelines.steps.promote import PromotionRequest, promote
+    from pipelines.registry.model_versions import Registry
+
+    registry = Registry.connect()
+    overrides = () if steps == AS_RECIPE else (f"steps={steps}",)
+    trained = [_train(registry, "unet", "demo_unet", "planes-unet", "2/6 U-Net", data, device, overrides)]
+    trained.append(_train(registry, "detector", "demo_detector", "planes-det", "3/6 detector", data, device, overrides))
+    from pipelines.use_cases.compose import ComposeRequest, compose
+    from pipelines.use_cases.promote import PromotionRequest, promote
 
     unet, detector = (f"{one.name}/{one.version}" for one in trained)
+    request = ComposeRequest(detector=detector, segmenter=unet, name="planes-inst", data=data, device=device, reuse=True)
     with stage("4/6 composition"):
-        composed = compose(ComposeRequest(detector, unet, "planes-inst", data, "exclusive", 0.0, device, reuse=True))
+        composed = compose(registry, request)
     with stage("5/6 promotion"):
         for version in (unet, detector, composed):
-            promote(PromotionRequest(version, "production", (data,), "test", device))
+            promote(registry, PromotionRequest(model=version, data=(data,), split="test", device=device), TERMINAL)
     with stage("6/6 scoring"):
         from scoring.cli import main as score
 
@@ -52,13 +59,17 @@ def main(data: str, out: str, device: str) -> None:
     _summary(trained, time.monotonic() - begin)
 
 
-def _train(task: str, recipe: str, name: str, title: str, data: str, device: str):  # type: ignore[no-untyped-def]
-    from pipelines.steps.options import TrainingRequest
-    from pipelines.steps.training import report, train_and_register
+def _train(registry, task: str, recipe: str, name: str, title: str, data: str, device: str, overrides: tuple[str, ...]):  # type: ignore[no-untyped-def]
+    from pipelines.steps.training import report
+    from pipelines.use_cases.requests import TrainingRequest
+    from pipelines.use_cases.training import train
 
+    request = TrainingRequest(
+        task=task, recipe=recipe, data=data, register_as=name, device=device, overrides=overrides, reuse=True
+    )
     with stage(title):
-        trained = train_and_register(TrainingRequest(task, recipe, data, name, device, (), reuse=True))
-        report(trained)
+        trained = train(registry, request, TERMINAL)
+        report(registry, trained)
     return trained
 
 

@@ -21,7 +21,12 @@ BEGUN = ".run"
 
 
 def log_job(
-    job: JobResult, resolved: Resolved, dataset: Dataset, params: dict[str, object], megabytes: float = math.nan
+    client: MlflowClient,
+    job: JobResult,
+    resolved: Resolved,
+    dataset: Dataset,
+    params: dict[str, object],
+    megabytes: float = math.nan,
 ) -> str:
     """Log one scoring as an MLflow run with its outputs; return the run's id.
 
@@ -34,7 +39,7 @@ def log_job(
     # Written while a run is being logged: after a stop, or a store that went away, it is gone on with.
     begun = job.folder / BEGUN
     resumed = begun.read_text() if begun.exists() else None
-    with mlflow_runs.tracked_run(f"score {job.label} on {dataset.name}/{dataset.split}", tags, resumed) as run:
+    with mlflow_runs.tracked_run(client, f"score {job.label} on {dataset.name}/{dataset.split}", tags, resumed) as run:
         begun.write_text(run.info.run_id)
         mlflow_runs.log_params(
             {**params, "model": job.label, "data_digest": dataset.digest(), "category": dataset.category}
@@ -59,19 +64,18 @@ def log_job(
     return run.info.run_id
 
 
-def load_scored(run_id: str) -> Scored:
+def load_scored(client: MlflowClient, run_id: str) -> Scored:
     """Read a past scoring run back.
 
     Raises:
         RegistryError: no such run, or not a scoring run.
     """
-    client = MlflowClient()
     try:
         run = client.get_run(run_id)
     except mlflow.MlflowException as error:
-        raise RegistryError(f"run {run_id!r}: not found ({one_line(error, 120)}); {recent_runs()}") from error
+        raise RegistryError(f"run {run_id!r}: not found ({one_line(error, 120)}); {recent_runs(client)}") from error
     if run.data.tags.get("task") != "score":
-        raise RegistryError(f"run {run_id!r}: not a scoring run; {recent_runs()}")
+        raise RegistryError(f"run {run_id!r}: not a scoring run; {recent_runs(client)}")
     prefix = run.data.tags.get("metric_prefix", "test/")
     metrics = {k.removeprefix(prefix): v for k, v in run.data.metrics.items() if k.startswith(prefix)}
     failed = int(run.data.metrics.get("errors", 0))
@@ -95,18 +99,18 @@ def load_scored(run_id: str) -> Scored:
     )
 
 
-def recent_runs(most: int = 5) -> str:
+def recent_runs(client: MlflowClient, most: int = 5) -> str:
     """The newest scoring runs, for error messages."""
-    experiments = [e.experiment_id for e in MlflowClient().search_experiments(max_results=100)]
-    runs = MlflowClient().search_runs(experiments, "tags.task = 'score'", max_results=most)
+    experiments = [e.experiment_id for e in client.search_experiments(max_results=100)]
+    runs = client.search_runs(experiments, "tags.task = 'score'", max_results=most)
     listed = ", ".join(f"{r.info.run_id} ({r.data.tags.get('version', '?')})" for r in runs)
     return f"newest scoring runs: {listed}" if listed else "there are no scoring runs yet"
 
 
-def log_comparison(folder: Path, comparison: Comparison, dataset: Dataset) -> str:
+def log_comparison(client: MlflowClient, folder: Path, comparison: Comparison, dataset: Dataset) -> str:
     """Log a comparison with its report, table and differences as a run of its own; return the run's id."""
     labels = comparison.labels
-    with mlflow_runs.tracked_run(f"compare {', '.join(labels)}", {"task": "compare"}) as run:
+    with mlflow_runs.tracked_run(client, f"compare {', '.join(labels)}", {"task": "compare"}) as run:
         mlflow_runs.log_params({"models": ", ".join(labels), **comparison.settings})
         mlflow_runs.log_dataset(dataset, "comparison")
         for pair in comparison.pairs:

@@ -35,8 +35,8 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking import MlflowClient
 
 from models.errors import RegistryError, one_line
-from pipelines.registry.model_versions import JOURNAL, JOURNAL_OF, search_versions
-from pipelines.tracking.mlflow_runs import denied, store_errors
+from pipelines.registry.model_versions import JOURNAL, JOURNAL_OF, Registry
+from pipelines.tracking.mlflow_runs import addressed, denied, store_errors
 
 # Journals of 0.6.0, one a model.
 SUFFIX = "-journal"
@@ -106,16 +106,16 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
-def read_journal(name: str) -> list[Entry]:
+def read_journal(registry: Registry, name: str) -> list[Entry]:
     """All entries about a registered model, oldest first; none where nothing was ever moved.
 
     Raises:
         RegistryError: the store refuses.
     """
     with store_errors(f"journal of {name}: cannot be read"):
-        earlier = _oldest_first(f"name = '{_quoted(name)}{SUFFIX}'")
-        versions = _oldest_first(f"name = '{JOURNAL}' and tags.{JOURNAL_OF} = '{_quoted(name)}'")
-        proofs = _proofs(name) if versions else {}
+        earlier = _oldest_first(registry, f"name = '{_quoted(name)}{SUFFIX}'")
+        versions = _oldest_first(registry, f"name = '{JOURNAL}' and tags.{JOURNAL_OF} = '{_quoted(name)}'")
+        proofs = _proofs(registry, name) if versions else {}
     entries = [_entry(v, "", EARLIER.get(v.tags.get("state", ""), "pending")) for v in earlier if JOURNAL_OF in v.tags]
     for version in versions:
         token = version.tags.get("token", "")
@@ -139,13 +139,13 @@ def _quoted(name: str) -> str:
     return name.replace("'", "")
 
 
-def _oldest_first(condition: str) -> list[ModelVersion]:
-    return search_versions(condition)[::-1]
+def _oldest_first(registry: Registry, condition: str) -> list[ModelVersion]:
+    return registry.search_versions(condition)[::-1]
 
 
-def _proofs(name: str) -> dict[str, str]:
+def _proofs(registry: Registry, name: str) -> dict[str, str]:
     """Token -> "state digest" of the moves that the model itself knows of."""
-    tags = MlflowClient().get_registered_model(name).tags
+    tags = registry.client.get_registered_model(name).tags
     return {key.removeprefix(MOVE_TAG): value for key, value in tags.items() if key.startswith(MOVE_TAG)}
 
 
@@ -200,13 +200,13 @@ def effective_entries(entries: Sequence[Entry], alias: str) -> list[Entry]:
     return [e for e in entries if e.move.alias == alias and e.state != "superseded"]
 
 
-def append(name: str, move: Move) -> Entry:
+def append(registry: Registry, name: str, move: Move) -> Entry:
     """Add a move; the entry tells whether it counts.
 
     Raises:
         RegistryError: the store refuses, or this user may not edit the model or the journal.
     """
-    client, token = MlflowClient(), uuid.uuid4().hex
+    client, token = registry.client, uuid.uuid4().hex
     tags = {JOURNAL_OF: name, "alias": move.alias, "kind": move.kind, "to": move.to, "from": move.origin or NOTHING}
     tags |= {"after": move.after, "why": move.why[:LONGEST] or NOTHING, "by": whoami(), "at": now()}
     tags |= {"run": move.run or NOTHING, "token": token}
@@ -217,14 +217,15 @@ def append(name: str, move: Move) -> Entry:
         client.set_registered_model_tag(name, MOVE_TAG + token, f"pending {_digest(tags)}")
         _open_journal(client)
         written = True
-        _add(client, f"models:/{name}/{move.to}", tags, said)
+        with addressed(client):
+            _add(client, f"models:/{name}/{move.to}", tags, said)
     except MlflowException as error:
         hint = f"; you need the right to edit {name} and {JOURNAL}" if denied(error) else ""
         if written and not hint:
             # The answer may have got lost, the entry not: what is told to have failed must not happen later.
             hint = _give_up(client, name, MOVE_TAG + token, f"aborted {_digest(tags)}")
         raise RegistryError(f"{JOURNAL}: cannot be written ({one_line(error, 200)}){hint}") from error
-    added = next((e for e in read_journal(name) if e.token == token), None)
+    added = next((e for e in read_journal(registry, name) if e.token == token), None)
     if added is None:
         raise RegistryError(f"{JOURNAL}: the entry for {name} is not there any more; somebody deleted or changed it")
     return added
@@ -268,13 +269,13 @@ def _open_journal(client: MlflowClient) -> None:
                 raise
 
 
-def mark(name: str, entry: Entry, state: State) -> None:
+def mark(registry: Registry, name: str, entry: Entry, state: State) -> None:
     """Note how an entry ended.
 
     Raises:
         RegistryError: the store refuses.
     """
-    client = MlflowClient()
+    client = registry.client
     with store_errors(f"{name}: its tag of a move cannot be written", KeyError):
         if not entry.token:
             word = next(earlier for earlier, now in EARLIER.items() if now == state)

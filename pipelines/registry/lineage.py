@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,12 +14,11 @@ from typing import Any
 import mlflow
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.tracking import MlflowClient
 
 from models.errors import RegistryError
 from models.saved.allowed_files import COMPONENTS
-from pipelines.registry import journal, model_versions
-from pipelines.registry.model_versions import Resolved
+from pipelines.registry import journal
+from pipelines.registry.model_versions import DIGEST, Registry, Resolved
 from pipelines.registry.training_images import TRAINING_IMAGES_FILE, TrainingImages
 from pipelines.tracking.mlflow_runs import store_errors
 
@@ -26,20 +26,18 @@ from pipelines.tracking.mlflow_runs import store_errors
 MOST_BYTES = 1_000_000_000
 
 
-def overview(names: Iterable[str] | None = None) -> list[dict[str, Any]]:
+def overview(registry: Registry, names: Iterable[str] | None = None) -> list[dict[str, Any]]:
     """One row per version of the models, newest first: aliases, metrics, data, commit, engine.
 
     Raises:
         RegistryError: a name that is not registered.
     """
     rows = []
-    for name in names or model_versions.registered_names():
-        versions = model_versions.versions_of(name)
+    for name in names or registry.registered_names():
+        versions = registry.versions_of(name)
         if not versions:
-            raise RegistryError(
-                f"{name}: no such registered model; registered: {', '.join(model_versions.registered_names())}"
-            )
-        aliases = _by_version(model_versions.aliases_of(name))
+            raise RegistryError(f"{name}: no such registered model; registered: {', '.join(registry.registered_names())}")
+        aliases = _by_version(registry.aliases_of(name))
         for version in sorted(versions, key=lambda v: -int(v.version)):
             tags = version.tags
             row = {"version": f"{name}/{version.version}", "aliases": ", ".join(aliases.get(str(version.version), []))}
@@ -77,21 +75,21 @@ def _date(milliseconds: int | None) -> str:
     return datetime.fromtimestamp((milliseconds or 0) / 1000, UTC).strftime("%Y-%m-%d %H:%MZ")
 
 
-def lineage(version: Resolved) -> dict[str, Any]:
+def lineage(registry: Registry, version: Resolved) -> dict[str, Any]:
     """Everything that is known of a version: data, code, run, parts, gates, promotions, and who uses it.
 
     Raises:
         RegistryError: the store refuses.
     """
-    record = model_versions.version_of(version)
-    tags, run = record.tags, _run(record.run_id)
+    record = registry.version_of(version)
+    tags, run = record.tags, _run(registry, record.run_id)
     facts: dict[str, Any] = {"version": version.label, "made": _date(record.creation_timestamp)}
     facts["by"] = run.data.tags.get("mlflow.user", "unknown") if run else "unknown"
-    facts["aliases"] = _by_version(model_versions.aliases_of(str(version.name))).get(str(version.version), [])
+    facts["aliases"] = _by_version(registry.aliases_of(str(version.name))).get(str(version.version), [])
     facts["stage"] = record.current_stage or "None"
     facts["engine"], facts["recipe"] = tags.get("engine", "unknown"), tags.get("recipe", "none")
     facts["trained on"] = f"{tags.get('data', 'unknown')} (digest {tags.get('data_digest', 'unknown')})"
-    images = read_training_images(version)
+    images = read_training_images(registry, version)
     count = "not known" if images is None else str(len(images.images))
     facts["training images"] = "; not known of ".join([count, *(images.unknown if images else [])])
     facts["tested on"] = f"digest {tags.get('test_digest', 'none')}"
@@ -101,40 +99,39 @@ def lineage(version: Resolved) -> dict[str, Any]:
     facts["parts"] = [f"{role}: {tags[role]}" for role in COMPONENTS if role in tags]
     facts["copied from"] = tags.get("copied_from", "")
     facts["metrics"] = _metrics(tags)
-    facts["files"] = (
-        f"digest {tags.get(model_versions.DIGEST, 'none')}, weights sha256 {tags.get('weights_sha256', 'unknown')}"
-    )
-    facts["gates"] = _gates(_run(tags.get("last_gates_run")))
-    entries = journal.read_journal(str(version.name))
+    facts["files"] = f"digest {tags.get(DIGEST, 'none')}, weights sha256 {tags.get('weights_sha256', 'unknown')}"
+    facts["gates"] = _gates(registry, _run(registry, tags.get("last_gates_run")))
+    entries = journal.read_journal(registry, str(version.name))
     facts["moves"] = [format_entry(e) for e in entries if str(version.version) in (e.move.to, e.move.origin)]
-    facts["used by"] = users(version)
+    facts["used by"] = users(registry, version)
     return facts
 
 
-def read_training_images(version: Resolved) -> TrainingImages | None:
+def read_training_images(registry: Registry, version: Resolved) -> TrainingImages | None:
     """A version's training images; None where it has no list (registered before 0.6.1, or imported).
 
     Raises:
         RegistryError: the artefacts cannot be read, or are no such list.
     """
-    return model_versions.read_parsed(version, TRAINING_IMAGES_FILE, TrainingImages, MOST_BYTES) if version.name else None
+    return registry.read_parsed(version, TRAINING_IMAGES_FILE, TrainingImages, MOST_BYTES) if version.name else None
 
 
-def _run(run_id: str | None) -> Run | None:
+def _run(registry: Registry, run_id: str | None) -> Run | None:
     try:
-        return MlflowClient().get_run(run_id) if run_id else None
+        return registry.client.get_run(run_id) if run_id else None
     except mlflow.MlflowException:
         return None
 
 
-def _gates(run: Run | None) -> list[str]:
+def _gates(registry: Registry, run: Run | None) -> list[str]:
     """What the last gates said, one line each."""
     if run is None:
         return []
     decision = f"{run.data.tags.get('decision', 'not decided')} (run {run.info.run_id}): {run.data.tags.get('reason', '')}"
     try:
-        content = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/checks.json")
-        checks = content.get("checks", [])
+        with tempfile.TemporaryDirectory() as folder:
+            path = registry.client.download_artifacts(run.info.run_id, "checks.json", folder)
+            checks = json.loads(Path(path).read_bytes()).get("checks", [])
     except (mlflow.MlflowException, OSError, ValueError):
         return [decision]
     lines = [
@@ -153,14 +150,14 @@ def format_entry(entry: journal.Entry) -> str:
     return f"{entry.at} {what.alias}: {what.origin or 'none'} -> {what.to}, {what.kind} by {entry.by}{state}: {what.why}"
 
 
-def users(version: Resolved) -> list[str]:
+def users(registry: Registry, version: Resolved) -> list[str]:
     """What a version is used by: compositions that hold it, copies of it, and scoring runs."""
-    client, found = MlflowClient(), []
+    client, found = registry.client, []
     for role in COMPONENTS:
         # Only versions of planes-inst have such tags, of any name.
-        for other in model_versions.search_versions(f"tags.{role} = '{version.label}'"):
+        for other in registry.search_versions(f"tags.{role} = '{version.label}'"):
             found.append(f"{role} of {other.name}/{other.version}")
-    for other in model_versions.search_versions(f"tags.copied_from = '{version.label}'"):
+    for other in registry.search_versions(f"tags.copied_from = '{version.label}'"):
         found.append(f"copied to {other.name}/{other.version}")
     experiments = [e.experiment_id for e in client.search_experiments(max_results=1000)]
     quoted = version.label.replace("'", "")
@@ -171,20 +168,20 @@ def users(version: Resolved) -> list[str]:
     return found
 
 
-def difference(first: Resolved, second: Resolved) -> list[tuple[str, str, str, str]]:
+def difference(registry: Registry, first: Resolved, second: Resolved) -> list[tuple[str, str, str, str]]:
     """How two versions differ: (section, key, value of the first, of the second), equal rows left out.
 
     Raises:
         RegistryError: the store refuses.
     """
-    records = [model_versions.version_of(v) for v in (first, second)]
-    runs = [_run(r.run_id) for r in records]
+    records = [registry.version_of(v) for v in (first, second)]
+    runs = [_run(registry, r.run_id) for r in records]
     sections: dict[str, list[Mapping[str, Any]]] = {
         "params": [r.data.params if r else {} for r in runs],
         "metrics": [_metrics(r.tags) for r in records],
         "data": [_some(r, ("data", "data_digest", "test_digest")) for r in records],
         "code": [_some(r, ("git_commit", "git_changed", "engine", "recipe", *COMPONENTS)) for r in records],
-        "files": [_some(r, (model_versions.DIGEST, "weights_sha256")) for r in records],
+        "files": [_some(r, (DIGEST, "weights_sha256")) for r in records],
     }
     rows = []
     for section, (ours, theirs) in sections.items():
@@ -199,9 +196,9 @@ def _some(record: ModelVersion, keys: Iterable[str]) -> dict[str, str]:
     return {k: record.tags[k] for k in keys if k in record.tags}
 
 
-def code_difference(first: Resolved, second: Resolved) -> str:
+def code_difference(registry: Registry, first: Resolved, second: Resolved) -> str:
     """``git diff --stat`` between the commits of two versions; empty where git or the commits are not at hand."""
-    commits = [model_versions.version_of(v).tags.get("git_commit", "unknown") for v in (first, second)]
+    commits = [registry.version_of(v).tags.get("git_commit", "unknown") for v in (first, second)]
     if "unknown" in commits or commits[0] == commits[1]:
         return ""
     root = Path(__file__).parents[2]
@@ -221,23 +218,23 @@ class Kept:
     reason: str
 
 
-def sweep(name: str, keep_newest: int) -> list[Kept]:
+def sweep(registry: Registry, name: str, keep_newest: int) -> list[Kept]:
     """For each version of a model, why it is needed: aliases, stages, compositions, the journal, runs of scoring, age.
 
     Raises:
         RegistryError: the store refuses.
     """
-    aliases = _by_version(model_versions.aliases_of(name))
-    versions = sorted(model_versions.versions_of(name), key=lambda v: -int(v.version))
+    aliases = _by_version(registry.aliases_of(name))
+    versions = sorted(registry.versions_of(name), key=lambda v: -int(v.version))
     named: dict[str, str] = {}
-    for entry in journal.read_journal(name):
+    for entry in journal.read_journal(registry, name):
         for number in (entry.move.to, entry.move.origin):
             if number and entry.state in ("committed", "pending"):
                 named[number] = f"was {entry.move.alias}"
     result = []
     for place, record in enumerate(versions):
         number = str(record.version)
-        used = users(model_versions.resolve(f"{name}/{number}"))
+        used = users(registry, registry.resolve(f"{name}/{number}"))
         reasons = [
             *aliases.get(number, []),
             *([record.current_stage] if record.current_stage not in (None, "None") else []),
@@ -248,14 +245,14 @@ def sweep(name: str, keep_newest: int) -> list[Kept]:
     return result
 
 
-def delete(name: str, version: str, keep_newest: int) -> None:
+def delete(registry: Registry, name: str, version: str, keep_newest: int) -> None:
     """Delete a version that nothing names, looking once more; its artefacts stay until ``mlflow gc``.
 
     Raises:
         RegistryError: it is named by now, or the store refuses.
     """
-    needed = next((k.reason for k in sweep(name, keep_newest) if k.version == version), "")
+    needed = next((k.reason for k in sweep(registry, name, keep_newest) if k.version == version), "")
     if needed:
         raise RegistryError(f"{name}/{version}: is needed by now ({needed})")
     with store_errors(f"{name}/{version}: cannot be deleted"):
-        MlflowClient().delete_model_version(name, version)
+        registry.client.delete_model_version(name, version)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlflow
-from mlflow.tracking import MlflowClient
 
 from models.errors import RegistryError, one_line
-from pipelines.registry import journal, model_versions
+from pipelines.registry import journal
 from pipelines.registry.journal import Entry, Kind, Move
+from pipelines.registry.model_versions import Registry
 from pipelines.tracking.mlflow_runs import denied, store_errors
 
 PRODUCTION, PREVIOUS, CHALLENGER = "production", "previous", "challenger"
@@ -36,7 +36,7 @@ class AliasState:
     finished: Entry | None = None
 
 
-def read_alias_state(name: str, alias: str, look_only: bool = False) -> AliasState:
+def read_alias_state(registry: Registry, name: str, alias: str, look_only: bool = False) -> AliasState:
     """Read where an alias stands; an interrupted move is completed first, unless ``look_only``.
 
     Raises:
@@ -45,18 +45,18 @@ def read_alias_state(name: str, alias: str, look_only: bool = False) -> AliasSta
     alias = checked_alias(alias)
     finished = None
     for _ in range(TRIES):
-        finished = finished if look_only else complete_pending(name, alias) or finished
-        last = _last(name, alias)
-        version = model_versions.find_alias(name, alias)
+        finished = finished if look_only else complete_pending(registry, name, alias) or finished
+        last = _last(registry, name, alias)
+        version = registry.find_alias(name, alias)
         # Alias and journal are read one after the other; nobody may have written in between.
-        if _last(name, alias) == last and (look_only or last is None or last.state != "pending"):
+        if _last(registry, name, alias) == last and (look_only or last is None or last.state != "pending"):
             return AliasState(name, alias, version, last.id if last else journal.FIRST, finished)
     raise RegistryError(f"{name}: {alias} is being moved all the time; try again")
 
 
-def _last(name: str, alias: str) -> Entry | None:
+def _last(registry: Registry, name: str, alias: str) -> Entry | None:
     """The last entry of an alias that counts."""
-    return next(reversed(journal.effective_entries(journal.read_journal(name), alias)), None)
+    return next(reversed(journal.effective_entries(journal.read_journal(registry, name), alias)), None)
 
 
 def checked_alias(alias: str) -> str:
@@ -71,131 +71,131 @@ def checked_alias(alias: str) -> str:
     return written
 
 
-def move(at: AliasState, to: str, kind: Kind, why: str, run: str = "") -> Entry:
+def move(registry: Registry, at: AliasState, to: str, kind: Kind, why: str, run: str = "") -> Entry:
     """Move the alias, if it still stands where the decision found it.
 
     Raises:
         RegistryError: another process was faster (saying which and why), or the store refuses.
     """
-    entry = journal.append(at.name, Move(at.alias, kind, to, at.version, at.after, why, run))
+    entry = journal.append(registry, at.name, Move(at.alias, kind, to, at.version, at.after, why, run))
     if entry.state == "superseded":
         # For good, whatever becomes of the entries that were faster.
-        journal.mark(at.name, entry, "superseded")
-        entries = journal.effective_entries(journal.read_journal(at.name), at.alias)
+        journal.mark(registry, at.name, entry, "superseded")
+        entries = journal.effective_entries(journal.read_journal(registry, at.name), at.alias)
         # Of several moves since, the one that took this one's place.
         first = next((e for e in entries if e.move.after == at.after), entries[-1] if entries else entry)
         raise RegistryError(
             f"{at.name}: {at.alias} was moved to version {first.move.to} by {first.by} at {first.at} meanwhile "
             f"({first.move.why}); {at.name}/{to} was not promoted: decide again"
         )
-    return finish(at.name, entry)
+    return finish(registry, at.name, entry)
 
 
-def finish(name: str, entry: Entry) -> Entry:
+def finish(registry: Registry, name: str, entry: Entry) -> Entry:
     """Do what an entry says; may be done again, and by several processes at once.
 
     Raises:
         RegistryError: the alias was moved past the journal, or the store refuses.
     """
     alias, to = entry.move.alias, entry.move.to
-    current = model_versions.find_alias(name, alias)
+    current = registry.find_alias(name, alias)
     if current not in (to, entry.move.origin):
-        latest = next((e for e in journal.read_journal(name) if e.id == entry.id), entry)
+        latest = next((e for e in journal.read_journal(registry, name) if e.id == entry.id), entry)
         if latest.state == "committed":
             return latest
-        journal.mark(name, entry, "aborted")
+        journal.mark(registry, name, entry, "aborted")
         raise RegistryError(
             f"{name}: {alias} was moved to version {current or 'none'} past planes-registry meanwhile; "
             f"version {to} was not promoted: decide again"
         )
-    if not _exists(name, to):
-        journal.mark(name, entry, "aborted")
+    if not _exists(registry, name, to):
+        journal.mark(registry, name, entry, "aborted")
         raise RegistryError(f"{name}: version {to} was deleted before {alias} could be moved to it")
     if current != to:
-        model_versions.set_alias(name, alias, to)
+        registry.set_alias(name, alias, to)
     # Whoever was held up between the look and the move may have undone a later one.
-    entries = journal.effective_entries(journal.read_journal(name), alias)
+    entries = journal.effective_entries(journal.read_journal(registry, name), alias)
     place = next((i for i, e in enumerate(entries) if e.id == entry.id), len(entries))
     later = [e for e in entries[place + 1 :] if e.state != "aborted"]
     if later:
-        model_versions.set_alias(name, alias, later[-1].move.to)
-        return finish(name, later[-1])
+        registry.set_alias(name, alias, later[-1].move.to)
+        return finish(registry, name, later[-1])
     if place == len(entries) or entries[place].state == "aborted":
-        _undo(name, entry, [e for e in entries[:place] if e.state != "aborted"])
+        _undo(registry, name, entry, [e for e in entries[:place] if e.state != "aborted"])
         raise RegistryError(f"{name}: {alias} was moved past planes-registry meanwhile, and so was this move: decide again")
-    _follow(name, entry)
-    journal.mark(name, entry, "committed")
+    _follow(registry, name, entry)
+    journal.mark(registry, name, entry, "committed")
     return entry
 
 
-def _undo(name: str, entry: Entry, earlier: Sequence[Entry]) -> None:
+def _undo(registry: Registry, name: str, entry: Entry, earlier: Sequence[Entry]) -> None:
     """Put an alias back that was moved for an entry which had been abandoned meanwhile."""
     back = earlier[-1].move.to if earlier else entry.move.origin
     if back is not None:
-        model_versions.set_alias(name, entry.move.alias, back)
+        registry.set_alias(name, entry.move.alias, back)
     else:
-        _drop_alias(name, entry.move.alias)
+        _drop_alias(registry, name, entry.move.alias)
 
 
-def complete_pending(name: str, alias: str) -> Entry | None:
+def complete_pending(registry: Registry, name: str, alias: str) -> Entry | None:
     """Complete an alias's last move if it was interrupted; return it if there was one.
 
     Raises:
         RegistryError: the store refuses.
     """
-    last = _last(name, alias)
+    last = _last(registry, name, alias)
     if last is None or last.state != "pending":
         return None
     try:
-        return finish(name, last)
+        return finish(registry, name, last)
     except RegistryError:
         # Abandoned: the alias stands where somebody else put it. Anything else is an error still.
-        again = _last(name, alias)
+        again = _last(registry, name, alias)
         if again is not None and again.state == "pending":
             raise
         return None
 
 
-def _exists(name: str, version: str) -> bool:
+def _exists(registry: Registry, name: str, version: str) -> bool:
     try:
-        return MlflowClient().get_model_version(name, version) is not None
+        return registry.client.get_model_version(name, version) is not None
     except mlflow.MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False
         raise RegistryError(f"{name}/{version}: cannot be read ({one_line(error, 200)})") from error
 
 
-def _follow(name: str, entry: Entry) -> None:
+def _follow(registry: Registry, name: str, entry: Entry) -> None:
     """What goes with an alias: `previous`, the stage, tags of who, when, why and from which; a challenger that won."""
-    client, what = MlflowClient(), entry.move
+    client, what = registry.client, entry.move
     tags = {"": what.why, "_by": entry.by, "_at": entry.at, "_from": what.origin or "none", "_run": what.run or "none"}
     with store_errors(f"{name}: {what.alias} was moved, but not all that goes with it"):
         for ending, value in tags.items():
             client.set_model_version_tag(name, what.to, f"promoted_to_{what.alias}{ending}", value[:4000])
         if what.alias == PRODUCTION:
-            earlier = before(journal.read_journal(name), what.alias)
-            if earlier is not None and _exists(name, earlier):
-                model_versions.set_alias(name, PREVIOUS, earlier)
-            elif model_versions.find_alias(name, PREVIOUS) is not None:
-                _drop_alias(name, PREVIOUS)
-            if model_versions.find_alias(name, CHALLENGER) == what.to:
-                _drop_alias(name, CHALLENGER)
-    mirror_stage(name, what.alias, what.to)
+            earlier = before(journal.read_journal(registry, name), what.alias)
+            if earlier is not None and _exists(registry, name, earlier):
+                registry.set_alias(name, PREVIOUS, earlier)
+            elif registry.find_alias(name, PREVIOUS) is not None:
+                _drop_alias(registry, name, PREVIOUS)
+            if registry.find_alias(name, CHALLENGER) == what.to:
+                _drop_alias(registry, name, CHALLENGER)
+    mirror_stage(registry, name, what.alias, what.to)
 
 
-def _drop_alias(name: str, alias: str) -> None:
+def _drop_alias(registry: Registry, name: str, alias: str) -> None:
     """Remove an alias that tells nothing any more; it stays where this user may move aliases but not delete them.
 
     MLflow's logins ask for MANAGE to delete. A move, above all a rollback, must not fail for that.
     """
     try:
-        MlflowClient().delete_registered_model_alias(name, alias)
+        registry.client.delete_registered_model_alias(name, alias)
     except mlflow.MlflowException as error:
         if not denied(error):
             raise
 
 
-def mirror_stage(name: str, alias: str, version: str) -> bool:
+def mirror_stage(registry: Registry, name: str, alias: str, version: str) -> bool:
     """Put a version into MLflow's old stage of that name, the others there to Archived; False without stages."""
     stage = STAGES.get(alias)
     if stage is None:
@@ -203,10 +203,10 @@ def mirror_stage(name: str, alias: str, version: str) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            client = MlflowClient()
+            client = registry.client
             client.transition_model_version_stage(name, version, stage)
             # MLflow's own archive_existing_versions fails on PostgreSQL (3.17: it compares numbers with texts).
-            for other in model_versions.versions_of(name):
+            for other in registry.versions_of(name):
                 if other.current_stage == stage and str(other.version) != version:
                     client.transition_model_version_stage(name, str(other.version), "Archived")
         except (mlflow.MlflowException, AttributeError):
@@ -244,17 +244,17 @@ def before(entries: Sequence[Entry], alias: str, stands: str | None = None) -> s
     return pile[-2] if len(pile) > 1 else None
 
 
-def rollback_target(at: AliasState) -> str:
+def rollback_target(registry: Registry, at: AliasState) -> str:
     """The version to go back to.
 
     Raises:
         RegistryError: nothing stood there before.
     """
-    target = before(journal.read_journal(at.name), at.alias, at.version)
+    target = before(journal.read_journal(registry, at.name), at.alias, at.version)
     if target is None and at.alias == PRODUCTION:
         # Promoted by releases that kept no journal.
-        target = model_versions.find_alias(at.name, PREVIOUS)
+        target = registry.find_alias(at.name, PREVIOUS)
     if target is None or target == at.version:
-        known = model_versions.describe(at.name)
+        known = registry.describe(at.name)
         raise RegistryError(f"{at.name}: no version is known that was {at.alias} before; give --version ({known})")
     return target

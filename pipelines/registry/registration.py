@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import ModelSignature
-from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
 
@@ -26,7 +25,7 @@ from models.errors import RegistryError
 from models.instances import to_rows
 from models.loading import load_model
 from models.saved.folder import folder_digest
-from pipelines.registry.model_versions import DIGEST, JOURNAL, logged_model_id
+from pipelines.registry.model_versions import DIGEST, JOURNAL, Registry
 from pipelines.registry.training_images import TRAINING_IMAGES_FILE, TrainingImages
 from pipelines.tracking.mlflow_runs import store_errors
 
@@ -68,6 +67,7 @@ SIGNATURE = ModelSignature(
 
 
 def log_and_register(
+    registry: Registry,
     folder: Path,
     name: str,
     example: np.ndarray,
@@ -76,7 +76,9 @@ def log_and_register(
     register: bool = True,
     trained_on: TrainingImages | None = None,
 ) -> tuple[ModelVersion | None, str]:
-    """Log a saved folder to the active run as a models-from-code pyfunc and, with ``register``, register it.
+    """Log a saved folder to the active run, which is one of this registry's, and with ``register`` register it.
+
+    It is logged as a models-from-code pyfunc.
 
     Args:
         example: RGB uint8 image, logged (base64 PNG) as the input example, with what the model predicts for it.
@@ -90,13 +92,12 @@ def log_and_register(
     Raises:
         RegistryError: the store refuses.
     """
-    client = MlflowClient()
     if name == JOURNAL:
         raise RegistryError(f"{name}: is the journal of promotions; give the model another name")
     with store_errors(f"{name}: cannot be registered"):
-        for known in client.search_model_versions(f"run_id = '{run_id}'"):
+        for known in registry.search_versions(f"run_id = '{run_id}'"):
             if known.name == name:
-                return known, str(logged_model_id(known))
+                return known, str(registry.logged_model_id(known))
         with tempfile.TemporaryDirectory() as work:
             shown = Path(work) / EXAMPLE_FILE
             shown.write_text(json.dumps(_answered(example, folder)))

@@ -16,8 +16,7 @@ from models.images.decoding import read_image
 from models.instances import RLE, Instances, from_rows
 from models.loading import load_model
 from models.saved.folder import folder_digest
-from pipelines.registry import model_versions
-from pipelines.registry.model_versions import Resolved
+from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.registry.registration import EXAMPLE_FILE
 
 MOST_BYTES = 200_000_000
@@ -84,27 +83,27 @@ class Example(BaseModel):
             raise DataError(f"{EXAMPLE_FILE}: image is not valid base64") from error
 
 
-def read_example(version: Resolved) -> Example | None:
+def read_example(registry: Registry, version: Resolved) -> Example | None:
     """A version's example; None where it has none (registered by a release before 0.6).
 
     Raises:
         RegistryError: the artefacts cannot be read, or are no example.
     """
-    return model_versions.read_parsed(version, EXAMPLE_FILE, Example, MOST_BYTES)
+    return registry.read_parsed(version, EXAMPLE_FILE, Example, MOST_BYTES)
 
 
-def verify(version: Resolved) -> list[Finding]:
+def verify(registry: Registry, version: Resolved) -> list[Finding]:
     """Hash the files again, load the model, predict the example on the CPU and hold it against what was logged."""
     findings = []
     try:
-        folder = model_versions.fetch(version)
+        folder = registry.fetch(version)
         if version.digest is None:
             findings.append(Finding("files", None, "no digest was noted when it was registered"))
         else:
             findings.append(Finding("files", True, f"are those of digest {folder_digest(folder)[:16]}"))
         predictor = load_model(folder, "cpu")
         findings.append(Finding("model", True, "loads"))
-        example = read_example(version)
+        example = read_example(registry, version)
         if example is None:
             findings.append(Finding("example", None, "no output was logged when it was registered"))
         else:

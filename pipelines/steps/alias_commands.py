@@ -12,8 +12,10 @@ import click
 from tabulate import tabulate
 
 from models.errors import RegistryError
-from pipelines.registry import journal, lineage, model_versions, promotion
-from pipelines.tracking import mlflow_runs
+from pipelines.registry import journal, promotion
+from pipelines.registry.model_versions import Registry
+from pipelines.steps.cli_support import TERMINAL
+from pipelines.use_cases.rollback import rollback
 
 
 def promote_version(
@@ -30,46 +32,42 @@ def promote_version(
 ) -> bool:
     """Promote; with ``NAME@ALIAS`` as target a copy of the version in that model. False where a gate failed."""
     from pipelines.registry.copying import copy_version
-    from pipelines.steps.promote import PromotionRequest, promote
+    from pipelines.use_cases.promote import PromotionRequest, promote
 
-    mlflow_runs.connect()
+    registry = Registry.connect()
     name, sign, alias = target.rpartition("@")
     promotion.checked_alias(alias)
-    if sign and name != model_versions.resolve(model).name:
-        version = model_versions.resolve(model)
+    if sign and name != registry.resolve(model).name:
+        version = registry.resolve(model)
         if dry_run:
             raise RegistryError(f"--dry-run: {version.label} has no copy in {name} yet; give --to {alias} to try its gates")
-        copied = copy_version(version, name)
+        copied = copy_version(registry, version, name)
         click.echo(f"{version.label} is {copied.label} there")
         model = copied.label
-    request = PromotionRequest(model, alias, data, split, device, gates, dry_run, force, reason)
-    return promote(request).passed or force
+    request = PromotionRequest(
+        model=model,
+        alias=alias,
+        data=data,
+        split=split,
+        device=device,
+        gates=gates,
+        dry_run=dry_run,
+        force=force,
+        reason=reason,
+    )
+    return promote(registry, request, TERMINAL).passed or force
 
 
 def roll_back(name: str, alias: str, version: str | None, reason: str, unchecked: bool) -> None:
     """Move an alias back, once the version that it goes to is seen to load."""
-    mlflow_runs.connect()
-    model_versions.aliases_of(name)
-    at = promotion.read_alias_state(name, alias)
-    if at.finished is not None:
-        click.echo(f"finished a move that was interrupted: {lineage.format_entry(at.finished)}")
-    target = model_versions.resolve(f"{name}/{version or promotion.rollback_target(at)}")
-    if target.version == at.version:
-        click.echo(f"{target.label} is {at.alias} already")
-        return
-    if not unchecked:
-        from models.loading import load_model
-
-        load_model(model_versions.fetch(target), "cpu")
-    promotion.move(at, str(target.version), "rollback", reason)
-    click.echo(f"{target.label} is {at.alias} again, instead of version {at.version or 'none'}: {reason}")
+    rollback(Registry.connect(), name, alias, version=version, reason=reason, unchecked=unchecked)
 
 
 def tell_history(name: str, alias: str | None, as_json: bool) -> None:
     """All moves, oldest first, and where the aliases stand now."""
-    mlflow_runs.connect()
-    aliases = model_versions.aliases_of(name)
-    entries = [e for e in journal.read_journal(name) if alias in (None, e.move.alias)]
+    registry = Registry.connect()
+    aliases = registry.aliases_of(name)
+    entries = [e for e in journal.read_journal(registry, name) if alias in (None, e.move.alias)]
     if as_json:
         click.echo(json.dumps({"aliases": aliases, "moves": [asdict(e) for e in entries]}, indent=2))
         return

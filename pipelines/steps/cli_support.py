@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from models.errors import PlanesError, one_line
+from pipelines.use_cases.display import Display
 
 T = TypeVar("T")
 
@@ -19,11 +21,15 @@ T = TypeVar("T")
 def friendly(command: Callable[..., T]) -> Callable[..., T]:
     """Turn our errors, and MLflow's, into one line on stderr with exit code 1; Ctrl-C into exit code 130.
 
-    With PLANES_TRACEBACK=1 they are raised as they are.
+    With PLANES_TRACEBACK=1 they are raised as they are. What our libraries log is printed.
     """
 
     @functools.wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> T:
+        with printed_logs():
+            return run(*arguments, **options)
+
+    def run(*arguments: Any, **options: Any) -> T:
         if os.environ.get("PLANES_TRACEBACK"):
             return command(*arguments, **options)
         try:
@@ -40,6 +46,32 @@ def friendly(command: Callable[..., T]) -> Callable[..., T]:
             raise SystemExit(130) from None
 
     return wrapped
+
+
+class _Print(logging.Handler):
+    """Prints messages as they are: warnings on stderr, others on stdout."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one."""
+        click.echo(record.getMessage(), err=record.levelno >= logging.WARNING)
+
+
+@contextmanager
+def printed_logs() -> Iterator[None]:
+    """Print what models, pipelines and scoring log from level INFO on."""
+    handler = _Print()
+    loggers = [logging.getLogger(name) for name in ("models", "pipelines", "scoring")]
+    levels = [logger.level for logger in loggers]
+    nested = any(isinstance(h, _Print) for h in loggers[0].handlers)
+    for logger in () if nested else loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger, level in () if nested else zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
 class ProgressListener:
@@ -169,3 +201,7 @@ def stage(title: str) -> Iterator[None]:
     click.echo(f"== {title}")
     yield
     click.echo(f"   done in {time.monotonic() - started:.0f} s")
+
+
+# Bars on a terminal, lines elsewhere.
+TERMINAL = Display(show_progress, ProgressListener)

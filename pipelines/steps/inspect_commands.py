@@ -9,15 +9,15 @@ from typing import Any
 import click
 from tabulate import tabulate
 
-from pipelines.registry import copying, lineage, model_versions
+from pipelines.registry import copying, lineage
+from pipelines.registry.model_versions import Registry
 from pipelines.registry.verification import verify
-from pipelines.tracking import mlflow_runs
 
 
 def list_versions(models: Sequence[str], as_json: bool) -> None:
     """A table of versions."""
-    mlflow_runs.connect()
-    rows = lineage.overview(models)
+    registry = Registry.connect()
+    rows = lineage.overview(registry, models)
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     elif rows:
@@ -28,8 +28,8 @@ def list_versions(models: Sequence[str], as_json: bool) -> None:
 
 def show_version(text: str, as_json: bool) -> None:
     """A version's lineage."""
-    mlflow_runs.connect()
-    facts = lineage.lineage(model_versions.resolve(text))
+    registry = Registry.connect()
+    facts = lineage.lineage(registry, registry.resolve(text))
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
@@ -49,9 +49,9 @@ def _lines(value: Any) -> list[str]:
 
 def show_difference(first: str, second: str, as_json: bool) -> None:
     """What differs between two versions."""
-    mlflow_runs.connect()
-    pair = model_versions.resolve(first), model_versions.resolve(second)
-    rows, code = lineage.difference(*pair), lineage.code_difference(*pair)
+    registry = Registry.connect()
+    pair = registry.resolve(first), registry.resolve(second)
+    rows, code = lineage.difference(registry, *pair), lineage.code_difference(registry, *pair)
     if as_json:
         keys = ("section", "key", pair[0].label, pair[1].label)
         click.echo(json.dumps({"rows": [dict(zip(keys, r, strict=True)) for r in rows], "code": code}, indent=2))
@@ -67,9 +67,9 @@ def show_difference(first: str, second: str, as_json: bool) -> None:
 
 def verify_version(text: str) -> bool:
     """Whether nothing that was looked at is wrong."""
-    mlflow_runs.connect()
-    version = model_versions.resolve(text)
-    findings = verify(version)
+    registry = Registry.connect()
+    version = registry.resolve(text)
+    findings = verify(registry, version)
     words = {True: "ok", False: "FAIL", None: "?"}
     click.echo(f"{version.label}:\n{tabulate([[words[f.passed], f.what, f.found] for f in findings], tablefmt='plain')}")
     return all(f.passed is not False for f in findings)
@@ -77,21 +77,21 @@ def verify_version(text: str) -> bool:
 
 def copy(text: str, name: str, server: str | None) -> None:
     """Copy a version to another registered model."""
-    mlflow_runs.connect()
-    version = model_versions.resolve(text)
-    copied = copying.copy_version(version, name, server)
+    registry = Registry.connect()
+    version = registry.resolve(text)
+    copied = copying.copy_version(registry, version, name, Registry.connect(server) if server else None)
     click.echo(f"{version.label} is {copied.label}" + (f" on {server}" if server else ""))
 
 
 def sweep(models: Sequence[str], keep: int, dry_run: bool, yes: bool) -> None:
     """Tell which versions nothing names; delete them after asking."""
-    mlflow_runs.connect()
-    names = models or model_versions.registered_names()
+    registry = Registry.connect()
+    names = models or registry.registered_names()
     if not names:
         click.echo("nothing is registered here yet")
     for name in names:
-        model_versions.aliases_of(name)
-        found = lineage.sweep(name, keep)
+        registry.aliases_of(name)
+        found = lineage.sweep(registry, name, keep)
         unnamed = [k.version for k in found if not k.reason]
         rows = [[f"{name}/{k.version}", "keep" if k.reason else "delete", k.reason or "nothing names it"] for k in found]
         click.echo(tabulate(rows, tablefmt="plain"))
@@ -100,5 +100,5 @@ def sweep(models: Sequence[str], keep: int, dry_run: bool, yes: bool) -> None:
         if not yes and not click.confirm(f"Delete {len(unnamed)} versions of {name}?", default=False):
             continue
         for version in unnamed:
-            lineage.delete(name, version, keep)
+            lineage.delete(registry, name, version, keep)
             click.echo(f"{name}/{version} deleted; its artefacts stay until `mlflow gc`")

@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import click
 
+from pipelines.use_cases.requests import WORK_DIR, TrainingRequest
+
 AS_RECIPE = "recipe"
-WORK_DIR = ".planes/training"
-
-
-@dataclass(frozen=True)
-class TrainingRequest:
-    """What a training command was asked for."""
-
-    task: str
-    recipe: str
-    data: str
-    register_as: str
-    device: str
-    overrides: tuple[str, ...]
-    engine: str | None = None
-    work_dir: str = WORK_DIR
-    reuse: bool = False
-    fresh: bool = False
-    num_gpus: int = 1
-    register: bool = True
-    label: str = ""
 
 
 def training_options(
@@ -90,17 +71,17 @@ def request_from(task: str, options: dict[str, Any]) -> TrainingRequest:
     named = [f"{key}={options[key]}" for key in (*SHORT, "weights") if str(options[key]) != AS_RECIPE]
     engine = options.get("engine", AS_RECIPE)
     return TrainingRequest(
-        task,
-        options["recipe"],
-        options["data"],
-        options["name"],
-        options["device"],
-        (*split_words(options["overrides"]), *named, *opts_overrides(split_words(options.get("opts", ())))),
-        None if engine == AS_RECIPE else engine,
-        options["work_dir"],
-        options["reuse"],
-        options["fresh"],
-        options.get("num_gpus", 1),
+        task=task,
+        recipe=options["recipe"],
+        data=options["data"],
+        register_as=options["name"],
+        device=options["device"],
+        overrides=(*split_words(options["overrides"]), *named, *opts_overrides(split_words(options.get("opts", ())))),
+        engine=None if engine == AS_RECIPE else engine,
+        work_dir=options["work_dir"],
+        reuse=options["reuse"],
+        fresh=options["fresh"],
+        num_gpus=options.get("num_gpus", 1),
     )
 
 

@@ -18,9 +18,9 @@ def main(**options: Any) -> None:
 
     KEY VALUE pairs are Detectron2's settings, such as SOLVER.BASE_LR 0.0005.
     """
-    from pipelines.steps.training import report, train_and_register
+    from pipelines.steps.training import run_training
 
-    report(train_and_register(request_from("detector", options)))
+    run_training(request_from("detector", options))
 
 
 if __name__ == "__main__":

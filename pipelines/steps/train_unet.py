@@ -15,9 +15,9 @@ from pipelines.steps.options import request_from, training_options
 @friendly
 def main(**options: Any) -> None:
     """Train a segmenter of planes in their box crops, log it to MLflow and register it."""
-    from pipelines.steps.training import report, train_and_register
+    from pipelines.steps.training import run_training
 
-    report(train_and_register(request_from("unet", options)))
+    run_training(request_from("unet", options))
 
 
 if __name__ == "__main__":

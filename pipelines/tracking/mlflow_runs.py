@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,10 +36,11 @@ EXPERIMENT = "planes"
 STORE = "mlflow.db"
 # That of `mlflow ui` where none is given.
 UI_PORT = 5000
+_ADDRESS = threading.RLock()
 
 
-def connect(given: str | None = None) -> str:
-    """Choose and open the tracking store; return its URI.
+def connect(given: str | None = None) -> MlflowClient:
+    """Choose and open the tracking store; return its client. MLflow's own address is left as it is.
 
     ``given``, else ``MLFLOW_TRACKING_URI`` decides; without it the store is ``mlflow.db`` in the
     working folder, artefacts in ``mlruns`` beside it, which is also what a plain
@@ -53,10 +55,10 @@ def connect(given: str | None = None) -> str:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    mlflow.set_tracking_uri(uri)
     try:
+        client = MlflowClient(uri)
         with _store_lock(uri):
-            MlflowClient().search_experiments(max_results=1)
+            client.search_experiments(max_results=1)
             if uri.startswith("sqlite:///"):
                 for left in follow_move(Path(uri.removeprefix("sqlite:///"))):
                     logging.getLogger(__name__).warning("%s: was moved here from %s; its paths are put right", uri, left)
@@ -65,7 +67,31 @@ def connect(given: str | None = None) -> str:
             f"tracking store {uri}: cannot be reached ({one_line(error, 200)}); "
             "check MLFLOW_TRACKING_URI and that the server runs"
         ) from error
-    return uri
+    return client
+
+
+@contextmanager
+def addressed(client: MlflowClient) -> Iterator[None]:
+    """MLflow's one address of the process is that of ``client`` inside; as it was afterwards.
+
+    Its fluent calls (``mlflow.log_metrics``), and its SQL stores when a version is made of another one,
+    look for it there (3.17). One thread at a time.
+    """
+    uri = str(client.tracking_uri)
+    with _ADDRESS:
+        # An address that the environment gives is no address that somebody has set.
+        environment = os.environ.pop("MLFLOW_TRACKING_URI", None)
+        before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+        mlflow.set_tracking_uri(uri)
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before)  # type: ignore[arg-type]
+            if environment is None:
+                os.environ.pop("MLFLOW_TRACKING_URI", None)
+            else:
+                os.environ["MLFLOW_TRACKING_URI"] = environment
 
 
 @contextmanager
@@ -84,21 +110,30 @@ def _store_lock(uri: str) -> Iterator[None]:
 
 @contextmanager
 def tracked_run(
-    name: str, tags: Mapping[str, str], resume_id: str | None = None, system_metrics: bool = False
+    client: MlflowClient, name: str, tags: Mapping[str, str], resume_id: str | None = None, system_metrics: bool = False
 ) -> Iterator[mlflow.ActiveRun]:
     """An MLflow run: the one that ``mlflow run`` opened, else ``resume_id``, else a new one.
 
-    Ctrl-C ends it as KILLED, an error as FAILED.
+    Ctrl-C ends it as KILLED, an error as FAILED. MLflow's fluent calls go to it inside.
     """
+    with addressed(client), _run(client, name, tags, resume_id, system_metrics) as run:
+        yield run
+
+
+@contextmanager
+def _run(
+    client: MlflowClient, name: str, tags: Mapping[str, str], resume_id: str | None, system_metrics: bool
+) -> Iterator[mlflow.ActiveRun]:
     given = os.environ.get("MLFLOW_RUN_ID")
-    if not given and not os.environ.get("MLFLOW_EXPERIMENT_NAME") and not os.environ.get("MLFLOW_EXPERIMENT_ID"):
-        mlflow.set_experiment(EXPERIMENT)
     if system_metrics:
         mlflow.set_system_metrics_sampling_interval(2)
-    run_id = given or (resume_id if resume_id and _exists(resume_id) else None)
+    run_id = given or (resume_id if resume_id and _exists(client, resume_id) else None)
+    named = os.environ.get("MLFLOW_EXPERIMENT_NAME") or os.environ.get("MLFLOW_EXPERIMENT_ID")
+    experiment = None if run_id or named else _own_experiment(client)
     # Under `mlflow run` the run has a random name; ours says what it is.
     nested = mlflow.active_run() is not None
-    with mlflow.start_run(run_id=run_id, run_name=name, log_system_metrics=system_metrics, nested=nested) as run:
+    options: dict[str, Any] = {"run_name": name, "log_system_metrics": system_metrics, "nested": nested}
+    with mlflow.start_run(run_id=run_id, experiment_id=experiment, **options) as run:
         if given:
             mlflow.set_tag("mlflow.runName", name)
         mlflow.set_tags({**source_tags(), **tags})
@@ -112,9 +147,23 @@ def tracked_run(
             raise
 
 
-def _exists(run_id: str) -> bool:
+def _own_experiment(client: MlflowClient) -> str:
+    """The id of this project's experiment, which is made where there is none."""
+    known = client.get_experiment_by_name(EXPERIMENT)
+    if known is None:
+        try:
+            return str(client.create_experiment(EXPERIMENT))
+        except mlflow.MlflowException:
+            # Another process was faster.
+            known = client.get_experiment_by_name(EXPERIMENT)
+            if known is None:
+                raise
+    return str(known.experiment_id)
+
+
+def _exists(client: MlflowClient, run_id: str) -> bool:
     try:
-        return MlflowClient().get_run(run_id).info.lifecycle_stage == "active"
+        return client.get_run(run_id).info.lifecycle_stage == "active"
     except mlflow.MlflowException:
         return False
 
@@ -199,7 +248,7 @@ def log_params(params: Mapping[str, Any]) -> None:
     auto): where ours says something else, it is logged as ``device.used``.
     """
     run = mlflow.active_run()
-    known = MlflowClient().get_run(run.info.run_id).data.params if run else {}
+    known = mlflow.get_run(run.info.run_id).data.params if run else {}
     texts = {k: "none" if v is None else str(v) for k, v in params.items()}
     mlflow.log_params({f"{k}.used" if known.get(k, v) != v else k: v for k, v in texts.items()})
 
@@ -214,14 +263,14 @@ def log_environment() -> None:
 class MlflowListener:
     """Logs the loop's records once they are safe in a checkpoint: none is lost, none is logged twice."""
 
-    def __init__(self, run_id: str) -> None:
-        self.run_id = run_id
-        self._client = MlflowClient()
+    def __init__(self, run_id: str, uri: str) -> None:
+        self.run_id, self.uri = run_id, uri
+        self._client = MlflowClient(uri)
         self._logged = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Sent to the process that trains on several GPUs; a client cannot travel.
-        return MlflowListener, (self.run_id,)
+        return MlflowListener, (self.run_id, self.uri)
 
     def on_start(self, history: Sequence[dict[str, Any]], total: int) -> None:
         """Catch up with a history that an earlier process left."""
@@ -244,7 +293,7 @@ class MlflowListener:
         self._logged = max((r["step"] for r in new), default=self._logged)
 
 
-def ui_link(uri: str, run_id: str | None = None) -> str:
+def ui_link(client: MlflowClient, run_id: str | None = None) -> str:
     """Where the runs are seen in MLflow's UI: the command that starts it, where no server runs, and the address.
 
     MLflow opens an experiment on its page for generative models; the address leads to the table of runs.
@@ -252,15 +301,15 @@ def ui_link(uri: str, run_id: str | None = None) -> str:
     Args:
         run_id: a run of the experiment that is meant; that of this project without one.
     """
+    uri = str(client.tracking_uri)
     base, first = uri, ""
     if not uri.startswith("http"):
         base = f"http://127.0.0.1:{UI_PORT}"
         first = f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri} --port {UI_PORT}, then "
-    return f"{first}{base.rstrip('/')}/#/experiments/{_experiment_of(run_id)}/runs?workflowType=machine_learning"
+    return f"{first}{base.rstrip('/')}/#/experiments/{_experiment_of(client, run_id)}/runs?workflowType=machine_learning"
 
 
-def _experiment_of(run_id: str | None) -> str:
-    client = MlflowClient()
+def _experiment_of(client: MlflowClient, run_id: str | None) -> str:
     # A run that was deleted since, a server that went down: a link must not end what went well.
     with contextlib.suppress(mlflow.MlflowException):
         if run_id is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import mlflow
+from mlflow.tracking import MlflowClient
 
 from models.errors import DataError
 from pipelines.data.dataset import Dataset
@@ -57,7 +57,7 @@ def _difference(runs: Sequence[Scored]) -> str:
     return f": {', '.join(differences)}" if differences else ": the same names, but other pixels or annotations"
 
 
-def from_run(run_id: str, scored: Scored, dataset: Dataset) -> Candidate:
+def from_run(client: MlflowClient, run_id: str, scored: Scored, dataset: Dataset) -> Candidate:
     """A scoring run's instance table.
 
     Raises:
@@ -67,7 +67,7 @@ def from_run(run_id: str, scored: Scored, dataset: Dataset) -> Candidate:
     if scored.segmenter:
         raise DataError(f"run {run_id}: outlines given boxes and finds none; only runs of such versions can be compared")
     with store_errors(f"run {run_id}: its instance table cannot be fetched", OSError):
-        local = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="scoring/instances.parquet")
+        local = client.download_artifacts(run_id, "scoring/instances.parquet")
     speed = scored.images / scored.seconds if scored.seconds else math.nan
     predictions = checked_sizes(read_instances(Path(local)), dataset, f"run {run_id}")
     return Candidate(
@@ -118,7 +118,11 @@ def from_file(target: str, dataset: Dataset) -> Candidate:
 
 
 def gather(
-    targets: Sequence[str], dataset: Dataset, runs: dict[str, Scored], score: Callable[[str], Candidate]
+    client: MlflowClient,
+    targets: Sequence[str],
+    dataset: Dataset,
+    runs: dict[str, Scored],
+    score: Callable[[str], Candidate],
 ) -> list[Candidate]:
     """Candidates in the order of the targets, their labels made different; versions are scored by ``score``.
 
@@ -133,7 +137,7 @@ def gather(
                 raise DataError(
                     f"run {target}: was made on {runs[target].data} (digest {runs[target].digest}), not on {data}"
                 )
-            candidates.append(from_run(target, runs[target], dataset))
+            candidates.append(from_run(client, target, runs[target], dataset))
         elif is_file_of_predictions(target):
             candidates.append(from_file(target, dataset))
         else:

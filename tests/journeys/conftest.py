@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
+from pipelines.registry.model_versions import Registry
 from pipelines.registry.registration import log_and_register
 from pipelines.tracking import mlflow_runs
 from tests.journeys import commands
@@ -66,12 +67,12 @@ class Project:
     def register(self, saved: Path, name: str, tags: Mapping[str, str] | None = None, **env: str) -> None:
         """Register a saved folder as a training does, with an example of a drawn plane."""
         with commands.working_in(self.folder, self.env(**env)):
-            mlflow_runs.connect()
-            with mlflow_runs.tracked_run("given", {"mlflow.user": "trainer"}) as run:
+            registry = Registry.connect()
+            with mlflow_runs.tracked_run(registry.client, "given", {"mlflow.user": "trainer"}) as run:
                 image = np.full((96, 96, 3), 90, np.uint8)
                 cv2.line(image, (48, 10), (48, 86), (250, 250, 250), 8)
                 cv2.line(image, (14, 44), (82, 44), (250, 250, 250), 10)
-                log_and_register(saved, name, image, dict(tags or {}), run.info.run_id)
+                log_and_register(registry, saved, name, image, dict(tags or {}), run.info.run_id)
 
     def env(self, **more: str) -> dict[str, str]:
         """The environment of a command."""

@@ -48,9 +48,7 @@ def test_the_story_of_an_alias(gated):
     back = _promote(project, "gated@previous", "--min-gain", "-1")
     assert "gated/1 is production now" in back.stdout
 
-
-def test_each_decision_is_a_run_with_both_values(gated):
-    project = gated
+    # Each decision is a run with both values.
     experiment = project.client.get_experiment_by_name("planes")
     runs = project.client.search_runs([experiment.experiment_id], "tags.task = 'promote'")
     runs = [r for r in runs if r.data.tags["version"].startswith("gated/")]

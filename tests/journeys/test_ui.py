@@ -86,16 +86,13 @@ def test_the_training_run_is_readable_in_the_ui(project, server, page, tmp_path)
 def test_the_link_that_commands_print_leads_to_the_table_of_runs(project, server, page, tmp_path):
     done = project.registry("list", MLFLOW_TRACKING_URI=server)
     assert "planes-unet/1" in done.stdout
-    import mlflow
+    from mlflow.tracking import MlflowClient
 
     from pipelines.tracking import mlflow_runs
 
-    mlflow.set_tracking_uri(server)
-    try:
-        link = mlflow_runs.ui_link(server)
-        assert link == mlflow_runs.ui_link(server, project.client.get_model_version("planes-unet", "1").run_id)
-    finally:
-        mlflow.set_tracking_uri(None)
+    client = MlflowClient(server)
+    link = mlflow_runs.ui_link(client)
+    assert link == mlflow_runs.ui_link(client, project.client.get_model_version("planes-unet", "1").run_id)
     experiment = project.client.get_experiment_by_name("planes").experiment_id
     assert link == f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
     page.goto(link)

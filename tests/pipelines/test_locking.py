@@ -52,7 +52,7 @@ def _plan(folder):
 
 
 def test_an_equal_training_is_told_who_holds_its_folder_and_touches_nothing(holder, tmp_path):
-    from pipelines.steps.training import run_plan
+    from pipelines.use_cases.training import run_plan
 
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     checkpoint.parent.mkdir()
@@ -60,7 +60,7 @@ def test_an_equal_training_is_told_who_holds_its_folder_and_touches_nothing(hold
     said = rf"run: held by an equal training of planes-det \(process {holder.pid} on .* since .*\); wait for it or stop it"
     # --fresh removes the folder; not under somebody's feet.
     with pytest.raises(PlanesError, match=said):
-        run_plan(_plan(tmp_path / "run"))
+        run_plan(None, _plan(tmp_path / "run"))
     assert checkpoint.read_text() == "of the other one"
 
 
@@ -94,19 +94,17 @@ def test_a_lock_that_cannot_be_written_is_told(tmp_path):
 
 def test_equal_ablations_are_not_done_twice_at_once(monkeypatch, tmp_path):
     from pipelines.locking import held, lock_of
-    from pipelines.steps import ablate, training
-    from pipelines.tracking import mlflow_runs
+    from pipelines.use_cases import ablate
 
     request = ablate.AblationRequest(
-        "demo_unet", "x", "abl", "cpu", ("lr=0.1,0.2",), (), (), "auto", None, str(tmp_path), False
+        recipe="demo_unet", data="x", name="abl", device="cpu", grid=("lr=0.1,0.2",), work_dir=str(tmp_path)
     )
     plan = SimpleNamespace(key="k", recipe=SimpleNamespace(name="demo_unet", engine="torch"))
-    monkeypatch.setattr(training, "plan_training", lambda request: plan)
-    monkeypatch.setattr(mlflow_runs, "connect", lambda: "")
+    monkeypatch.setattr(ablate, "plan_training", lambda request: plan)
     monkeypatch.setattr("pipelines.ablation.ablation_key", lambda keys: "k0")
     said = "abl-k0: held by an equal ablation of abl"
     with held(lock_of(tmp_path / "abl-k0"), "an equal ablation of abl"), pytest.raises(OutputError, match=said):
-        ablate.ablate(request)
+        ablate.ablate(None, request)
 
 
 @pytest.fixture(scope="module")

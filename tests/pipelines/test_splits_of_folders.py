@@ -8,7 +8,7 @@ import pytest
 
 from models.errors import DataError
 from pipelines.data.readers.opening import open_dataset
-from pipelines.steps.training import open_test
+from pipelines.use_cases.training import open_test
 from tests.conftest import write_image
 from tests.scoring.test_ids import _coco
 
@@ -68,10 +68,11 @@ def test_plain_folders_stay_as_they_are(tmp_path):
         assert len(open_dataset(tmp_path, split)) == 1
 
 
-def test_training_goes_on_without_a_test_split(tmp_path, capsys):
+def test_training_goes_on_without_a_test_split(tmp_path, caplog):
     folder = _annotated(tmp_path / "d", "train_coco.json")
-    assert open_test(str(folder), "plane", None) is None
-    assert "no test set" in capsys.readouterr().out
+    with caplog.at_level("INFO"):
+        assert open_test(str(folder), "plane", None) is None
+    assert "no test set" in caplog.text
 
 
 def test_a_list_of_relative_and_absolute_paths(tmp_path, monkeypatch):

@@ -293,7 +293,7 @@ def test_a_model_that_takes_no_image_at_all_is_an_error(tmp_path):
 
 def test_a_sheet_and_an_example_are_made_of_what_can_be_read(tmp_path, monkeypatch):
     from pipelines.evaluation import sample_images
-    from pipelines.steps.publishing import example_image
+    from pipelines.use_cases.publishing import example_image
 
     folder = _set(tmp_path / "a", count=3)
     _end_early(folder / "train" / "s0.png")
@@ -307,13 +307,19 @@ def test_a_sheet_and_an_example_are_made_of_what_can_be_read(tmp_path, monkeypat
     assert 38 <= example_image("detector", data).min() <= 48
 
 
-def test_the_plan_of_a_training_stays_the_same_when_its_unreadable_image_is_removed(tmp_path, capsys):
-    from pipelines.steps.options import TrainingRequest
-    from pipelines.steps.training import plan_training
+def test_the_plan_of_a_training_stays_the_same_when_its_unreadable_image_is_removed(tmp_path, caplog):
+    from pipelines.use_cases.requests import TrainingRequest
+    from pipelines.use_cases.training import plan_training
 
     folder = _set(tmp_path / "a", count=12)
     request = TrainingRequest(
-        "unet", "unet_scratch", str(folder), "m", "cpu", ("data.val_fraction=0.3",), work_dir=str(tmp_path / "work")
+        task="unet",
+        recipe="unet_scratch",
+        data=str(folder),
+        register_as="m",
+        device="cpu",
+        overrides=("data.val_fraction=0.3",),
+        work_dir=str(tmp_path / "work"),
     )
     plan = plan_training(request)
     plan.folder.mkdir(parents=True)
@@ -321,9 +327,10 @@ def test_the_plan_of_a_training_stays_the_same_when_its_unreadable_image_is_remo
     bad = plan.data.train.samples[0]
     Unreadable(plan.folder).add(bad, DataError("bad"))
     bad.path.unlink()
-    again = plan_training(request)
+    with caplog.at_level("INFO"):
+        again = plan_training(request)
     assert (again.key, again.folder) == (plan.key, plan.folder)
-    assert "begun with 1 more images, which cannot be read" in capsys.readouterr().out
+    assert "begun with 1 more images, which cannot be read" in caplog.text
     assert [s.image_id for s in again.data.train.samples] == [s.image_id for s in plan.data.train.samples[1:]]
     assert [s.image_id for s in again.data.val.samples] == [s.image_id for s in plan.data.val.samples]
     plan.data.train.samples[3].path.unlink()

@@ -215,25 +215,29 @@ def test_every_evaluation_opens_its_data_with_the_lost_images(tmp_path, monkeypa
     from click.testing import CliRunner
 
     from pipelines.registry.gates import GateFile
-    from pipelines.steps.promote import PromotionRequest, _datasets
-    from pipelines.steps.training import open_test
-    from scoring import commands
+    from pipelines.registry.model_versions import Registry
+    from pipelines.use_cases.promote import PromotionRequest, _datasets
+    from pipelines.use_cases.training import open_test
+    from scoring import use_cases
     from scoring.cli import main
 
     folder = _set(tmp_path / "data")
     jobs = [_score(folder, tmp_path / "out", Finder(), label) for label in ("a/1", "b/2")]
     (folder / "test" / "1.png").unlink()
     assert len(open_test(str(folder), "plane", None)) == 5
-    assert len(_datasets(PromotionRequest("m/1", "x", (str(folder),)), GateFile(gates={}), "plane")[0]) == 5
+    assert (
+        len(_datasets(PromotionRequest(model="m/1", alias="x", data=(str(folder),)), GateFile(gates={}), "plane")[0]) == 5
+    )
     done = CliRunner().invoke(main, ["evaluate", str(jobs[0].folder / "instances.parquet"), "--data", str(folder)])
     assert done.exit_code == 0, done.output
     assert "5 images" in done.output
 
     opened = []
-    monkeypatch.setattr(commands.mlflow_runs, "connect", lambda: "")
-    monkeypatch.setattr(commands, "finish", lambda candidates, dataset, out: opened.append(dataset))
+    monkeypatch.setattr(use_cases, "finish", lambda registry, candidates, dataset, out: opened.append(dataset))
     targets = tuple(str(job.folder) for job in jobs)
-    commands.run_comparison(commands.ComparisonRequest(targets, str(folder), "test", str(tmp_path / "c"), "cpu", 0.05))
+    registry = Registry.connect(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    request = use_cases.ComparisonRequest(targets=targets, data=str(folder), out=str(tmp_path / "c"), device="cpu")
+    use_cases.compare_targets(registry, request)
     assert [len(dataset) for dataset in opened] == [5]
 
 
@@ -254,8 +258,8 @@ def test_metrics_of_a_run_that_left_failed_images_out_are_not_shown(monkeypatch)
         "new": run(errors=2, **{"test/AP": 0.4, "test/images_failed": 2}),
         "whole": run(errors=0, **{"test/AP": 0.7}),
     }
-    monkeypatch.setattr(mlflow_log, "MlflowClient", lambda: SimpleNamespace(get_run=runs.__getitem__))
-    scored = [mlflow_log.load_scored(name) for name in runs]
+    client = SimpleNamespace(get_run=runs.__getitem__)
+    scored = [mlflow_log.load_scored(client, name) for name in runs]
     assert [one.leaves_out for one in scored] == [True, False, False]
     table = comparison_table(scored)
     assert np.isnan(table.AP[0])

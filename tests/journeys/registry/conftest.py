@@ -16,6 +16,7 @@ from mlflow.tracking import MlflowClient
 
 from models.saved.folder import folder_digest
 from pipelines.registry import journal
+from pipelines.registry.model_versions import Registry
 from tests.journeys import commands
 from tests.journeys.conftest import Project
 from tests.journeys.stack import BUCKET, MlflowServer, ObjectStore, Postgres
@@ -98,8 +99,7 @@ class Team:
 
     def entries(self, name: str) -> list[dict]:
         """The journal as the history tells it, read without a command."""
-        with commands.working_in(self.folder, self.project.env(**self.env)):
-            return [asdict(e) for e in journal.read_journal(name)]
+        return [asdict(e) for e in journal.read_journal(Registry(self.client), name)]
 
     def content(self, version: ModelVersion, path: str) -> bytes:
         """A file of a version, read where the store keeps it."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import click
 import mlflow
 import numpy as np
 
@@ -20,10 +20,12 @@ from models.saved.spec import read_spec
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation.metrics import Evaluation, coco_tables
 from pipelines.evaluation.sample_images import evaluate_with_sheet
-from pipelines.registry import model_versions
+from pipelines.registry.model_versions import Registry
 from pipelines.registry.registration import log_and_register
 from pipelines.registry.training_images import TrainingImages, images_of
 from pipelines.tracking import mlflow_runs
+
+log = logging.getLogger(__name__)
 
 # Tag of run and version: "complete", or what went wrong when it was evaluated.
 EVALUATION = "evaluation"
@@ -48,7 +50,7 @@ class Publication:
     trained_on: TrainingImages | None = None
 
 
-def publish(what: Publication, run_id: str, device: str) -> tuple[str | None, dict[str, float]]:
+def publish(registry: Registry, what: Publication, run_id: str, device: str) -> tuple[str | None, dict[str, float]]:
     """Evaluate on validation and test, register, log metrics linked to the version, into the active run.
 
     Returns:
@@ -63,19 +65,19 @@ def publish(what: Publication, run_id: str, device: str) -> tuple[str | None, di
     tags = {**_tags(what, metrics), **what.tags, EVALUATION: failed or "not logged yet"}
     trained_on = what.trained_on or (images_of(what.train, what.val) if what.train else None)
     version, model_id = log_and_register(
-        what.saved, what.name, what.example, tags, run_id, what.register, trained_on=trained_on
+        registry, what.saved, what.name, what.example, tags, run_id, what.register, trained_on=trained_on
     )
     for prefix, evaluation, dataset in results:
         mlflow_runs.log_evaluation(prefix, evaluation, dataset, model_id)
     for _, evaluation in tested:
         if "max_dets" in evaluation.settings:
-            click.echo(coco_tables(evaluation))
+            log.info(coco_tables(evaluation))
     number = str(version.version) if version else None
     label = f"{what.name}/{number}" if number else model_id
     mlflow.set_tags({"version": label, EVALUATION: failed or "complete"})
     if version is not None:
         # One that an earlier call registered, whose evaluation failed then, has other numbers now.
-        model_versions.set_tags(version, {"metrics": tags["metrics"], EVALUATION: failed or "complete"})
+        registry.set_tags(version, {"metrics": tags["metrics"], EVALUATION: failed or "complete"})
     if failed:
         raise DataError(f"{label} is registered, but its evaluation failed ({failed}); the same command evaluates it again")
     return number, metrics

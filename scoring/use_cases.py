@@ -1,16 +1,13 @@
-"""What the commands `score` and `score compare` do, with progress shown: one version scored, several compared."""
+"""Versions scored and compared: what the commands `score` and `score compare` call."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import click
 
 from models.errors import DataError, RegistryError, one_line
 from models.images.rendering import parse_rendering
@@ -23,18 +20,19 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.readers.opening import open_dataset
 from pipelines.evaluation.categories import category_of, common_category
 from pipelines.evaluation.metrics import coco_tables
-from pipelines.registry import model_versions
-from pipelines.steps.cli_support import show_progress
+from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.tracking import mlflow_runs
+from pipelines.use_cases.display import SILENT, Display, pass_through
 from scoring import mlflow_log
 from scoring.comparison.candidates import data_of, file_of, from_job, gather, is_file_of_predictions, is_run
 from scoring.comparison.compare import Candidate, Scored, compare, comparison_table, render
 from scoring.comparison.evaluate_file import category_of_file
 from scoring.comparison.report import write_report
-from scoring.jobs.job import JobResult, JobSettings, Progress, claim_folder, run_job
-from scoring.reader import Failure
+from scoring.jobs.job import JobResult, JobSettings, claim_folder, run_job
 from scoring.runners.local import auto_batch, auto_workers
 from scoring.runners.runner import Runner
+
+log = logging.getLogger(__name__)
 
 # What the terminal shows of the table; the CSV and the page hold all.
 SHOWN = (
@@ -54,59 +52,77 @@ SHOWN = (
 
 
 @dataclass(frozen=True)
+class Execution:
+    """What runs the scoring: ``local`` or ``ray``; for Ray the cluster's address and the number of actors."""
+
+    runner: str = "local"
+    address: str | None = None
+    actors: int | None = None
+
+
+LOCAL = Execution()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ComparisonRequest:
-    """What the command was asked for."""
+    """What to compare: the others are held against the first.
+
+    targets: scoring runs (MLflow run ids), versions, job folders or files of predictions; data: data set with
+    ground truth, None for that of the scoring runs; out: folder for report.html and comparison.csv;
+    score_threshold: least score that is kept; category: class to measure files by, ``auto`` for that of the job.
+    """
 
     targets: tuple[str, ...]
-    data: str | None
-    split: str
-    out: str
-    device: str
-    score_threshold: float
+    data: str | None = None
+    split: str = "test"
+    out: str = "comparison"
+    device: str = "auto"
+    score_threshold: float = 0.05
     category: str = "auto"
 
 
-def run_comparison(request: ComparisonRequest) -> None:
+def compare_targets(registry: Registry, request: ComparisonRequest, display: Display = SILENT) -> None:
     """Gather, compare, write and log; crop segmenters, which find nothing, end in a table of their runs.
 
     Raises:
         PlanesError: targets that cannot be used, or that are over different images.
     """
     claim_folder(Path(request.out))
-    uri = mlflow_runs.connect()
-    runs = {t: mlflow_log.load_scored(t) for t in request.targets if is_run(t)}
+    runs = {t: mlflow_log.load_scored(registry.client, t) for t in request.targets if is_run(t)}
     if request.data is None and not runs:
         raise DataError("give --data: only scoring runs know what they were made on")
     for run in runs.values():
         if run.leaves_out:
             told = "was scored by a release that left them out of its metrics; score it anew to have metrics of its own"
-            click.echo(f"{run.label}: {run.failed} images failed, and it {told}")
+            log.info(f"{run.label}: {run.failed} images failed, and it {told}")
     if runs and len(runs) == len(request.targets):
-        click.echo(render(comparison_table(list(runs.values()))) if _same(list(runs.values())) else "")
+        log.info(render(comparison_table(list(runs.values()))) if _same(list(runs.values())) else "")
         if any("IoU" in r.metrics for r in runs.values()):
             return
-    category = _category(request, runs)
+    category = _category(registry, request, runs)
     opened = open_dataset(request.data, request.split, category, keep=True) if request.data else None
     dataset = opened or data_of(list(runs.values()))
     if not dataset.has_truth or not dataset.planes:
         raise DataError(f"{dataset.name}/{dataset.split}: no annotated planes to compare against")
-    click.echo(dataset.summary())
+    log.info(dataset.summary())
     device = pick_device(request.device)
     settings = JobSettings(score_threshold=request.score_threshold)
 
     def score(target: str) -> Candidate:
-        version = model_versions.resolve(target)
-        _, job = score_version(version, model_versions.fetch(version), dataset, Path(request.out), settings, device)
+        version = registry.resolve(target)
+        _, job = score_version(
+            registry, version, registry.fetch(version), dataset, Path(request.out), settings, device, display=display
+        )
         check_logged([job])
         if job.segmenter:
             raise DataError(f"{job.label}: outlines given boxes and finds none; score it and compare its runs")
         return from_job(job)
 
-    finish(gather(request.targets, dataset, runs, score), dataset, Path(request.out))
-    click.echo(f"MLflow UI: {mlflow_runs.ui_link(uri)}")
+    finish(registry, gather(registry.client, request.targets, dataset, runs, score), dataset, Path(request.out))
+    log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client)}")
 
 
-def _category(request: ComparisonRequest, runs: Mapping[str, Scored]) -> str:
+def _category(registry: Registry, request: ComparisonRequest, runs: Mapping[str, Scored]) -> str:
     """The one class that all targets find; what files of predictions find is known of jobs, else said by the user."""
     known: dict[str, str] = {}
     for target in request.targets:
@@ -116,35 +132,33 @@ def _category(request: ComparisonRequest, runs: Mapping[str, Scored]) -> str:
             of_job = category_of_file(file_of(target)) if request.category == "auto" else request.category
             known |= {target: of_job} if of_job else {}
         else:
-            known[target] = category_of(model_versions.fetch(model_versions.resolve(target)), target)
+            known[target] = category_of(registry.fetch(registry.resolve(target)), target)
     return common_category(known, "compare")
 
 
-def resolve_all(models: Sequence[str]) -> list[tuple[model_versions.Resolved, Path]]:
+def resolve_all(registry: Registry, models: Sequence[str]) -> list[tuple[Resolved, Path]]:
     """The versions that are named, each once, with their saved folders.
 
     Raises:
         PlanesError: one that does not exist or cannot be fetched; two folders of one name.
     """
-    found: dict[object, tuple[model_versions.Resolved, Path]] = {}
+    found: dict[object, tuple[Resolved, Path]] = {}
     for text in dict.fromkeys(models):
-        version = model_versions.resolve(text)
+        version = registry.resolve(text)
         key = version.label if version.name else str(version.folder.resolve() if version.folder else text)
         if key in found:
-            click.echo(f"{text} is {version.label}, which is named already: scored once")
+            log.info(f"{text} is {version.label}, which is named already: scored once")
             continue
         other = next((v for v, _ in found.values() if v.label == version.label), None)
         if other is not None:
             raise RegistryError(
                 f"{text} and {other.asked}: both are called {version.label}; score them into different --out"
             )
-        found[key] = version, model_versions.fetch(version)
+        found[key] = version, registry.fetch(version)
     return list(found.values())
 
 
-def open_for(
-    versions: Sequence[tuple[model_versions.Resolved, Path]], data: str, split: str, scene_pattern: str | None
-) -> list[Dataset]:
+def open_for(versions: Sequence[tuple[Resolved, Path]], data: str, split: str, scene_pattern: str | None) -> list[Dataset]:
     """The data set as each version is measured on it: with the annotations of its class.
 
     Raises:
@@ -165,16 +179,80 @@ def _same(runs: Sequence[Scored]) -> bool:
     return len({r.digest for r in runs}) == 1
 
 
-def compare_jobs(jobs: Sequence[JobResult], datasets: Sequence[Dataset], out: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest:
+    """What to score, with what, and where to leave it.
+
+    models: registered versions or saved folders; data: folder, COCO JSON, list, image or glob; out: folder
+    for the outputs, one inside for each version; device: auto, cpu, cuda or cuda:N.
+    """
+
+    models: tuple[str, ...]
+    data: str
+    out: str = "predictions"
+    split: str = "test"
+    scene_pattern: str | None = None
+    device: str = "auto"
+    settings: JobSettings = field(default_factory=JobSettings)
+    execution: Execution = LOCAL
+
+
+def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) -> list[JobResult]:
+    """Score a data set with each of the versions; with ground truth measure and compare them.
+
+    A job that was interrupted is gone on with, one that is done already is not done again.
+
+    Returns:
+        What each version's job left, in the order of the models.
+
+    Raises:
+        PlanesError: versions or data that cannot be used, outputs of another job in the folder, or scorings that
+            the store did not take (they are kept, and the same call logs them).
+    """
+    out = Path(request.out)
+    claim_folder(out)
+    execution = request.execution
+    # A cluster may have what this machine has not.
+    elsewhere = execution.address and request.device != "auto"
+    device = request.device if elsewhere else pick_device(request.device)
+    # What cannot be had is said before anything is scored.
+    versions = resolve_all(registry, request.models)
+    parse_rendering(request.settings.value_range, request.settings.bands)
+    datasets = open_for(versions, request.data, request.split, request.scene_pattern)
+    for dataset in {id(d): d for d in datasets}.values():
+        log.info(dataset.summary())
+    runs = [
+        score_version(registry, version, folder, dataset, out, request.settings, device, execution, display)
+        for (version, folder), dataset in zip(versions, datasets, strict=True)
+    ]
+    _show([scored for scored, _ in runs], out)
+    jobs = [job for _, job in runs]
+    check_logged(jobs)
+    log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client)}")
+    compare_jobs(registry, jobs, datasets, out)
+    return jobs
+
+
+def _show(runs: Sequence[Scored], out: Path) -> None:
+    # Versions of different classes are measured against different annotations.
+    categories = list(dict.fromkeys(run.category for run in runs))
+    for category in categories:
+        table = comparison_table([run for run in runs if run.category == category])
+        log.info(render(table))
+    if len(runs) > 1 and len(categories) == 1:
+        table.to_csv(out / "comparison.csv", index=False)
+
+
+def compare_jobs(registry: Registry, jobs: Sequence[JobResult], datasets: Sequence[Dataset], out: Path) -> None:
     """Compare what has just been scored, where there is truth; crop segmenters are left out, other classes refused."""
     chosen = [(job, dataset) for job, dataset in zip(jobs, datasets, strict=True) if not job.segmenter]
     if len(chosen) < 2 or not chosen[0][1].has_truth or not chosen[0][1].planes:
         return
     common_category({job.label: dataset.category for job, dataset in chosen}, "scored, but not compared")
-    finish([from_job(job) for job, _ in chosen], chosen[0][1], out)
+    finish(registry, [from_job(job) for job, _ in chosen], chosen[0][1], out)
 
 
-def finish(candidates: Sequence[Candidate], dataset: Dataset, out: Path) -> None:
+def finish(registry: Registry, candidates: Sequence[Candidate], dataset: Dataset, out: Path) -> None:
     """Compare candidates; write report.html and comparison.csv; log them."""
     for earlier in ("comparison.csv", "report.html"):
         (out / earlier).unlink(missing_ok=True)
@@ -182,36 +260,26 @@ def finish(candidates: Sequence[Candidate], dataset: Dataset, out: Path) -> None
     table = comparison.table(candidates)
     table.to_csv(out / "comparison.csv", index=False)
     report = write_report(comparison, candidates, dataset, out / "report.html")
-    click.echo(render(table[[name for name in SHOWN if name in table]]))
+    log.info(render(table[[name for name in SHOWN if name in table]]))
     for pair in comparison.pairs:
         interval = f" (95 % interval {pair.interval[0]:+.3f} to {pair.interval[1]:+.3f})" if pair.interval else ""
         what = "masks" if pair.kind == "segm" else "boxes"
         against = f"{pair.label} against {comparison.labels[0]}"
-        click.echo(f"{against}, {what}: AP {pair.difference:+.3f}{interval}: {pair.verdict}")
-    run_id = mlflow_log.log_comparison(out, comparison, dataset)
-    click.echo(f"report: {report} (run {run_id})")
-
-
-@dataclass(frozen=True)
-class Execution:
-    """What runs the scoring: ``local`` or ``ray``; for Ray the cluster's address and the number of actors."""
-
-    runner: str = "local"
-    address: str | None = None
-    actors: int | None = None
-
-
-LOCAL = Execution()
+        log.info(f"{against}, {what}: AP {pair.difference:+.3f}{interval}: {pair.verdict}")
+    run_id = mlflow_log.log_comparison(registry.client, out, comparison, dataset)
+    log.info(f"report: {report} (run {run_id})")
 
 
 def score_version(
-    version: model_versions.Resolved,
+    registry: Registry,
+    version: Resolved,
     folder: Path,
     dataset: Dataset,
     out: Path,
     settings: JobSettings,
     device: str,
     execution: Execution = LOCAL,
+    display: Display = SILENT,
 ) -> tuple[Scored, JobResult]:
     """Run one job with the version's saved folder, log it, and say what it left.
 
@@ -223,10 +291,8 @@ def score_version(
     dataset = dataset.rendered(parse_rendering(settings.value_range, settings.bands, read_spec(folder).rendering))
     predictor = load_model(folder, "cpu" if execution.runner == "ray" else device, settings.changes)
     runner = _ray(folder, dataset, settings, device, execution) if execution.runner == "ray" else None
-    progress: Progress = partial(show_progress, failed=lambda scored: isinstance(scored[2], Failure))
-    if runner and sys.stderr.isatty():
-        # Ray shows its own bars there.
-        progress = _as_it_is
+    # On a terminal Ray shows its own bars.
+    progress = pass_through if runner and sys.stderr.isatty() else display.items
     # As long as it always was in manifests, so that older jobs can be gone on with.
     digest = folder_digest(folder)[:16]
     job = run_job(
@@ -248,14 +314,14 @@ def score_version(
     params |= {"range": dataset.rendering.range, "bands": dataset.rendering.bands or "auto"}
     params |= {"device": device, "data": str(dataset.source)}
     try:
-        run_id = mlflow_log.log_job(job, version, dataset, params, job.megabytes)
-        click.echo(f"   outputs in {job.folder}, run {run_id}")
+        run_id = mlflow_log.log_job(registry.client, job, version, dataset, params, job.megabytes)
+        log.info(f"   outputs in {job.folder}, run {run_id}")
     except Exception as error:
         if os.environ.get("PLANES_TRACEBACK"):
             raise
         # What was scored is on disk; a store that is away must not keep the next model from being scored.
         job.unlogged = one_line(error, 200)
-        click.echo(f"   outputs in {job.folder}; NOT LOGGED: {job.unlogged}")
+        log.info(f"   outputs in {job.folder}; NOT LOGGED: {job.unlogged}")
     name = f"{dataset.name}/{dataset.split}"
     measured = (job.metrics, job.images, job.seconds)
     scored = Scored(job.label, name, dataset.digest(), *measured, category=dataset.category, failed=job.failures)
@@ -288,27 +354,23 @@ def _ray(folder: Path, dataset: Dataset, settings: JobSettings, device: str, exe
     return RayRunner(folder, RaySettings(*how))
 
 
-def _as_it_is(items: Iterable[Any], *_: object) -> Iterator[Any]:
-    return iter(items)
-
-
 def _tell(job: JobResult) -> None:
     errors = f", {job.failures} failed (see errors.parquet)" if job.failures else ""
     errors += " that count as images without detections" if job.failures and job.evaluations else ""
     errors += f", {job.resumed} of them scored before" if job.resumed else ""
     speed = f"{job.seconds:.1f} s, {job.images / job.seconds:.3g} images/s"
-    click.echo(f"{job.label}: {job.instances} planes in {job.images} images{errors}, {speed}")
+    log.info(f"{job.label}: {job.instances} planes in {job.images} images{errors}, {speed}")
     timings = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sorted(job.timings.items(), key=lambda s: -s[1]))
     peaks = ", ".join(f"peak {kind.replace('_', ' ')} {megabytes:,.0f} MB" for kind, megabytes in job.peaks.items())
-    click.echo(f"   {timings or 'no stages measured'}; {peaks}")
+    log.info(f"   {timings or 'no stages measured'}; {peaks}")
     if job.little:
-        click.echo(
+        log.info(
             f"   {job.little} images fill less than an eighth of the range that they are read with (first: "
             f"{job.first_little}): too dark or pale for the model? See --range"
         )
     for _, evaluation in job.evaluations:
         if "max_dets" in evaluation.settings:
-            click.echo(coco_tables(evaluation))
+            log.info(coco_tables(evaluation))
 
 
 def folder_megabytes(folder: Path) -> float:

@@ -1,0 +1,260 @@
+"""A version promoted: gates evaluated on data, the verdict recorded as a run, the alias moved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlflow
+from tabulate import tabulate
+
+from models.errors import DataError, RegistryError, one_line
+from models.loading import load_model
+from models.runtime.devices import pick_device
+from models.saved.allowed_files import WEIGHTS_FILE
+from models.saved.spec import read_spec
+from pipelines.data.dataset import Dataset
+from pipelines.data.readers.opening import open_dataset
+from pipelines.evaluation.categories import category_of, common_category
+from pipelines.evaluation.inference import MAIN_METRIC
+from pipelines.evaluation.side_by_side import Measurement, measure
+from pipelines.registry import lineage
+from pipelines.registry.gates import (
+    Check,
+    GateFile,
+    Gates,
+    RequiredData,
+    find_gates,
+    judge,
+    judge_data,
+    judge_images,
+    judge_size,
+)
+from pipelines.registry.model_versions import Registry, Resolved
+from pipelines.registry.promotion import AliasState, checked_alias, move, read_alias_state
+from pipelines.tracking import mlflow_runs
+from pipelines.use_cases.display import SILENT, Display
+from pipelines.use_cases.requests import WORK_DIR
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromotionRequest:
+    """What to promote, and by which gates; without ``gates`` those of the model are looked for.
+
+    ``data`` replaces where the gates' data sets are, ``force`` moves the alias whatever
+    the gates say, for ``reason``; ``dry_run`` decides and moves nothing.
+    """
+
+    model: str
+    alias: str = "production"
+    data: tuple[str, ...] = ()
+    split: str | None = None
+    device: str = "auto"
+    gates: str | None = None
+    dry_run: bool = False
+    force: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The gates' results; none where the alias was there already."""
+
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate was passed."""
+        return all(check.passed for check in self.checks)
+
+
+def promote(
+    registry: Registry, request: PromotionRequest, display: Display = SILENT, given: GateFile | None = None
+) -> Verdict:
+    """Evaluate candidate and present version afresh, judge, log a run, and move the alias.
+
+    Raises:
+        PlanesError: model, data, gates or store that cannot be used; another promotion was faster.
+    """
+    candidate = registered(registry, request.model)
+    name, alias = str(candidate.name), checked_alias(request.alias)
+    at = read_alias_state(registry, name, alias, look_only=request.dry_run)
+    if at.finished is not None:
+        log.info(f"finished a move that was interrupted: {lineage.format_entry(at.finished)}")
+    if at.version == candidate.version:
+        log.info(f"{candidate.label} is {alias} already")
+        return Verdict()
+    file, source = (given, "options") if given else find_gates(name, request.gates)
+    gates = file.of(alias)
+    baseline = _held_against(registry, at, gates, candidate)
+    title = f"promote {candidate.label} to {alias}"
+    with mlflow_runs.tracked_run(
+        registry.client, title, {"task": "promote", "version": candidate.label, "alias": alias}
+    ) as run:
+        params = {k: v for k, v in request.__dict__.items() if k not in ("data", "model")}
+        against = baseline.label if baseline else "none"
+        mlflow_runs.log_params(
+            {**params, "data": " ".join(request.data), "candidate": candidate.label, "baseline": against}
+        )
+        mlflow.log_dict(file.model_dump(), "gates.yaml")
+        if not request.dry_run:
+            # Said before hours of evaluation, not after them, to those who may only read.
+            _note_run(registry, candidate, run.info.run_id)
+        checks = _forgiving(request, lambda: _check(registry, display, request, candidate, baseline, gates, file))
+        table = show_checks(checks)
+        log.info(f"gates of {source}, {candidate.label} against {against}:\n{table}")
+        mlflow.log_text(table + "\n", "checks.txt")
+        mlflow.log_dict({"checks": [c.__dict__ for c in checks]}, "checks.json")
+        verdict = _decide(registry, request, at, candidate, checks, run.info.run_id)
+        log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client, run.info.run_id)}")
+    return verdict
+
+
+def registered(registry: Registry, model: str) -> Resolved:
+    """The registered version that a user names.
+
+    Raises:
+        RegistryError: a saved folder, or nothing of that name.
+    """
+    candidate = registry.resolve(model)
+    if candidate.name is None or candidate.version is None:
+        raise RegistryError(f"{model}: a saved folder; only a registered version can be promoted")
+    return candidate
+
+
+def main_metric(registry: Registry, version: Resolved) -> str:
+    """The metric that a version's kind is judged by where nobody names one."""
+    return MAIN_METRIC.get(read_spec(registry.fetch(version)).kind, "AP")
+
+
+def _held_against(registry: Registry, at: AliasState, gates: Gates, candidate: Resolved) -> Resolved | None:
+    """The version that the gates compare with, if there is one."""
+    number = at.version if gates.against is None else registry.find_alias(at.name, gates.against)
+    return None if number in (None, candidate.version) else registry.resolve(f"{at.name}/{number}")
+
+
+def _datasets(request: PromotionRequest, file: GateFile, category: str) -> list[Dataset]:
+    wanted = [RequiredData(path=p, split=request.split or "test") for p in request.data] or file.data
+    if not wanted:
+        raise RegistryError(f"{request.model}: its gates name no data; give --data, a data set with ground truth")
+    datasets = [open_dataset(d.path, request.split or d.split, category, keep=True) for d in wanted]
+    for dataset in datasets:
+        log.info(dataset.summary())
+    return datasets
+
+
+def _note_run(registry: Registry, candidate: Resolved, run_id: str) -> None:
+    assert candidate.name is not None
+    assert candidate.version is not None
+    registry.client.set_model_version_tag(candidate.name, candidate.version, "last_gates_run", run_id)
+
+
+def _forgiving(request: PromotionRequest, check: Callable[[], list[Check]]) -> list[Check]:
+    """The checks; data that cannot be had is a failed one for those who force the move."""
+    try:
+        return check()
+    except DataError as error:
+        if not request.force:
+            raise
+        return [Check("evaluation", "-", "possible", one_line(error), "-", False)]
+
+
+def _check(
+    registry: Registry,
+    display: Display,
+    request: PromotionRequest,
+    candidate: Resolved,
+    baseline: Resolved | None,
+    gates: Gates,
+    file: GateFile,
+) -> list[Check]:
+    """All gates on all data sets."""
+    device = pick_device(request.device)
+    folders = {v.label: registry.fetch(v) for v in ([candidate] if baseline is None else [candidate, baseline])}
+    category = common_category({k: category_of(f, k, measured=gates.need_data) for k, f in folders.items()}, "promote")
+    datasets = _datasets(request, file, category) if gates.need_data or any(d.digest for d in file.data) else []
+    versions = [candidate] if baseline is None else [candidate, baseline]
+    sizes = [sum(p.stat().st_size for p in folders[v.label].rglob(WEIGHTS_FILE)) / 1e6 for v in versions]
+    trained_on = registry.version_of(candidate).tags.get("data_digest", "unknown")
+    required = file.data if datasets else []
+    checks = judge_data(required, [d.digest() for d in datasets])
+    checks += _image_checks(registry, versions, datasets, trained_on)
+    checks += judge_size(gates, sizes[0], None if baseline is None else sizes[1])
+    main = MAIN_METRIC.get(read_spec(folders[candidate.label]).kind, "AP")
+    predictors = {label: load_model(folder, device) for label, folder in folders.items()} if datasets else {}
+    renderings = {label: read_spec(folder).rendering for label, folder in folders.items()}
+    for dataset in datasets:
+        mlflow_runs.log_dataset(dataset, "promotion")
+        with _kept(versions, dataset, device) as kept:
+            found = measure(predictors, dataset, display.items, kept, renderings)
+        for role, version in zip(("candidate", "baseline"), versions, strict=False):
+            prefix = f"{role}/" if len(datasets) == 1 else f"{role}/{dataset.name}/"
+            mlflow_runs.log_evaluation(
+                prefix, found[version.label].evaluation, dataset, mlflow_runs.link_model(version.model_id)
+            )
+        theirs: Measurement | None = None if baseline is None else found[baseline.label]
+        checks += judge(gates, main, found[candidate.label], theirs)
+    return checks
+
+
+def _image_checks(
+    registry: Registry, versions: Sequence[Resolved], datasets: Sequence[Dataset], trained_on: str
+) -> list[Check]:
+    """The gates on training images; a list that cannot be read is a failed one."""
+    if not datasets:
+        return []
+    try:
+        known = [lineage.read_training_images(registry, v) for v in versions]
+    except RegistryError as error:
+        return [Check("images", "-", "a list that can be read", one_line(error), "-", False)]
+    return judge_images(datasets, known[0], known[1] if len(known) > 1 else None, trained_on)
+
+
+@contextmanager
+def _kept(versions: Sequence[Resolved], dataset: Dataset, device: str) -> Iterator[Path]:
+    """Where an interrupted evaluation of these versions on this data is gone on with; gone once it is complete."""
+    content = [[v.label, v.digest] for v in versions], dataset.digest(), device
+    path = Path(WORK_DIR) / "promotions" / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.jsonl"
+    yield path
+    path.unlink(missing_ok=True)
+
+
+def show_checks(checks: Sequence[Check]) -> str:
+    """The gates as a table for people."""
+    rows = [["pass" if c.passed else "FAIL", c.gate, c.data, c.required, c.candidate, c.baseline] for c in checks] or [
+        ["pass", "no gate", "-", "-", "-", "-"]
+    ]
+    return tabulate(rows, headers=["", "gate", "data", "required", "candidate", "baseline"], tablefmt="simple")
+
+
+def _decide(
+    registry: Registry, request: PromotionRequest, at: AliasState, candidate: Resolved, checks: list[Check], run: str
+) -> Verdict:
+    """Move the alias if the gates, or the user, say so; tag the run with the decision."""
+    failed = [c for c in checks if not c.passed]
+    shown = failed or [c for c in checks if c.metric]
+    told = "; ".join(map(str, shown))
+    told = told if failed else f"{len(checks)} gates passed{': ' if told else ''}{told}"
+    reason = f"{request.reason} (failed: {told})" if failed and request.force else request.reason or told
+    moves = (not failed or request.force) and not request.dry_run
+    decision = "promoted" if moves else "dry run" if request.dry_run else "refused"
+    mlflow.set_tags({"decision": decision, "reason": reason[:4000], "forced": str(bool(failed and request.force)).lower()})
+    if not moves:
+        would = "would be" if not failed or request.force else "would not be"
+        verb = f"{would} promoted to {at.alias}" if request.dry_run else f"not promoted to {at.alias}"
+        log.info(f"{candidate.label} {verb}: {reason}")
+        return Verdict(checks)
+    try:
+        move(registry, at, str(candidate.version), "force" if failed else "promote", reason, run)
+    except RegistryError as error:
+        mlflow.set_tags({"decision": "superseded", "reason": str(error)[:4000]})
+        raise
+    log.info(f"{candidate.label} is {at.alias} now: {reason}")
+    return Verdict(checks)
