@@ -166,7 +166,7 @@ class Diagnosis:
 
 
 def diagnose(sample: Sample, instances: Instances, masks: bool) -> Diagnosis:
-    """Sort detections and planes by what is wrong with them, at an IoU of 0.5.
+    """Sort detections and planes by kind of error, at an IoU of 0.5.
 
     A detection that hits no free plane is a duplicate where it overlaps a plane that a
     better one has hit; poorly outlined where its box fits but its mask does not;

@@ -213,7 +213,7 @@ def _decisive(predictor: Predictor, dataset: Dataset, settings: JobSettings, dev
 def _try_again(
     runner: Runner, manifest: Manifest, folder: Path, dataset: Dataset, *, score_threshold: float, progress: Progress
 ) -> int:
-    """Predict once more what could not be fetched in an earlier call; return how many images came of it."""
+    """Predict images again that could not be fetched in an earlier call; return how many have a new result."""
     failed, shards = failed_before(folder, manifest, dataset), manifest.shards()
     if not failed:
         return 0

@@ -141,7 +141,7 @@ def _work(
     device: str,
     listeners: Sequence[Listener],
 ) -> None:
-    """What each process of the launcher does."""
+    """Train in one process of the launcher."""
     from detectron2.utils import comm
 
     _log_to_file(folder)
