@@ -181,12 +181,14 @@ def compare(dataset: Dataset, candidates: Sequence[Candidate], resamples: int = 
     curves: dict[Kind, dict[str, np.ndarray]] = {}
     pairs = []
     for kind in kinds:
-        metrics[kind] = {k: evaluate_instances(dataset, kept[k], kind, threshold).metrics for k in labels}
+        metrics[kind] = {k: evaluate_instances(dataset, kept[k], kind, score_threshold=threshold).metrics for k in labels}
         ranked = {k: rank(dataset, kept[k], kind) for k in labels}
         curves[kind] = {k: r.curve() for k, r in ranked.items()}
         for label in labels[1:]:
             difference = metrics[kind][label]["AP"] - metrics[kind][labels[0]]["AP"]
-            pairs.append(Pair(label, kind, difference, bootstrap_difference(ranked[labels[0]], ranked[label], resamples)))
+            pairs.append(
+                Pair(label, kind, difference, bootstrap_difference(ranked[labels[0]], ranked[label], resamples=resamples))
+            )
     diagnoses = {k: _diagnoses(dataset, kept[k], masks) for k in labels}
     errors = {k: _sum([d.counts() for d in of.values()]) for k, of in diagnoses.items()}
     overlaps = {k: [o for d in of.values() for o in d.overlaps] for k, of in diagnoses.items()}

@@ -74,7 +74,7 @@ def test_a_model_that_cannot_work_at_all_ends_it_at_once(dataset, error):
 
 def test_what_failed_is_tried_again_by_a_call_that_goes_on(dataset, tmp_path):
     kept = tmp_path / "kept.jsonl"
-    first = measure({"new": Finder(broken=(81,))}, dataset, _items, kept)["new"]
+    first = measure({"new": Finder(broken=(81,))}, dataset, _items, kept=kept)["new"]
     assert len(first.failed) == 2
     seen = []
 
@@ -83,7 +83,7 @@ def test_what_failed_is_tried_again_by_a_call_that_goes_on(dataset, tmp_path):
             seen.append(images[0].shape[1])
             return super().predict(images)
 
-    again = measure({"new": Counting()}, dataset, _items, kept)["new"]
+    again = measure({"new": Counting()}, dataset, _items, kept=kept)["new"]
     assert seen == [81]
     assert list(again.failed) == ["3"]
 

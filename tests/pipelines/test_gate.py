@@ -182,7 +182,7 @@ def test_an_interrupted_measurement_goes_on(dataset, tmp_path, monkeypatch):
     kept = tmp_path / "work" / "kept.jsonl"
 
     def run():
-        return measure({"a": Detector(), "b": Detector()}, dataset, lambda items, total, title: items, kept)
+        return measure({"a": Detector(), "b": Detector()}, dataset, lambda items, total, title: items, kept=kept)
 
     with pytest.raises(KeyboardInterrupt):
         run()

@@ -96,7 +96,7 @@ def test_versions_are_measured_each_with_its_own_range(rasters):
     from dataclasses import replace
 
     truth = replace(dataset, samples=tuple(replace(s, truth=True, height=150, width=210) for s in dataset.samples))
-    measured = measure(both, truth, lambda items, *_: items, None, {"a": FIXED})
+    measured = measure(both, truth, lambda items, *_: items, kept=None, renderings={"a": FIXED})
     assert measured["a"].predictions[0].scores[0] == pytest.approx(
         np.mean(scene(400, 1500, 20, "uint16")[0] / 2047), abs=0.01
     )

@@ -202,6 +202,7 @@ def make_sample(
     size: tuple[int, int],
     scene: str,
     planes: list[Plane],
+    *,
     truth: bool = True,
     number: int | None = None,
     lost: str = "",

@@ -17,6 +17,7 @@ def read_coco(
     path: AnyPath,
     split: str = "all",
     category: str = "plane",
+    *,
     scene_pattern: str | None = None,
     name: str | None = None,
     keep: bool = False,
