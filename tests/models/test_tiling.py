@@ -263,3 +263,11 @@ def test_no_box_lies_in_the_black_beyond_the_image():
     image = np.full((20, 20, 3), 90, np.uint8)
     instances = Tiled(Everywhere(), Tiling(size=64)).predict([image])[0]
     assert instances.boxes.tolist() == [[2, 2, 12, 12], [15, 15, 20, 20]]
+
+
+def test_a_mask_in_the_black_beyond_the_image_is_empty():
+    mask = np.zeros((64, 64), bool)
+    mask[50:60, 52:62] = True
+    shown = Instances.make("0", 64, 64, [[20, 20, 62, 60]], [0.9], masks=[rle_encode(mask)])
+    merged = merge_tiles("0", 40, 45, [TileResult(shown, (0, 0, 64, 64))], tiling=Tiling(size=64))
+    assert merged == Instances.make("0", 40, 45, [[20, 20, 45, 40]], [0.9], masks=[rle_encode(np.zeros((40, 45)))])
