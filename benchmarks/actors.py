@@ -49,7 +49,7 @@ def timed_job(runner: Runner, model: Path, images: Path, out: Path) -> tuple[flo
 
 
 def main() -> None:
-    """Print seconds, ratios and what is to be expected."""
+    """Print seconds, ratios and the expected ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=160)
     count = parser.parse_args().images

@@ -97,7 +97,7 @@ def draw_field(path: Path, size: int, planes: int, painted: bool) -> np.ndarray:
 
 
 def detect_by_colour(image: Path, tile: int, out: Path) -> None:
-    """What the child process does."""
+    """Detect planes by their colour and write the instance table; the child process does this."""
     detections = Tiled(ByColour(), Tiling(size=tile, overlap=0.25)).predict([WindowedImage(image)])[0]
     write_instances([detections.named(image.stem)], out)
 

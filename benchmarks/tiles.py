@@ -152,7 +152,7 @@ def main() -> None:
             ratio = statistics.median(r["ours"][0] / r[name][0] for r in rounds)
             what = "bare forward passes" if name == "bare" else f"SAHI, batches of {name[5:]}"
             print(f"{what:<21} {seconds[name]:.2f} s   ratio {ratio:.3f}{'   (its best)' if name == best else ''}")
-    mine, other = unmerged(tiled, image), sliced(theirs, image, tiling, 1, False)
+    mine, other = unmerged(tiled, image), sliced(theirs, image, tiling, batch=1, merge=False)
     same = agreement(mine, other, image)
     print(f"before merging: {len(mine)} and SAHI {len(other)} boxes, AP of one against the other {same:.4f}")
     merged, others = (rounds[0][n][1] for n in ("ours", best))

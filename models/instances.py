@@ -75,7 +75,7 @@ class Instances:
     masks: tuple[RLE, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the fields against what they promise; the order of scores that are NaN is left alone."""
+        """Check dtypes, shapes, lengths, sizes and order of the fields; the order of scores that are NaN is left alone."""
         count = len(self.scores) if np.ndim(self.scores) else 0
         for name, dtype, shape in (("boxes", BOX, (count, 4)), ("scores", BOX, (count,)), ("labels", LABEL, (count,))):
             array = getattr(self, name)

@@ -1,4 +1,4 @@
-"""What predicts: the protocols of detectors and of segmenters that need boxes."""
+"""The protocols of predictors: detectors, and segmenters that need boxes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Predictor(Protocol):
 
 @runtime_checkable
 class BoxSegmenter(Protocol):
-    """Anything that outlines what given boxes hold."""
+    """Anything that outlines the plane in each given box."""
 
     def masks_in_boxes(self, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray]) -> list[list[RLE]]:
         """One mask per box: ``boxes[i]`` is xyxy (N_i, 4) in ``images[i]``; RLE of the image's size, in order."""

@@ -21,7 +21,7 @@ from models.errors import RecipeError
 PARENT = "mlflow.parentRunId"
 KEY = "ablation_key"
 
-# What the table shows of a run, where it has it, after the metric that decides.
+# Columns of the table after the deciding metric, for runs that have them.
 SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mask_AP", "mask_AP50", "IoU", "Dice", "at_0.6_AP", "at_0.6_mask_AP")
 
 
@@ -44,7 +44,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a variant: its run, and the error where it failed."""
+    """Result of a variant: its run, and the error where it failed."""
 
     variant: Variant
     run: Run | None
@@ -91,7 +91,7 @@ def _axis(entry: str) -> list[str]:
 
 
 def ablation_key(keys: Sequence[str]) -> str:
-    """Digest of the variants' training keys: what decides whether an ablation is the same one."""
+    """Digest of the variants' training keys: two ablations are the same one if it is equal."""
     return hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()[:12]
 
 
@@ -149,7 +149,7 @@ def result_rows(results: Sequence[Result], metric: str) -> list[dict[str, Any]]:
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as CSV text; what is not known stays empty."""
+    """The rows as CSV text; unknown values stay empty."""
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]))
     writer.writeheader()

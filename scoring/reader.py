@@ -1,4 +1,4 @@
-"""Samples to decoded images; what cannot be read becomes a Failure, never an exception."""
+"""Samples to decoded images; an unreadable image becomes a Failure, never an exception."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What predicts, one room for each library; nothing here is imported before it is used."""
+"""Predictors, one package for each library; nothing here is imported before it is used."""

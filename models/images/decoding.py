@@ -41,7 +41,7 @@ class RemoteFile(Protocol):
     path: str
 
     def open(self, mode: str) -> IO[bytes]:
-        """A stream that fetches what is read of it."""
+        """A stream that fetches only the bytes that are read."""
         ...
 
 
@@ -49,7 +49,7 @@ Source = str | os.PathLike | RemoteFile
 
 
 def read_image(source: Source | bytes, rendering: Rendering = DEFAULT) -> np.ndarray:
-    """Decode an image file, here or elsewhere, or its bytes to RGB uint8 (H, W, 3).
+    """Decode an image file, local or remote, or its bytes to RGB uint8 (H, W, 3).
 
     Grayscale, palette, RGBA (alpha dropped), CMYK, 16-bit, signed and floating images are converted
     as ``rendering`` says, EXIF orientation is applied, of an animation the first frame is taken.
@@ -122,7 +122,7 @@ def _rendered(values: np.ndarray, rendering: Rendering, name: str) -> np.ndarray
 
 @contextmanager
 def _told(name: str) -> Iterator[None]:
-    """What the decoder and the file system raise, as a DataError with its kind."""
+    """Raise errors of the decoder and of the file system as a DataError with its kind."""
     try:
         yield
     except UnidentifiedImageError as error:
@@ -154,7 +154,7 @@ def _fetched(source: RemoteFile) -> bytes:
 
 
 class Header(NamedTuple):
-    """What is known of an image file before it is decoded.
+    """Check an image file before it is decoded.
 
     height, width: as its pixels lie in the file; orientation: EXIF's 1 to 8; cut: it seems to end early,
     and only decoding it tells whether it does.

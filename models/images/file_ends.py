@@ -97,7 +97,7 @@ def _tiff_bytes(stream: IO[bytes], start: bytes) -> int:
 
 
 def check_filled(image: Image.Image, content: bytes | str | os.PathLike | IO[bytes], name: str) -> None:
-    """Check that a decoded PNG has all its pixels: Pillow fills up what is not there with zeros, and says nothing.
+    """Check that a decoded PNG has all its pixels: Pillow fills missing ones with zeros, and reports nothing.
 
     Args:
         image: as Pillow opened it, content: its bytes, path or stream; name: what the message calls it.

@@ -44,7 +44,7 @@ def is_tiff(start: bytes) -> bool:
 
 
 def is_raster(start: bytes) -> bool:
-    """Whether a file that begins with these 12 bytes is read by GDAL: what Pillow cuts down to 8 bits."""
+    """Whether a file that begins with these 12 bytes is read by GDAL, since Pillow would cut it down to 8 bits."""
     return start.startswith((*TIFF_STARTS, *JPEG2000_STARTS))
 
 
@@ -68,7 +68,7 @@ def tiff_layout(stream: IO[bytes]) -> tuple[int, int, int]:
 
 
 def quiet_rasterio() -> Any:
-    """The module rasterio, with what it says about odd files left to our own messages."""
+    """Import rasterio with its warnings about odd files off; our own messages report them."""
     # GDAL would keep decoded blocks up to a twentieth of the machine's memory; a row of tiles needs far less.
     os.environ.setdefault("GDAL_CACHEMAX", CACHE_MEGABYTES)
     import rasterio
@@ -79,7 +79,7 @@ def quiet_rasterio() -> Any:
 
 
 def _driver(source: str | Path | bytes, name: str) -> str:
-    """GDAL's driver for a file; no other format is opened, whatever it says that it is: some lead to further files."""
+    """GDAL's driver for a file; no other format is opened, whatever its header says: some formats lead to further files."""
     if isinstance(source, bytes):
         start = source[:16]
     else:

@@ -187,7 +187,7 @@ def _of_histogram(counts: np.ndarray, low: int) -> Bounds | None:
 
 
 def to_uint8(values: np.ndarray, bounds: Bounds | None) -> np.ndarray:
-    """Values of any type, (bands, h, w) or (h, w), to uint8: ``bounds`` become 0 and 255, what is not finite 0."""
+    """Values of any type, (bands, h, w) or (h, w), to uint8: ``bounds`` become 0 and 255, values that are not finite 0."""
     if bounds is None:
         return values.astype(np.uint8, copy=False)
     low, high = bounds

@@ -78,5 +78,5 @@ def channels_last(model: nn.Module) -> nn.Module:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide what the weights mean."""
+    """Versions of the libraries on which the meaning of the weights depends."""
     return {name: version(name) for name in ("torch", "torchvision", "segmentation-models-pytorch", "timm")}

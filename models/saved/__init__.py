@@ -1,1 +1,1 @@
-"""A model as a folder: what it says, what it may hold, how it is written and loaded."""
+"""A model as a folder: its description, its allowed files, how it is written and loaded."""

@@ -1,4 +1,4 @@
-"""What may lie in a saved folder: these names, of these sizes, and nothing that leads out of it."""
+"""The files that a saved folder may hold: these names, of these sizes, and nothing that leads out of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading pickled tables of arrays, such as Detectron2's .pkl weights, without running what they contain."""
+"""Reading pickled tables of arrays, such as Detectron2's .pkl weights, without running code in them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Call:
 
 
 class _Dtype:
-    """What a pickle says of a dtype; ``known`` is None unless it is one of numbers."""
+    """A dtype as a pickle describes it; ``known`` is None unless it is one of numbers."""
 
     __slots__ = ("known",)
 
@@ -44,7 +44,7 @@ class _Dtype:
 
 
 class _Array:
-    """What a pickle says of an array; ``array`` is None unless it holds numbers."""
+    """An array as a pickle describes it; ``array`` is None unless it holds numbers."""
 
     __slots__ = ("array",)
 
@@ -139,7 +139,7 @@ def read_pickled_arrays(path: str | Path) -> dict[str, Any]:
 
 
 def _plain(content: Any) -> Any:
-    """The content with arrays in place of what stood for them while it was read."""
+    """The content with arrays in place of the stand-ins that the reader used."""
     if isinstance(content, _Array):
         return content.array
     if isinstance(content, dict):

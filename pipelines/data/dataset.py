@@ -195,7 +195,7 @@ class Dataset:
         return self._digest[0]
 
     def file_digests(self) -> list[str]:
-        """What tells whether each image has changed, in the samples' order; "unreadable" where nothing does."""
+        """Fingerprint of each image file, in the samples' order; "unreadable" where a file has none."""
         if not self._fingerprints:
             self._fingerprints.extend(
                 [_file_digest(s.path) for s in self.samples]
@@ -240,13 +240,13 @@ class Dataset:
         if all(s.rendering == rendering for s in self.samples):
             return self
         changed = replace(self, samples=tuple(replace(s, rendering=rendering) for s in self.samples))
-        # What tells files apart does not depend on how they are read.
+        # Fingerprints of files do not depend on how they are read.
         changed._fingerprints.extend(self._fingerprints)
         changed._digest.extend(self._digest)
         return changed
 
     def summary(self) -> str:
-        """One line for people: counts, then what was wrong."""
+        """One line for people: counts, then problems."""
         text = f"{self.name} {self.split}: {len(self)} images, {self.planes} planes"
         if not self.has_truth:
             text = f"{self.name} {self.split}: {len(self)} images, no ground truth"

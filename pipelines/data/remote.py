@@ -86,9 +86,9 @@ def _files_in(fs: Any, folder: str) -> list[str]:
 
 
 def fingerprints(paths: Sequence[AnyPath]) -> list[str]:
-    """What tells whether files have changed, without reading them: size and time, or the store's mark of the content.
+    """Fingerprint files without reading them: size and time of change, or the store's mark of the content.
 
-    UNREADABLE where there is nothing to be had: whoever reads the file says what is wrong with it.
+    UNREADABLE where a file has none: whoever reads the file reports what is wrong with it.
     A store that does not answer is tried again, until it has failed so often that it counts as down.
     """
     if all(isinstance(path, Path) for path in paths):

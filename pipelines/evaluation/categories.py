@@ -1,4 +1,4 @@
-"""The class that a version finds: what decides which annotations it is measured against."""
+"""The class that a version detects; it decides which annotations the version is measured against."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from models.errors import ModelError
 from models.saved.spec import read_spec
 
-# What is looked for where nothing says otherwise.
+# The default category.
 PLANE = "plane"
 
 

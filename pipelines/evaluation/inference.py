@@ -161,6 +161,7 @@ def evaluate_predictions(
     predictions: list[Instances],
     dataset: Dataset,
     segmenter: bool,
+    *,
     score_threshold: float = 0.05,
     failed: Collection[str] | None = None,
 ) -> list[tuple[str, Evaluation]]:
@@ -190,5 +191,5 @@ def _evaluations(
         return [("", evaluate_masks(dataset, [by_id.get(s.image_id, []) for s in dataset.samples]))]
     results = [("", evaluate_instances(dataset, predictions, score_threshold=score_threshold))]
     if dataset.has_masks and predictions and all(p.masks is not None for p in predictions):
-        results.append(("mask_", evaluate_instances(dataset, predictions, "segm", score_threshold)))
+        results.append(("mask_", evaluate_instances(dataset, predictions, "segm", score_threshold=score_threshold)))
     return results

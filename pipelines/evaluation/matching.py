@@ -118,7 +118,7 @@ def rank(dataset: Dataset, predictions: Sequence[Instances], kind: Kind = "bbox"
 
 
 def bootstrap_difference(
-    first: Ranked, second: Ranked, resamples: int = 500, seed: int = 0, level: float = 0.95
+    first: Ranked, second: Ranked, *, resamples: int = 500, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float] | None:
     """Interval of AP(second) - AP(first) over resampled images (percentile bootstrap, paired).
 
@@ -128,14 +128,17 @@ def bootstrap_difference(
     if images < 2:
         return None
     differences = resampled(
-        images, lambda weights: second.average_precision(weights) - first.average_precision(weights), resamples, seed
+        images,
+        lambda weights: second.average_precision(weights) - first.average_precision(weights),
+        resamples=resamples,
+        seed=seed,
     )
     tail = 100 * (1 - level) / 2
     low, high = np.percentile(differences, [tail, 100 - tail])
     return float(low), float(high)
 
 
-def resampled(images: int, statistic: Callable[[np.ndarray], float], resamples: int = 500, seed: int = 0) -> np.ndarray:
+def resampled(images: int, statistic: Callable[[np.ndarray], float], *, resamples: int = 500, seed: int = 0) -> np.ndarray:
     """A statistic over images drawn with replacement, float64 (resamples,).
 
     ``statistic`` gets how often each image was drawn, float64 (images,).
@@ -166,7 +169,7 @@ class Diagnosis:
 
 
 def diagnose(sample: Sample, instances: Instances, masks: bool) -> Diagnosis:
-    """Sort detections and planes by what is wrong with them, at an IoU of 0.5.
+    """Sort detections and planes by kind of error, at an IoU of 0.5.
 
     A detection that hits no free plane is a duplicate where it overlaps a plane that a
     better one has hit; poorly outlined where its box fits but its mask does not;

@@ -44,6 +44,7 @@ def evaluate_instances(
     dataset: Dataset,
     predictions: Sequence[Instances],
     kind: Literal["bbox", "segm"] = "bbox",
+    *,
     score_threshold: float = 0.05,
     max_dets: tuple[int, int, int] = (1, 10, 100),
 ) -> Evaluation:

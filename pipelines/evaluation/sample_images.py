@@ -46,7 +46,7 @@ def evaluate_with_sheet(
         )
     if not segmenter:
         # The number of failed images stands in the first evaluations.
-        again = evaluate_predictions(predictions.instances, dataset, segmenter, COURSE_THRESHOLD)
+        again = evaluate_predictions(predictions.instances, dataset, segmenter, score_threshold=COURSE_THRESHOLD)
         evaluations += [(f"at_{COURSE_THRESHOLD:g}_{prefix}", e) for prefix, e in again]
     sheet = _crops(shown) if segmenter else figures.image_sheet(shown) if shown else None
     return evaluations, sheet

@@ -87,7 +87,7 @@ class Measurement:
 
 def all_metrics(predictions: list[Instances], dataset: Dataset, segmenter: bool) -> dict[str, float]:
     """Every metric that predictions and truth allow, masks of detected planes prefixed ``mask_``."""
-    evaluations = evaluate_predictions(predictions, dataset, segmenter, SCORE)
+    evaluations = evaluate_predictions(predictions, dataset, segmenter, score_threshold=SCORE)
     return {prefix + name: value for prefix, e in evaluations for name, value in e.metrics.items()}
 
 
@@ -122,7 +122,7 @@ def measure(
         known[label, sample.image_id] = outcome, seconds
         if kept:
             _keep(kept, label, outcome, seconds)
-    return {k: _measured(k, is_segmenter(p), dataset, known, failed[k]) for k, p in predictors.items()}
+    return {k: _measured(k, is_segmenter(p), dataset=dataset, known=known, failed=failed[k]) for k, p in predictors.items()}
 
 
 def _measured(

@@ -1,4 +1,4 @@
-"""What a training was begun with, image by image: it goes on where those it could not read have been removed since."""
+"""Inputs of a training, image by image: it resumes where images that it could not read have been removed since."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Listener(Protocol):
 
 @dataclass
 class Job:
-    """What to train. ``evaluate`` returns metrics, of which ``metric`` is to be maximised."""
+    """A training: model, batches, settings. ``evaluate`` returns metrics, of which ``metric`` is to be maximised."""
 
     model: nn.Module
     batches: Batches
@@ -92,7 +92,7 @@ def learning_rate(settings: OptimizerSettings, step: int, total: int) -> float:
 
 @dataclass
 class _Machine:
-    """What takes a step: the network on its device, optimiser, precision, and the scaler of float16's gradients."""
+    """State of a training step: network on its device, optimiser, precision, and the scaler of float16's gradients."""
 
     fabric: Fabric
     model: nn.Module
@@ -220,7 +220,7 @@ def _due(done: int, every: int, total: int) -> bool:
 
 
 def is_better(value: float, best: float | None) -> bool:
-    """Whether a validation beats the best one so far; what could not be measured is beaten by anything."""
+    """Whether a validation beats the best one so far; a value that could not be measured is beaten by any."""
     return best is None or math.isnan(best) or value > best
 
 

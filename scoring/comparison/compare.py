@@ -22,7 +22,7 @@ ORDER = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "mask_AP", "mask_AP
 
 @dataclass(frozen=True)
 class Scored:
-    """One column of the comparison: what was scored, on which data, with which result.
+    """One scoring run in the comparison: version, data and results.
 
     failed: images that could not be read or predicted; leaves_out: whether its metrics are without them.
     """
@@ -111,7 +111,7 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """What the interval allows to say."""
+        """The conclusion that the interval allows."""
         if self.interval is None:
             return "one image: no interval, nothing can be said about others"
         if self.interval[0] > 0:
@@ -161,11 +161,11 @@ class Comparison:
 
 
 def compare(dataset: Dataset, candidates: Sequence[Candidate], resamples: int = 500) -> Comparison:
-    """Compare two or more candidates on a data set with truth; the first is what the others are held against.
+    """Compare two or more candidates on a data set with truth; the others are compared with the first.
 
     Masks are compared where truth and every candidate have them, boxes always. All
     metrics count detections from the highest score threshold of the candidates on:
-    one that kept more would else be measured by another rule.
+    otherwise one that kept more would be measured by another rule.
 
     Raises:
         DataError: fewer than two, equal labels, no truth, or predictions for other images.
@@ -181,12 +181,14 @@ def compare(dataset: Dataset, candidates: Sequence[Candidate], resamples: int = 
     curves: dict[Kind, dict[str, np.ndarray]] = {}
     pairs = []
     for kind in kinds:
-        metrics[kind] = {k: evaluate_instances(dataset, kept[k], kind, threshold).metrics for k in labels}
+        metrics[kind] = {k: evaluate_instances(dataset, kept[k], kind, score_threshold=threshold).metrics for k in labels}
         ranked = {k: rank(dataset, kept[k], kind) for k in labels}
         curves[kind] = {k: r.curve() for k, r in ranked.items()}
         for label in labels[1:]:
             difference = metrics[kind][label]["AP"] - metrics[kind][labels[0]]["AP"]
-            pairs.append(Pair(label, kind, difference, bootstrap_difference(ranked[labels[0]], ranked[label], resamples)))
+            pairs.append(
+                Pair(label, kind, difference, bootstrap_difference(ranked[labels[0]], ranked[label], resamples=resamples))
+            )
     diagnoses = {k: _diagnoses(dataset, kept[k], masks) for k in labels}
     errors = {k: _sum([d.counts() for d in of.values()]) for k, of in diagnoses.items()}
     overlaps = {k: [o for d in of.values() for o in d.overlaps] for k, of in diagnoses.items()}

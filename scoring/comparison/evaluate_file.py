@@ -73,12 +73,12 @@ def evaluate_file(path: Path, dataset: Dataset, score_threshold: float, conventi
     predictions = read_predictions(path, dataset, convention)
     count = len(failed_images(path, dataset, predictions) or ())
     if path.suffix.lower() == ".csv":
-        evaluations = [evaluate_instances(dataset, predictions, "segm", score_threshold)]
+        evaluations = [evaluate_instances(dataset, predictions, "segm", score_threshold=score_threshold)]
     else:
-        evaluations = [e for _, e in evaluate_predictions(predictions, dataset, False, score_threshold)]
+        evaluations = [e for _, e in evaluate_predictions(predictions, dataset, False, score_threshold=score_threshold)]
     if not predictions and dataset.has_masks and len(evaluations) == 1 and path.suffix.lower() == ".parquet":
         # An empty table does not show whether masks were made.
-        evaluations.append(evaluate_instances(dataset, predictions, "segm", score_threshold))
+        evaluations.append(evaluate_instances(dataset, predictions, "segm", score_threshold=score_threshold))
     return [replace(e, settings={**e.settings, "images_failed": count}) for e in evaluations]
 
 

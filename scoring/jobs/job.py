@@ -156,7 +156,7 @@ def run_job(
     decisive = _decisive(predictor, dataset, settings, device)
     workers = settings.workers or auto_workers(device, dataset)
     runner = runner or LocalRunner(predictor, device, batch_size=batch_size, workers=workers, kind=settings.precision)
-    manifest = make_manifest(label, model, decisive, dataset, settings.shard_size)
+    manifest = make_manifest(label, model, settings=decisive, dataset=dataset, shard_size=settings.shard_size)
     try:
         with claimed(folder, manifest, dataset, settings.fresh):
             again = _try_again(
@@ -213,7 +213,7 @@ def _decisive(predictor: Predictor, dataset: Dataset, settings: JobSettings, dev
 def _try_again(
     runner: Runner, manifest: Manifest, folder: Path, dataset: Dataset, *, score_threshold: float, progress: Progress
 ) -> int:
-    """Predict once more what could not be fetched in an earlier call; return how many images came of it."""
+    """Predict images again that could not be fetched in an earlier call; return how many have a new result."""
     failed, shards = failed_before(folder, manifest, dataset), manifest.shards()
     if not failed:
         return 0
@@ -324,7 +324,8 @@ def _write(job: JobResult, dataset: Dataset, has_masks: bool, settings: JobSetti
             for s in dataset.samples
             if s.image_id not in listed
         ]
-        how = (job.segmenter, settings.score_threshold, failed)
-        job.evaluations = evaluate_predictions([*predictions, *empty], dataset, *how)
+        job.evaluations = evaluate_predictions(
+            [*predictions, *empty], dataset, job.segmenter, score_threshold=settings.score_threshold, failed=failed
+        )
         content = [{"prefix": p, "metrics": e.finite(), "settings": e.settings} for p, e in job.evaluations]
         write_text(job.folder / "metrics.json", json.dumps(content, indent=2) + "\n")

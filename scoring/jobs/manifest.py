@@ -1,4 +1,4 @@
-"""What a scoring job is to do, written down before it begins: model, settings, inputs, shards."""
+"""The manifest of a scoring job, written before it begins: model, settings, inputs, shards."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def claimed(folder: Path, manifest: Manifest, dataset: Dataset, fresh: bool) -> 
 
 
 def clear(folder: Path) -> None:
-    """Remove what a job wrote into its folder, and nothing else: somebody may keep notes there.
+    """Remove the files that a job wrote into its folder, and nothing else: users may keep notes there.
 
     Raises:
         OSError: something of it cannot be removed; it must not be taken for another job's.
@@ -173,7 +173,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_inputs(folder: Path, manifest: Manifest) -> Dataset:
-    """The images of a job as a data set without ground truth, for what is made from its table.
+    """The images of a job as a data set without ground truth, for exports from its table.
 
     Raises:
         DataError: the list is absent or damaged.

@@ -19,7 +19,7 @@ UNREACHABLE, MISSING = "unreachable", "missing"
 
 
 def can_be_tried_again(failure: Failure, sample: Sample) -> bool:
-    """Whether what failed may work now: a store that did not answer, a file of this machine that is there by now."""
+    """Whether a failed image may work now: a store that did not answer, a file of this machine that is there by now."""
     if failure.kind == UNREACHABLE:
         return True
     try:

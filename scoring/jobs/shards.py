@@ -46,7 +46,7 @@ def shard_folder(folder: Path, number: int) -> Path:
 
 
 def finished(folder: Path) -> set[int]:
-    """Numbers of the shards that are there; what a killed process left half-written is removed."""
+    """Numbers of the shards that are there; half-written ones of a killed process are removed."""
     numbers = set()
     for path in (folder / SHARDS).iterdir() if (folder / SHARDS).is_dir() else ():
         if re.fullmatch(r"\d{6,}", path.name):

@@ -38,7 +38,7 @@ def auto_batch(device: str) -> int:
 
 
 def auto_workers(device: str, dataset: Dataset) -> int:
-    """Threads that decode where the user leaves it to us: what comes from elsewhere is waited for, not worked on."""
+    """Threads that decode where the user gives no number: threads wait for remote images, and do no work meanwhile."""
     cores = os.cpu_count() or 1
     if any(not isinstance(s.path, Path) for s in dataset.samples[:1]):
         return 16
@@ -101,7 +101,7 @@ class LocalRunner:
     def results(self, shards: Sequence[Sequence[Sample]]) -> Iterator[ShardResult]:
         """See `Runner`. Images of one size share a batch; tiles of all images do.
 
-        What a batch holds depends on nothing but its shard, so that a shard made again is the same.
+        The images of a batch depend on nothing but its shard, so that a shard made again is the same.
         """
         ahead = max(2, self.batch_size, self.workers)
         images = read_ahead(chain.from_iterable(shards), ahead, self._tiled, self.workers)

@@ -217,7 +217,7 @@ def _cluster(address: str | None) -> Iterator[None]:
 
 
 def _check_reachable(address: str | None) -> None:
-    """Raise OSError where nobody listens; Ray itself would try for minutes."""
+    """Raise OSError where no server listens; Ray itself would try for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()

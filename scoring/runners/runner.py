@@ -17,7 +17,7 @@ class Runner(Protocol):
     """Predicts shards; every image of them comes out once, as Instances or Failure."""
 
     def results(self, shards: Sequence[Sequence[Sample]]) -> Iterator[ShardResult]:
-        """Results in any order; what they are depends on nothing but the image's shard."""
+        """Results in any order; they depend on nothing but the image's shard."""
         ...
 
     def little(self, position: int) -> list[str]:

@@ -72,7 +72,7 @@ class InstanceTable:
 
 
 def _read(path: Path, read: Callable[[], pa.Table], check: bool = True) -> list[Instances]:
-    """Rows of an instance table; masks are checked, since runs that end early decode to whatever the memory holds."""
+    """Rows of an instance table; masks are checked, since runs that end early decode to random memory."""
     try:
         rows = read().to_pylist()
         if check:
@@ -106,12 +106,12 @@ def join_tables(tables: Sequence[Path], path: Path, schema: pa.Schema) -> None:
 
 
 def write_failures(failures: Sequence[Failure], path: Path) -> None:
-    """Write image_id, path, kind and message of what could not be scored."""
+    """Write image_id, path, kind and message of the images that could not be scored."""
     _write(pa.Table.from_pylist([f.__dict__ for f in failures], schema=ERROR_SCHEMA), path)
 
 
 def read_failures(path: Path) -> list[Failure]:
-    """What could not be scored, read back."""
+    """Read back the images that could not be scored."""
     return [Failure(**row) for row in pq.read_table(path).to_pylist()]
 
 

@@ -16,8 +16,8 @@ from tests.models.test_contract import MAKERS, _images
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parts")
+def components(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("components")
     return MAKERS["detector"](folder / "det"), MAKERS["unet"](folder / "unet")
 
 
@@ -33,24 +33,24 @@ def test_a_pixel_belongs_to_the_plane_of_the_higher_score():
         assert np.array_equal(crop.mask, expected)
 
 
-def test_masks_of_many_images_equal_those_of_each(parts, tmp_path):
+def test_masks_of_many_images_equal_those_of_each(components, tmp_path):
     saved = save_composed(
-        tmp_path / "c", *parts, ComposedArchitecture(overlaps="keep"), {"detector": "d/1", "segmenter": "u/2"}
+        tmp_path / "c", *components, ComposedArchitecture(overlaps="keep"), {"detector": "d/1", "segmenter": "u/2"}
     )
-    composed, detector, segmenter = load_model(saved), load_model(parts[0]), load_model(parts[1])
+    composed, detector, segmenter = load_model(saved), load_model(components[0]), load_model(components[1])
     images = _images()
     for together, image in zip(composed.predict(images), images, strict=True):
-        found = detector.predict([image])[0]
-        assert np.allclose(together.boxes, found.boxes, atol=1e-2)
-        masks = segmenter.masks_in_boxes([image], [found.boxes])[0]
+        detections = detector.predict([image])[0]
+        assert np.allclose(together.boxes, detections.boxes, atol=1e-2)
+        masks = segmenter.masks_in_boxes([image], [detections.boxes])[0]
         agree = [np.mean(rle_decode(a) == rle_decode(b)) for a, b in zip(together.masks, masks, strict=True)]
         # Sums over a batch may be ordered otherwise: a pixel at the threshold may fall either way.
         assert min(agree) > 0.99
 
 
-def test_exclusive_masks_share_no_pixel(parts, tmp_path):
+def test_exclusive_masks_share_no_pixel(components, tmp_path):
     for overlaps in ("exclusive", "keep"):
-        saved = save_composed(tmp_path / overlaps, *parts, ComposedArchitecture(overlaps=overlaps), {})
+        saved = save_composed(tmp_path / overlaps, *components, ComposedArchitecture(overlaps=overlaps), {})
         layers = sum(rle_decode(m).astype(int) for m in load_model(saved).predict(_images(1))[0].masks)
         assert (layers.max() == 1) == (overlaps == "exclusive")
 
@@ -66,21 +66,22 @@ def test_planes_without_a_pixel_are_no_planes():
                 [CropMask(np.ones((int(y2 - y1), int(x2 - x1)), bool), int(x1), int(y1)) for x1, y1, x2, y2 in boxes[0]]
             ]
 
-    found = ComposedPredictor(Detector(), Segmenter(), ComposedArchitecture()).predict([np.zeros((20, 20, 3), np.uint8)])[0]
-    assert found.scores.tolist() == pytest.approx([0.9, 0.7])
+    composed = ComposedPredictor(Detector(), Segmenter(), ComposedArchitecture())
+    detections = composed.predict([np.zeros((20, 20, 3), np.uint8)])[0]
+    assert detections.scores.tolist() == pytest.approx([0.9, 0.7])
 
 
-def test_low_scores_are_not_segmented(parts, tmp_path):
-    everything = load_model(parts[0]).predict(_images(1))[0]
+def test_low_scores_are_not_segmented(components, tmp_path):
+    everything = load_model(components[0]).predict(_images(1))[0]
     middle = float(np.median(everything.scores))
-    saved = save_composed(tmp_path / "c", *parts, ComposedArchitecture(min_score=middle, overlaps="keep"), {})
-    found = load_model(saved).predict(_images(1))[0]
-    assert 0 < len(found) < len(everything)
-    assert found.scores.min() >= middle
+    saved = save_composed(tmp_path / "c", *components, ComposedArchitecture(min_score=middle, overlaps="keep"), {})
+    detections = load_model(saved).predict(_images(1))[0]
+    assert 0 < len(detections) < len(everything)
+    assert detections.scores.min() >= middle
 
 
-def test_the_folder_loads_alone_and_says_where_it_comes_from(parts, tmp_path):
-    copies = [shutil.copytree(p, tmp_path / p.name) for p in parts]
+def test_the_folder_loads_alone_and_says_where_it_comes_from(components, tmp_path):
+    copies = [shutil.copytree(p, tmp_path / p.name) for p in components]
     saved = save_composed(tmp_path / "c", *copies, ComposedArchitecture(), {"detector": "planes-det/3", "segmenter": "u/2"})
     for copy in copies:
         shutil.rmtree(copy)
@@ -88,8 +89,8 @@ def test_the_folder_loads_alone_and_says_where_it_comes_from(parts, tmp_path):
     assert load_model(saved).predict(_images())[0].masks is not None
 
 
-def test_parts_of_the_wrong_kind_are_refused(parts, tmp_path):
-    detector, segmenter = parts
+def test_components_of_the_wrong_kind_are_refused(components, tmp_path):
+    detector, segmenter = components
     with pytest.raises(ModelError, match="u/2: is a segmenter, a detector is needed"):
         save_composed(tmp_path / "c", segmenter, segmenter, ComposedArchitecture(), {"detector": "u/2"})
     saved = save_composed(tmp_path / "c", detector, segmenter, ComposedArchitecture(), {})

@@ -67,8 +67,8 @@ def _detectron2(folder, config="COCO-Detection/faster_rcnn_R_50_FPN_1x", **setti
 
 
 def _composed(folder):
-    parts = _detector(folder.parent / "d"), _segmenter(folder.parent / "s", network="unet", encoder="resnet18")
-    return save_composed(folder, *parts, ComposedArchitecture(), {})
+    components = _detector(folder.parent / "d"), _segmenter(folder.parent / "s", network="unet", encoder="resnet18")
+    return save_composed(folder, *components, ComposedArchitecture(), {})
 
 
 MAKERS = {

@@ -45,13 +45,13 @@ def test_a_saved_model_predicts_what_defaultpredictor_predicts_to_the_bit(config
     total = 0
     for path in paths:
         image = read_image(path)
-        found = ours.predict([image])[0]
+        instances = ours.predict([image])[0]
         expected = theirs(np.ascontiguousarray(image[:, :, ::-1]))["instances"]
-        assert found.boxes.tobytes() == expected.pred_boxes.tensor.numpy().tobytes()
-        assert found.scores.tobytes() == expected.scores.numpy().tobytes()
-        total += len(found)
+        assert instances.boxes.tobytes() == expected.pred_boxes.tensor.numpy().tobytes()
+        assert instances.scores.tobytes() == expected.scores.numpy().tobytes()
+        total += len(instances)
         if config == MASK:
-            for mask, dense in zip(found.masks, expected.pred_masks.numpy(), strict=True):
+            for mask, dense in zip(instances.masks, expected.pred_masks.numpy(), strict=True):
                 assert (rle_decode(mask) == dense).all()
     assert total > 20
 

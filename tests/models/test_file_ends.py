@@ -1,4 +1,4 @@
-"""Files that end early are told from a few bytes, or by the pixels that they lack; whole ones with odd tails are not."""
+"""A few bytes, or missing pixels, show that a file ends early; whole files with odd tails pass."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def _png(rows: int, channels: int = 3, value: int | None = None, tail: bytes = b
     raw = b"".join(b"\0" + row.tobytes() for row in pixels[:rows])
     head = struct.pack(">IIBBBBB", 80, 64, 8, colour, 0, 0, 0)
     data = zlib.compress(raw)
-    parts = [_chunk(b"IDAT", data[i : i + 700]) for i in range(0, len(data), 700)]
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", head) + b"".join(parts) + _chunk(b"IEND", b"") + tail
+    chunks = [_chunk(b"IDAT", data[i : i + 700]) for i in range(0, len(data), 700)]
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", head) + b"".join(chunks) + _chunk(b"IEND", b"") + tail
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -61,10 +61,10 @@ def suppress(boxes, scores, labels, threshold, metric="iou"):
 def test_pairs_are_those_that_meet(field):
     boxes = field[0]
     left, right = pairs_among(boxes)
-    found = sorted(zip(np.minimum(left, right).tolist(), np.maximum(left, right).tolist(), strict=True))
+    met = sorted(zip(np.minimum(left, right).tolist(), np.maximum(left, right).tolist(), strict=True))
     low, high = np.maximum(boxes[:, None, :2], boxes[None, :, :2]), np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
     meet = np.triu((low <= high).all(axis=2), 1)
-    assert found == sorted(zip(*(v.tolist() for v in np.nonzero(meet)), strict=True))
+    assert met == sorted(zip(*(v.tolist() for v in np.nonzero(meet)), strict=True))
 
 
 @given(fields(), st.sampled_from(["iou", "ios"]), st.sampled_from([0.1, 0.5, 0.51, 1.0]))

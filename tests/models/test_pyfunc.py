@@ -39,13 +39,13 @@ def test_the_disk_is_not_looked_at_where_paths_are_not_allowed(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     looked = []
     monkeypatch.setattr(os.path, "exists", lambda path: looked.append(path) or True)
-    said = []
+    messages = []
     for path in ("there.png", "absent.png"):
         with pytest.raises(mlflow.MlflowException) as error:
             image_bytes(path, paths=False)
-        said.append(str(error.value).replace(path, "PATH"))
-    assert len(set(said)) == 1
-    assert "this server takes no paths" in said[0]
+        messages.append(str(error.value).replace(path, "PATH"))
+    assert len(set(messages)) == 1
+    assert "this server takes no paths" in messages[0]
     assert looked == []
 
 

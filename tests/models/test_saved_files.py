@@ -68,7 +68,7 @@ def test_links_and_other_things_are_refused(tmp_path):
 
 
 def test_a_network_larger_than_its_weights_takes_no_memory():
-    """Terabytes are asked for; the answer comes before any of it is taken."""
+    """Terabytes are requested; the answer comes before any of it is taken."""
     built = []
 
     def build():

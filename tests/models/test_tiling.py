@@ -1,4 +1,4 @@
-"""Prediction by tiles, asked of a predictor that is always right about what a tile shows."""
+"""Prediction by tiles, by a predictor that is always right about the planes of a tile."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class Oracle:
         boxes, scores, labels, masks = [], [], [], []
         for label in (0, 1):
             bright = (image[:, :, label] > 100).astype(np.uint8)
-            count, parts, stats, _ = cv2.connectedComponentsWithStats(bright, connectivity=4)
+            count, components, stats, _ = cv2.connectedComponentsWithStats(bright, connectivity=4)
             for i in range(1, count):
                 x, y, w, h, area = stats[i]
                 if area < 2:
                     continue
                 boxes.append([x, y, x + w, y + h])
                 # What is seen in part may score better than the whole.
-                scores.append(float(image[parts == i][:, label].max()) / 255 + (0.001 if area < 300 else 0))
+                scores.append(float(image[components == i][:, label].max()) / 255 + (0.001 if area < 300 else 0))
                 labels.append(label)
-                masks.append(rle_encode(parts == i))
+                masks.append(rle_encode(components == i))
         return Instances.make(image_id, height, width, boxes, scores, labels=labels, masks=masks if self.masks else None)
 
 
@@ -68,14 +68,14 @@ def scene(height, width, planes, background=30):
     return image, truth
 
 
-def check(found, truth):
-    assert len(found) == len(truth), found.boxes
-    ious = rle_iou(list(found.masks), [rle_encode(t) for t in truth])
+def check(instances, truth):
+    assert len(instances) == len(truth), instances.boxes
+    ious = rle_iou(list(instances.masks), [rle_encode(t) for t in truth])
     assert sorted(ious.argmax(axis=1).tolist()) == list(range(len(truth)))
     assert (ious.max(axis=1) == 1).all()
     for i, j in enumerate(ious.argmax(axis=1)):
         rows, columns = np.nonzero(truth[j])
-        assert found.boxes[i].tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert instances.boxes[i].tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
 
 @pytest.mark.parametrize("merge", ["join", "nms"])
@@ -105,9 +105,9 @@ def test_neighbours_and_classes_stay_apart():
     for offset in range(0, 60, 4):
         planes = [(20 + offset, 20, slash, 200, 0), (20 + offset, 30, slash, 150, 0), (60, 20 + offset, plane(), 220, 1)]
         image, truth = scene(170, 170, planes)
-        found = Tiled(Oracle(), Tiling(size=SIZE, overlap=0.5)).predict([image])[0]
-        check(found, truth)
-        assert sorted(found.labels.tolist()) == [0, 0, 1]
+        instances = Tiled(Oracle(), Tiling(size=SIZE, overlap=0.5)).predict([image])[0]
+        check(instances, truth)
+        assert sorted(instances.labels.tolist()) == [0, 0, 1]
 
 
 def test_one_tile_gives_what_the_predictor_gives():
@@ -134,16 +134,18 @@ def test_padding_and_batches_change_nothing():
         assert max(oracle.calls) == batch or batch == 100
         # Tiles of both images share batches: only the last one is not full.
         assert set(oracle.calls[:-1]) <= {batch}
-        for found in results:
-            assert found.boxes.tolist() == first.boxes.tolist()
-            assert found.scores.tolist() == first.scores.tolist()
-            assert [rle_decode(m)[:260, :270].sum() for m in found.masks] == [rle_decode(m).sum() for m in first.masks]
+        for instances in results:
+            assert instances.boxes.tolist() == first.boxes.tolist()
+            assert instances.scores.tolist() == first.scores.tolist()
+            assert [rle_decode(m)[:260, :270].sum() for m in instances.masks] == [rle_decode(m).sum() for m in first.masks]
 
 
 def test_tiles_of_one_colour_are_not_looked_at():
     oracle = Oracle()
-    found = Tiled(oracle, Tiling(size=SIZE)).predict([np.zeros((300, 300, 3), np.uint8), np.full((10, 9, 3), 7, np.uint8)])
-    assert [len(f) for f in found] == [0, 0]
+    instances = Tiled(oracle, Tiling(size=SIZE)).predict(
+        [np.zeros((300, 300, 3), np.uint8), np.full((10, 9, 3), 7, np.uint8)]
+    )
+    assert [len(f) for f in instances] == [0, 0]
     # The small one is gray in its ten rows and black beyond, so it is looked at.
     assert oracle.calls == [1]
 
@@ -153,21 +155,21 @@ def test_a_pass_over_the_whole_image_finds_what_no_tile_shows():
         """Sees nothing of a plane that the border cuts."""
 
         def _one(self, image_id, image):
-            found = super()._one(image_id, image)
-            edge = (found.boxes[:, :2] <= 0).any(axis=1) | (found.boxes[:, 2:] >= image.shape[0]).any(axis=1)
+            instances = super()._one(image_id, image)
+            edge = (instances.boxes[:, :2] <= 0).any(axis=1) | (instances.boxes[:, 2:] >= image.shape[0]).any(axis=1)
             keep = np.flatnonzero(~edge)
-            masks = [found.masks[i] for i in keep]
-            return Instances.make(image_id, *image.shape[:2], found.boxes[keep], found.scores[keep], masks=masks)
+            masks = [instances.masks[i] for i in keep]
+            return Instances.make(image_id, *image.shape[:2], instances.boxes[keep], instances.scores[keep], masks=masks)
 
     image, truth = scene(256, 256, [(40, 50, np.ones((120, 140), bool), 200, 0), (190, 20, plane(), 150, 0)])
     without = Tiled(Shy(), Tiling(size=SIZE, overlap=0.5)).predict([image])[0]
     assert len(without) == 1
-    found = Tiled(Shy(), Tiling(size=SIZE, overlap=0.5, full_image_size=128)).predict([image])[0]
-    assert len(found) == 2
-    ious = rle_iou(list(found.masks), [rle_encode(t) for t in truth])
+    instances = Tiled(Shy(), Tiling(size=SIZE, overlap=0.5, full_image_size=128)).predict([image])[0]
+    assert len(instances) == 2
+    ious = rle_iou(list(instances.masks), [rle_encode(t) for t in truth])
     assert ious[0, 0] > 0.9
     assert ious[1, 1] == 1
-    assert np.abs(found.boxes[0] - [50, 40, 190, 160]).max() <= 3
+    assert np.abs(instances.boxes[0] - [50, 40, 190, 160]).max() <= 3
 
 
 @given(
@@ -223,12 +225,12 @@ def test_no_dense_mask_of_a_large_image_is_made():
 
     tracemalloc.start()
     try:
-        found = Tiled(Oracle(), Tiling(size=1600, overlap=0.05)).predict([Field()])[0]
+        instances = Tiled(Oracle(), Tiling(size=1600, overlap=0.05)).predict([Field()])[0]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert sorted(found.boxes.tolist()) == sorted([x, y, x + 30, y + 24] for y, x in Field.planes)
-    for box, mask in zip(found.boxes.astype(int), found.masks, strict=True):
+    assert sorted(instances.boxes.tolist()) == sorted([x, y, x + 30, y + 24] for y, x in Field.planes)
+    for box, mask in zip(instances.boxes.astype(int), instances.masks, strict=True):
         part, left, top = rle_crop(mask)
         assert (left, top) == (box[0], box[1])
         assert (part == plane()).all()
@@ -237,9 +239,9 @@ def test_no_dense_mask_of_a_large_image_is_made():
 
 
 def test_the_score_is_that_of_the_best_whole_one():
-    def merged(*found):
+    def merged(*instances):
         tile_results = [
-            TileResult(Instances.make("0", 64, 64, [box], [score], labels=[0]), window) for box, score, window in found
+            TileResult(Instances.make("0", 64, 64, [box], [score], labels=[0]), window) for box, score, window in instances
         ]
         tiling = Tiling(size=64, overlap=0.25, merge="nms", match="ios")
         return merge_tiles("0", 100, 100, tile_results, tiling=tiling).scores.tolist()
@@ -259,5 +261,13 @@ def test_no_box_lies_in_the_black_beyond_the_image():
             return [Instances.make(str(i), *image.shape[:2], boxes, scores) for i, image in enumerate(images)]
 
     image = np.full((20, 20, 3), 90, np.uint8)
-    found = Tiled(Everywhere(), Tiling(size=64)).predict([image])[0]
-    assert found.boxes.tolist() == [[2, 2, 12, 12], [15, 15, 20, 20]]
+    instances = Tiled(Everywhere(), Tiling(size=64)).predict([image])[0]
+    assert instances.boxes.tolist() == [[2, 2, 12, 12], [15, 15, 20, 20]]
+
+
+def test_a_mask_in_the_black_beyond_the_image_is_empty():
+    mask = np.zeros((64, 64), bool)
+    mask[50:60, 52:62] = True
+    shown = Instances.make("0", 64, 64, [[20, 20, 62, 60]], [0.9], masks=[rle_encode(mask)])
+    merged = merge_tiles("0", 40, 45, [TileResult(shown, (0, 0, 64, 64))], tiling=Tiling(size=64))
+    assert merged == Instances.make("0", 40, 45, [[20, 20, 45, 40]], [0.9], masks=[rle_encode(np.zeros((40, 45)))])

@@ -55,8 +55,8 @@ def test_masks_of_a_huge_image_need_no_dense_memory(tmp_path):
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8).repeat(50, 0).repeat(50, 1)
-    found = load_model(folder).predict([image])[0]
+    instances = load_model(folder).predict([image])[0]
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
-    assert len(found) >= 30
+    assert len(instances) >= 30
     # All masks dense, as floats: 30 x 3,200 x 3,200 x 4 bytes = 1.2 GB.
     assert grown < 0.6, grown

@@ -32,8 +32,8 @@ def test_lists_are_one_value():
 
 def _result(label, **metrics):
     info = RunInfo("r" + label, "1", "user", "FINISHED", 0, 1, "active")
-    found = [Metric(k.replace("__", "/"), v, 0, 0) for k, v in metrics.items()]
-    return Result(Variant((f"optimizer.lr={label}",)), Run(info, RunData(metrics=found)))
+    logged = [Metric(k.replace("__", "/"), v, 0, 0) for k, v in metrics.items()]
+    return Result(Variant((f"optimizer.lr={label}",)), Run(info, RunData(metrics=logged)))
 
 
 def test_the_table_has_what_the_runs_have_and_says_what_failed():

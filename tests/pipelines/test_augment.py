@@ -100,9 +100,9 @@ def test_processes_share_a_batch_without_gaps(airfield):
     batches = DetectorBatches(
         open_dataset(str(airfield), "train"), STRONG, batch_size=4, window=128, focus=0.8, min_visible=0.3, seed=7
     )
-    whole, parts = batches[3], [batches.share(3, rank, 2) for rank in range(2)]
-    assert [e.image.tobytes() for e in whole[::2]] == [e.image.tobytes() for e in parts[0]]
-    assert [e.image.tobytes() for e in whole[1::2]] == [e.image.tobytes() for e in parts[1]]
+    whole, shares = batches[3], [batches.share(3, rank, 2) for rank in range(2)]
+    assert [e.image.tobytes() for e in whole[::2]] == [e.image.tobytes() for e in shares[0]]
+    assert [e.image.tobytes() for e in whole[1::2]] == [e.image.tobytes() for e in shares[1]]
 
 
 @pytest.mark.parametrize("zoom", [0.3, 0.55, 1.6])

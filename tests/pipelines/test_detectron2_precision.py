@@ -52,10 +52,10 @@ def test_each_task_trains_in_bfloat16_and_goes_on_to_the_same_weights(name, data
     with pytest.raises(Exception, match="killed"):
         train_detectron2(recipe, *data, tmp_path / "parts", "cpu", [Killed(at=3)])
     listener = Killed()
-    parts, second = train_detectron2(recipe, *data, tmp_path / "parts", "cpu", [listener])
+    resumed, second = train_detectron2(recipe, *data, tmp_path / "parts", "cpu", [listener])
     assert listener.begun == 2
     assert [r["train/loss"] for r in second.history] == [r["train/loss"] for r in first.history]
-    a, b = read_weights(whole), read_weights(parts)
+    a, b = read_weights(whole), read_weights(resumed)
     assert all(torch.equal(a[k], b[k]) for k in a)
     full = train_detectron2(load_recipe(name, SMALL), *data, tmp_path / "full", "cpu")[1].history
     assert full[0]["train/loss"] != first.history[0]["train/loss"]

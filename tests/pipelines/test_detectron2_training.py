@@ -26,7 +26,7 @@ SMALL = ["SOLVER.MAX_ITER=6", "SOLVER.IMS_PER_BATCH=2", "SOLVER.CHECKPOINT_PERIO
 
 
 class Recording:
-    """A listener that keeps what it is told, and may stop the training."""
+    """A listener that keeps its notifications, and may stop the training."""
 
     def __init__(self, stop_at=None):
         self.steps, self.safe, self.begun, self.stop_at = [], 0, None, stop_at
@@ -60,12 +60,12 @@ def test_every_course_recipe_trains(name, data, tmp_path):
     expected = {"train/loss_cls", "train/loss_box_reg", "train/loss_rpn_cls", "train/loss_rpn_loc"}
     assert losses == expected | ({"train/loss_mask"} if name == "course_mask" else set())
     last = outcome.history[-1]
-    parts = sum(last[k] for k in losses)
-    assert last["train/loss"] == pytest.approx(parts, rel=1e-4)
+    total = sum(last[k] for k in losses)
+    assert last["train/loss"] == pytest.approx(total, rel=1e-4)
     assert {"lr", "seconds/data", "val/AP"} <= set(last)
     assert ("val/mask_AP" in last) == (name == "course_mask")
-    found = load_model(saved).predict([val.samples[0].read()])[0]
-    assert (found.masks is not None) == (name == "course_mask")
+    instances = load_model(saved).predict([val.samples[0].read()])[0]
+    assert (instances.masks is not None) == (name == "course_mask")
     assert json.loads((saved / "model.json").read_text())["engine"] == "detectron2"
 
 
@@ -86,12 +86,12 @@ def test_a_stopped_training_goes_on_to_the_same_weights(data, tmp_path):
         train_detectron2(recipe, train, val, tmp_path / "parts", device="cpu", listeners=[Recording(stop_at=3)])
     assert not (tmp_path / "parts" / "model").exists()
     listener = Recording()
-    parts, second = train_detectron2(recipe, train, val, tmp_path / "parts", device="cpu", listeners=[listener])
+    resumed, second = train_detectron2(recipe, train, val, tmp_path / "parts", device="cpu", listeners=[listener])
     assert listener.begun == (3, 6)
     assert listener.safe == 6
     timeless = [[{k: v for k, v in r.items() if not k.startswith("seconds")} for r in o.history] for o in (first, second)]
     assert timeless[0] == timeless[1]
-    a, b = read_weights(whole), read_weights(parts)
+    a, b = read_weights(whole), read_weights(resumed)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -111,9 +111,9 @@ def test_a_second_ctrl_c_stops_at_once_and_the_end_is_the_same(data, tmp_path):
         train_detectron2(recipe, train, None, tmp_path / "parts", device="cpu", listeners=[Twice(stop_at=3)])
     assert sorted(p.name for p in (tmp_path / "parts").glob("model_*")) == ["model_0000001.pth"]
     listener = Recording()
-    parts, _ = train_detectron2(recipe, train, None, tmp_path / "parts", device="cpu", listeners=[listener])
+    resumed, _ = train_detectron2(recipe, train, None, tmp_path / "parts", device="cpu", listeners=[listener])
     assert listener.begun == (2, 5)
-    a, b = read_weights(whole), read_weights(parts)
+    a, b = read_weights(whole), read_weights(resumed)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -200,8 +200,10 @@ def test_our_ap_equals_detectron2s_evaluator(seed, kind, tmp_path, monkeypatch):
         evaluator = COCOEvaluator(name, (kind,), False, output_dir=str(tmp_path), use_fast_impl=False)
         evaluator.reset()
         numbers = {s.image_id: i for i, s in enumerate(dataset.samples, start=1)}
-        for found in [p.above(0.05) for p in predictions]:
-            evaluator.process([{"image_id": numbers[found.image_id]}], [{"instances": _theirs(Theirs, Boxes, found)}])
+        for instances in [p.above(0.05) for p in predictions]:
+            evaluator.process(
+                [{"image_id": numbers[instances.image_id]}], [{"instances": _theirs(Theirs, Boxes, instances)}]
+            )
         theirs = evaluator.evaluate()[kind]
     finally:
         DatasetCatalog.remove(name)
@@ -213,12 +215,14 @@ def test_our_ap_equals_detectron2s_evaluator(seed, kind, tmp_path, monkeypatch):
     assert coco_results(predictions, numbers, kind)
 
 
-def _theirs(kind, boxes, found: Instances):
-    made = kind((found.height, found.width))
-    made.pred_boxes = boxes(torch.from_numpy(found.boxes))
-    made.scores = torch.from_numpy(found.scores)
-    made.pred_classes = torch.from_numpy(found.labels)
-    made.pred_masks = torch.from_numpy(np.stack([rle_decode(m) for m in found.masks])) if len(found) else torch.zeros(0)
+def _theirs(kind, boxes, instances: Instances):
+    made = kind((instances.height, instances.width))
+    made.pred_boxes = boxes(torch.from_numpy(instances.boxes))
+    made.scores = torch.from_numpy(instances.scores)
+    made.pred_classes = torch.from_numpy(instances.labels)
+    made.pred_masks = (
+        torch.from_numpy(np.stack([rle_decode(m) for m in instances.masks])) if len(instances) else torch.zeros(0)
+    )
     return made
 
 

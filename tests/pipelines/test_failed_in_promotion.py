@@ -28,29 +28,29 @@ def dataset(tmp_path):
 
 
 def test_an_image_fails_for_the_version_that_cannot_take_it(dataset):
-    found = measure({"new": Finder(broken=(81,)), "old": Finder()}, dataset, _items)
-    assert [sorted(found[k].failed) for k in ("new", "old")] == [["1", "3"], ["3"]]
-    assert [round(found[k].metrics["AP50"], 2) for k in ("new", "old")] == [0.6, 0.8]
-    assert [math.isnan(s) for s in found["new"].seconds] == [False, True, False, True, False]
-    assert found["new"].evaluation.metrics["images_failed"] == 2
-    assert found["new"].evaluation.settings["images_failed"] == 2
-    (check, gain) = judge(Gates(metrics={"AP": {"min_gain": 0}}), "AP", found["new"], found["old"])
+    measured = measure({"new": Finder(broken=(81,)), "old": Finder()}, dataset, _items)
+    assert [sorted(measured[k].failed) for k in ("new", "old")] == [["1", "3"], ["3"]]
+    assert [round(measured[k].metrics["AP50"], 2) for k in ("new", "old")] == [0.6, 0.8]
+    assert [math.isnan(s) for s in measured["new"].seconds] == [False, True, False, True, False]
+    assert measured["new"].evaluation.metrics["images_failed"] == 2
+    assert measured["new"].evaluation.settings["images_failed"] == 2
+    (check, gain) = judge(Gates(metrics={"AP": {"min_gain": 0}}), "AP", measured["new"], measured["old"])
     assert (check.gate, check.candidate, check.baseline, check.passed) == ("images that failed", "2", "1", True)
     assert not gain.passed
-    (alone, _) = judge(Gates(metrics={"AP": {"min_gain": 0}}), "AP", found["new"], None)
+    (alone, _) = judge(Gates(metrics={"AP": {"min_gain": 0}}), "AP", measured["new"], None)
     assert (alone.candidate, alone.baseline) == ("2", "-")
 
 
 def test_no_row_where_none_failed(dataset):
     whole = dataset.subset(["0", "1"], "test")
-    found = measure({"new": Finder()}, whole, _items)["new"]
-    assert [c.gate for c in judge(Gates(metrics={"AP": {"minimum": 0}}), "AP", found, None)] == ["AP"]
-    assert found.evaluation.metrics["images_failed"] == 0
+    measured = measure({"new": Finder()}, whole, _items)["new"]
+    assert [c.gate for c in judge(Gates(metrics={"AP": {"minimum": 0}}), "AP", measured, None)] == ["AP"]
+    assert measured.evaluation.metrics["images_failed"] == 0
 
 
 def test_times_are_held_against_each_other_where_both_have_one(dataset):
-    found = measure({"new": Finder(broken=(81,)), "old": Finder(broken=(84,))}, dataset, _items)
-    assert math.isfinite(slowdown(found["new"], found["old"]))
+    measured = measure({"new": Finder(broken=(81,)), "old": Finder(broken=(84,))}, dataset, _items)
+    assert math.isfinite(slowdown(measured["new"], measured["old"]))
     apart = measure({"new": Finder(broken=(80, 81)), "old": Finder(broken=(82, 84))}, dataset, _items)
     assert math.isnan(slowdown(apart["new"], apart["old"]))
     (_, time) = judge(Gates(max_slowdown=2), "AP", apart["new"], apart["old"])
@@ -74,7 +74,7 @@ def test_a_model_that_cannot_work_at_all_ends_it_at_once(dataset, error):
 
 def test_what_failed_is_tried_again_by_a_call_that_goes_on(dataset, tmp_path):
     kept = tmp_path / "kept.jsonl"
-    first = measure({"new": Finder(broken=(81,))}, dataset, _items, kept)["new"]
+    first = measure({"new": Finder(broken=(81,))}, dataset, _items, kept=kept)["new"]
     assert len(first.failed) == 2
     seen = []
 
@@ -83,7 +83,7 @@ def test_what_failed_is_tried_again_by_a_call_that_goes_on(dataset, tmp_path):
             seen.append(images[0].shape[1])
             return super().predict(images)
 
-    again = measure({"new": Counting()}, dataset, _items, kept)["new"]
+    again = measure({"new": Counting()}, dataset, _items, kept=kept)["new"]
     assert seen == [81]
     assert list(again.failed) == ["3"]
 
@@ -91,7 +91,7 @@ def test_what_failed_is_tried_again_by_a_call_that_goes_on(dataset, tmp_path):
 def test_an_image_without_planes_that_fails_costs_nothing(tmp_path):
     folder = _set(tmp_path)
     data = open_dataset(folder, "test", keep=True)
-    found = measure({"new": Finder()}, data, _items)["new"]
-    assert found.metrics["AP"] == pytest.approx(1.0)
-    assert isinstance(found.predictions[0], Instances)
-    assert np.isfinite(found.seconds).all()
+    measured = measure({"new": Finder()}, data, _items)["new"]
+    assert measured.metrics["AP"] == pytest.approx(1.0)
+    assert isinstance(measured.predictions[0], Instances)
+    assert np.isfinite(measured.seconds).all()

@@ -49,7 +49,7 @@ def dataset(monkeypatch):
 
 def _finds(dataset, small=(), large=(), seconds=1.0, segmenter=False):
     """A detector that finds the small and the large planes of the images with these numbers."""
-    found = []
+    predictions = []
     for number, sample in enumerate(dataset.samples):
         chosen = [i for i, numbers in enumerate((small, large)) if number in numbers]
         if segmenter:
@@ -58,13 +58,13 @@ def _finds(dataset, small=(), large=(), seconds=1.0, segmenter=False):
                 m if i in chosen else _mask([10, 10, 20, 20] if i == 0 else [100, 100, 130, 130])
                 for i, m in enumerate(sample.masks)
             ]
-            found.append(Instances.make(sample.image_id, SIDE, SIDE, sample.boxes, [1, 1], masks=masks))
+            predictions.append(Instances.make(sample.image_id, SIDE, SIDE, sample.boxes, [1, 1], masks=masks))
         else:
             masks = [sample.masks[i] for i in chosen]
-            found.append(
+            predictions.append(
                 Instances.make(sample.image_id, SIDE, SIDE, sample.boxes[chosen], [0.9] * len(chosen), masks=masks)
             )
-    return Measurement(dataset, segmenter, found, [9.0] + [seconds] * 5, all_metrics(found, dataset, segmenter))
+    return Measurement(dataset, segmenter, predictions, [9.0] + [seconds] * 5, all_metrics(predictions, dataset, segmenter))
 
 
 ALL = range(6)
@@ -182,16 +182,16 @@ def test_an_interrupted_measurement_goes_on(dataset, tmp_path, monkeypatch):
     kept = tmp_path / "work" / "kept.jsonl"
 
     def run():
-        return measure({"a": Detector(), "b": Detector()}, dataset, lambda items, total, title: items, kept)
+        return measure({"a": Detector(), "b": Detector()}, dataset, lambda items, total, title: items, kept=kept)
 
     with pytest.raises(KeyboardInterrupt):
         run()
     with open(kept, "a") as handle:
         handle.write('["a", 1.0, ["cut')
-    found = run()
+    measured = run()
     # Five of twelve were kept.
     assert len(seen) == 6 + 7
-    assert all(len(m.predictions) == 6 and m.metrics["AP"] == found["a"].metrics["AP"] > 0 for m in found.values())
+    assert all(len(m.predictions) == 6 and m.metrics["AP"] == measured["a"].metrics["AP"] > 0 for m in measured.values())
 
 
 def test_the_projects_own_files_are_valid_and_found_by_name(tmp_path, monkeypatch):

@@ -50,15 +50,15 @@ def _ends_the_same(folder, whole):
 
 def test_ctrl_c_inside_a_step_is_held_back_until_it_is_whole(tmp_path):
     whole = run(_job(tmp_path / "whole"))
-    told = []
+    notified = []
 
     class Telling(_Stop):
         def on_interrupt(self):
-            told.append("stopping")
+            notified.append("stopping")
 
     with pytest.raises(KeyboardInterrupt):
         run(_pressing(_job(tmp_path / "cut", Telling(None)), at=7))
-    assert told == ["stopping"]
+    assert notified == ["stopping"]
     saved = _saved(tmp_path / "cut")
     # The step that it came in is done: weights, optimiser and history are of seven steps.
     assert saved["step"] == 7
@@ -163,9 +163,9 @@ def test_it_is_said_what_a_stop_costs(capfd):
     for step in (5, 6):
         progress.on_step({"step": step, "train/loss": 0.5})
     progress.on_interrupt()
-    said = capfd.readouterr().err
-    assert "planes-det: stops when this step is done and saved" in said
-    assert "Ctrl-C again stops at once and loses 2 steps and the one it is in" in said
+    stderr = capfd.readouterr().err
+    assert "planes-det: stops when this step is done and saved" in stderr
+    assert "Ctrl-C again stops at once and loses 2 steps and the one it is in" in stderr
     assert progress.stopped() == "Stopped; the same command goes on from step 4; 2 steps after it not saved."
     progress.on_checkpoint([{}] * 6)
     assert progress.stopped() == "Stopped; the same command goes on from step 6."

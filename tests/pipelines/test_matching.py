@@ -47,7 +47,7 @@ def _image(boxes, crowd=None):
     )
 
 
-def _found(boxes, scores=None, masks=True):
+def _instances(boxes, scores=None, masks=True):
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
     scores = np.linspace(0.9, 0.5, len(boxes)) if scores is None else scores
     return Instances.make("a", SIZE, SIZE, boxes, scores, masks=[_mask(b) for b in boxes] if masks else None)
@@ -55,12 +55,12 @@ def _found(boxes, scores=None, masks=True):
 
 def test_errors_by_kind():
     truth = _image([[0, 0, 20, 20], [50, 50, 80, 80], [100, 100, 120, 120], [0, 100, 30, 130]])
-    found = _found([[0, 0, 20, 20], [1, 1, 20, 20], [60, 60, 90, 90], [130, 0, 150, 20]])
-    said = diagnose(truth, found, masks=False)
-    assert said.detections == ["correct", "duplicate", "poorly localised", "false"]
-    assert said.hit == {0}
-    assert said.missed == {2, 3}
-    assert said.counts() == {
+    instances = _instances([[0, 0, 20, 20], [1, 1, 20, 20], [60, 60, 90, 90], [130, 0, 150, 20]])
+    diagnosis = diagnose(truth, instances, masks=False)
+    assert diagnosis.detections == ["correct", "duplicate", "poorly localised", "false"]
+    assert diagnosis.hit == {0}
+    assert diagnosis.missed == {2, 3}
+    assert diagnosis.counts() == {
         "correct": 1,
         "missed": 2,
         "false": 1,
@@ -74,25 +74,25 @@ def test_a_good_box_with_a_bad_mask_is_poorly_outlined():
     truth = _image([[0, 0, 40, 40]])
     thin = np.zeros((SIZE, SIZE), bool)
     thin[0:40, 0:8] = True
-    found = Instances.make("a", SIZE, SIZE, [[0, 0, 40, 40]], [0.9], masks=[rle_encode(thin)])
-    assert diagnose(truth, found, masks=True).detections == ["poorly outlined"]
-    assert diagnose(truth, found, masks=True).missed == set()
-    assert diagnose(truth, found, masks=False).detections == ["correct"]
+    instances = Instances.make("a", SIZE, SIZE, [[0, 0, 40, 40]], [0.9], masks=[rle_encode(thin)])
+    assert diagnose(truth, instances, masks=True).detections == ["poorly outlined"]
+    assert diagnose(truth, instances, masks=True).missed == set()
+    assert diagnose(truth, instances, masks=False).detections == ["correct"]
 
 
 def test_crowds_and_empty_images_are_no_errors():
-    said = diagnose(_image([[0, 0, 100, 100]], [True]), _found([[10, 10, 20, 20]]), masks=False)
-    assert said.counts() == dict.fromkeys(said.counts(), 0)
-    nothing = diagnose(_image([]), _found([]), masks=True)
+    diagnosis = diagnose(_image([[0, 0, 100, 100]], [True]), _instances([[10, 10, 20, 20]]), masks=False)
+    assert diagnosis.counts() == dict.fromkeys(diagnosis.counts(), 0)
+    nothing = diagnose(_image([]), _instances([]), masks=True)
     assert nothing.counts() == dict.fromkeys(nothing.counts(), 0)
-    assert diagnose(_image([]), _found([[0, 0, 9, 9]]), masks=True).detections == ["false"]
-    assert diagnose(_image([[0, 0, 9, 9]]), _found([]), masks=True).missed == {0}
+    assert diagnose(_image([]), _instances([[0, 0, 9, 9]]), masks=True).detections == ["false"]
+    assert diagnose(_image([[0, 0, 9, 9]]), _instances([]), masks=True).missed == {0}
 
 
 def test_disagreement_is_what_the_other_lacks():
-    first, second = _found([[0, 0, 20, 20], [50, 50, 70, 70]]), _found([[51, 51, 70, 70], [90, 90, 99, 99]])
+    first, second = _instances([[0, 0, 20, 20], [50, 50, 70, 70]]), _instances([[51, 51, 70, 70], [90, 90, 99, 99]])
     assert disagreement(first, second, masks=False) == ([0], [1])
-    assert disagreement(first, _found([]), masks=True) == ([0, 1], [])
+    assert disagreement(first, _instances([]), masks=True) == ([0, 1], [])
     assert disagreement(first, first, masks=True) == ([], [])
 
 
@@ -137,8 +137,8 @@ def test_of_more_than_a_hundred_detections_the_best_hundred_count():
     corners = np.array([[x, y] for y in range(0, 132, 12) for x in range(0, 132, 12)][:120], np.float32)
     boxes = np.concatenate([corners, corners + 10], axis=1)
     data = Dataset("d", Path("a"), "test", "plane", (_image(boxes),))
-    found = [_found(boxes, np.linspace(0.9, 0.5, len(boxes)))]
-    expected = evaluate_instances(data, found, "bbox", score_threshold=0.0).metrics["AP"]
+    instances = [_instances(boxes, np.linspace(0.9, 0.5, len(boxes)))]
+    expected = evaluate_instances(data, instances, "bbox", score_threshold=0.0).metrics["AP"]
     assert expected < 0.9
-    assert rank(data, found, "bbox").curve().mean() == pytest.approx(expected, abs=1e-9)
-    assert match_image(data.samples[0], found[0]).correct.sum(axis=1).tolist() == [100] * 10
+    assert rank(data, instances, "bbox").curve().mean() == pytest.approx(expected, abs=1e-9)
+    assert match_image(data.samples[0], instances[0]).correct.sum(axis=1).tolist() == [100] * 10

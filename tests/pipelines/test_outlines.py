@@ -68,17 +68,17 @@ def test_one_unusable_outline_leaves_the_others_in(tmp_path):
     dataset = _write(tmp_path, spoilt={1})
     assert dataset.has_masks
     assert "8 planes (1 of them without an outline: left out for masks)" in dataset.summary()
-    found = _perfect(dataset)
-    boxes, masks = (evaluate_instances(dataset, found, kind) for kind in ("bbox", "segm"))
+    predictions = _perfect(dataset)
+    boxes, masks = (evaluate_instances(dataset, predictions, kind) for kind in ("bbox", "segm"))
     assert (boxes.metrics["AP"], masks.metrics["AP"]) == (1.0, 1.0)
     assert (masks.settings["planes"], masks.settings["ignored"], masks.settings["digest"]) == (8, 1, dataset.digest())
     # A mask there is neither right nor wrong, a plane missed there is no miss; elsewhere both count.
-    missing = [found[0].take(np.array([0, 2, 3])), found[1]]
+    missing = [predictions[0].take(np.array([0, 2, 3])), predictions[1]]
     assert evaluate_instances(dataset, missing, "segm").metrics["AP"] == 1.0
     assert evaluate_instances(dataset, missing).metrics["AP"] < 1.0
-    fewer = [found[0].take(np.array([0, 1, 3])), found[1]]
+    fewer = [predictions[0].take(np.array([0, 1, 3])), predictions[1]]
     assert evaluate_instances(dataset, fewer, "segm").metrics["AP"] < 0.9
-    assert [p for p, _ in evaluate_predictions(found, dataset, False)] == ["", "mask_"]
+    assert [p for p, _ in evaluate_predictions(predictions, dataset, False)] == ["", "mask_"]
 
 
 def test_the_numbers_are_pycocotools_own(tmp_path):
@@ -87,10 +87,10 @@ def test_the_numbers_are_pycocotools_own(tmp_path):
     from pycocotools.cocoeval import COCOeval
 
     dataset = _write(tmp_path, spoilt={1, 6})
-    found = []
+    predictions = []
     for s, t in zip(dataset.samples, dataset.for_masks().samples, strict=True):
         masks = [rle_encode(np.roll(rle_decode(m), i, axis=1)) for i, m in enumerate(t.masks)]
-        found.append(Instances.make(s.image_id, 60, 140, s.boxes, [0.9, 0.8, 0.7, 0.6], masks=masks))
+        predictions.append(Instances.make(s.image_id, 60, 140, s.boxes, [0.9, 0.8, 0.7, 0.6], masks=masks))
     truth = dataset.for_masks().to_coco()
     assert sum(a["iscrowd"] for a in truth["annotations"]) == 2
     for entry in truth["annotations"]:
@@ -101,23 +101,23 @@ def test_the_numbers_are_pycocotools_own(tmp_path):
     reference.createIndex()
     results = [
         {"image_id": n, "category_id": 1, "score": float(f.scores[i]), "segmentation": f.masks[i]}
-        for n, f in enumerate(found, start=1)
+        for n, f in enumerate(predictions, start=1)
         for i in range(len(f))
     ]
     evaluator = COCOeval(reference, reference.loadRes(results), "segm")
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summarize()
-    ours = evaluate_instances(dataset, found, "segm").metrics
+    ours = evaluate_instances(dataset, predictions, "segm").metrics
     assert ours["AP"] == pytest.approx(evaluator.stats[0], abs=1e-9)
-    assert float(rank(dataset, found, "segm").curve(np.ones(2)).mean()) == pytest.approx(evaluator.stats[0], abs=1e-6)
+    assert float(rank(dataset, predictions, "segm").curve(np.ones(2)).mean()) == pytest.approx(evaluator.stats[0], abs=1e-6)
 
 
 def test_errors_of_outlines_are_not_looked_for_where_none_is_known(tmp_path):
     dataset = _write(tmp_path, spoilt={1})
     nowhere = rle_encode(np.pad(np.ones((2, 2), bool), ((58, 0), (138, 0))))
-    found = _perfect(dataset)[0]
-    odd = replace(found, masks=(found.masks[0], nowhere, *found.masks[2:]))
+    predictions = _perfect(dataset)[0]
+    odd = replace(predictions, masks=(predictions.masks[0], nowhere, *predictions.masks[2:]))
     counts = diagnose(dataset.samples[0], odd, True).counts()
     assert (counts["correct"], counts["missed"], counts["poorly outlined"]) == (3, 0, 0)
     comparison = compare(dataset, [Candidate("a", _perfect(dataset)), Candidate("b", _perfect(dataset))])
@@ -210,13 +210,13 @@ def test_an_outline_beside_the_crop_is_no_traceback(tmp_path):
 def test_truth_of_crowds_alone_is_nan_and_no_error(segmenter, tmp_path):
     dataset = _write(tmp_path, crowd=set(range(8)))
     assert (dataset.planes, dataset.has_masks) == (0, True)
-    found = _perfect(dataset)
-    metrics = all_metrics(found, dataset, segmenter)
+    predictions = _perfect(dataset)
+    metrics = all_metrics(predictions, dataset, segmenter)
     assert np.isnan(metrics["IoU" if segmenter else "AP"])
     checks = judge(
         Gates(metrics={"IoU" if segmenter else "AP": {"minimum": 0.1}}),
         "IoU" if segmenter else "AP",
-        Measurement(dataset, segmenter, found, [1.0, 1.0], metrics),
+        Measurement(dataset, segmenter, predictions, [1.0, 1.0], metrics),
         None,
     )
     assert [(c.passed, c.candidate) for c in checks] == [(False, "cannot be measured")]
@@ -224,8 +224,8 @@ def test_truth_of_crowds_alone_is_nan_and_no_error(segmenter, tmp_path):
 
 def test_slices_of_masks_on_data_without_outlines_are_judged_by_boxes(tmp_path):
     dataset = _write(tmp_path, spoilt=set(range(8)))
-    found = _perfect(dataset)
-    one = Measurement(dataset, False, found, [1.0, 1.0], all_metrics(found, dataset, False))
+    predictions = _perfect(dataset)
+    one = Measurement(dataset, False, predictions, [1.0, 1.0], all_metrics(predictions, dataset, False))
     gates = Gates(slices={"first": {"images": "0"}, "small ones": {"size": "small"}}, metrics={"mask_AP": {"minimum": 0.1}})
     checks = {c.gate: c for c in judge(gates, "mask_AP", one, one)}
     assert checks["first: AP"].passed

@@ -47,10 +47,10 @@ def test_every_task_trains_in_bfloat16_and_goes_on_to_the_same_weights(task, dat
     whole, first = _train(task, "bf16-mixed", data, tmp_path / "whole")
     with pytest.raises(SystemError):
         _train(task, "bf16-mixed", data, tmp_path / "parts", _Stop(at=2))
-    parts, second = _train(task, "bf16-mixed", data, tmp_path / "parts")
+    resumed, second = _train(task, "bf16-mixed", data, tmp_path / "parts")
     assert [r["step"] for r in first.history] == [1, 2, 3]
     assert first.history == second.history
-    a, b = read_weights(whole), read_weights(parts)
+    a, b = read_weights(whole), read_weights(resumed)
     assert all(torch.equal(a[k], b[k]) for k in a)
     # It is half precision, and the weights are not.
     full = _train(task, "32", data, tmp_path / "full")[1].history
@@ -111,9 +111,9 @@ def test_the_scale_of_the_gradients_outlives_a_stop(tmp_path):
         run(_scaled_job(tmp_path / "parts", _Counting(10), bad))
     saved = torch.load(tmp_path / "parts" / CHECKPOINT, weights_only=True)
     assert saved["scaler"]["scale"] == 65536 / 8
-    parts = run(_scaled_job(tmp_path / "parts", _Counting(None), bad))
-    assert parts.history == whole.history
-    assert all(torch.equal(v, whole.weights[k]) for k, v in parts.weights.items())
+    resumed = run(_scaled_job(tmp_path / "parts", _Counting(None), bad))
+    assert resumed.history == whole.history
+    assert all(torch.equal(v, whole.weights[k]) for k, v in resumed.weights.items())
     assert [r["loss_scale"] for r in whole.history[:3]] == [65536, 65536 / 2, 65536 / 4]
 
 

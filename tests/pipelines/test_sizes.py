@@ -70,8 +70,10 @@ def test_annotations_of_a_resized_file_are_scaled(tmp_path, kind, factor):
     (sample,) = data.samples
     assert (sample.width, sample.height) == size
     _lies_on_the_plane(sample, 1.0)
-    told = "1 image sizes corrected from the file, annotations scaled (first: train_coco.json image a.png: 80x60, the file "
-    assert data.problems.summary().endswith(f"{told}{size[0]}x{size[1]})")
+    summary = (
+        "1 image sizes corrected from the file, annotations scaled (first: train_coco.json image a.png: 80x60, the file "
+    )
+    assert data.problems.summary().endswith(f"{summary}{size[0]}x{size[1]})")
 
 
 @pytest.mark.parametrize("kind", ["polygon", "rle", "runs", "outline alone"])
@@ -160,7 +162,7 @@ def test_a_size_that_is_none_is_no_size(tmp_path, stated):
 
 
 @pytest.mark.parametrize(
-    ("stated", "orientation", "told"),
+    ("stated", "orientation", "reported"),
     [
         (None, 6, True),
         (None, 1, False),
@@ -170,13 +172,13 @@ def test_a_size_that_is_none_is_no_size(tmp_path, stated):
         ((80, 60), 6, False),
     ],
 )
-def test_what_an_orientation_tag_leaves_open_is_told(tmp_path, stated, orientation, told):
+def test_what_an_orientation_tag_leaves_open_is_reported(tmp_path, stated, orientation, reported):
     pixels, annotations = _plane(60, 80)
     exif = Image.Exif()
     exif[0x0112] = orientation
     folder = _write(tmp_path, [annotations["polygon"]], stated, Image.fromarray(pixels), exif=exif)
     kinds = open_dataset(folder, "train").problems.counts
-    assert ("images with an orientation tag, taken as annotated the way they are looked at" in kinds) == told
+    assert ("images with an orientation tag, taken as annotated the way they are looked at" in kinds) == reported
 
 
 @pytest.mark.parametrize(
@@ -222,8 +224,8 @@ def test_odd_annotations_of_a_resized_file_are_counted_as_ever(tmp_path, odd):
 )
 def test_which_sizes_fit(stated, size, orientation, expected):
     # The size is as it lies in the file; a tag of 6 makes its height the width.
-    found = fit(stated, Header(*size, orientation, False))
+    fitting = fit(stated, Header(*size, orientation, False))
     if orientation == 6 and stated == size:
-        assert found.turns
+        assert fitting.turns
         return
-    assert (None if found is None else found.orientation) == expected
+    assert (None if fitting is None else fitting.orientation) == expected

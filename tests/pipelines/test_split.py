@@ -1,4 +1,4 @@
-"""The split never parts a scene and does not depend on order."""
+"""The split never divides a scene and does not depend on order."""
 
 from dataclasses import replace
 from pathlib import Path

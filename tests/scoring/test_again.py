@@ -90,14 +90,14 @@ def test_an_export_of_fewer_pictures_leaves_none_of_the_others(images, tmp_path)
     assert "holiday.jpg" in names
 
 
-def _found(image_id):
+def _instances(image_id):
     return Instances.make(image_id, 20, 30, [[0, 0, 1, 1]], [0.5])
 
 
 def test_any_number_of_shards(tmp_path):
     numbers = (0, 999_999, 1_000_000, 12_345_678)
     for number in numbers:
-        shards.write_shard(tmp_path, number, [_found("a")], seconds=1.0, timings={})
+        shards.write_shard(tmp_path, number, [_instances("a")], seconds=1.0, timings={})
     for rubbish in (".1000001", ".old-000002", ".000003"):
         (tmp_path / manifest.SHARDS / rubbish).mkdir()
     assert shards.finished(tmp_path) == set(numbers)
@@ -106,13 +106,13 @@ def test_any_number_of_shards(tmp_path):
 
 
 class FlakyStore:
-    """Files of a folder as objects of a store that answers only while ``up``; counts what it was asked."""
+    """Files of a folder as objects of a store that answers only while ``up``; counts the requests."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.up, self.down, self.asked = folder, True, set(), 0
+        self.folder, self.up, self.down, self.requests = folder, True, set(), 0
 
     def _check(self, path):
-        self.asked += 1
+        self.requests += 1
         if not self.up or Path(path).name in self.down:
             raise ConnectionError("no route to host")
 
@@ -138,7 +138,7 @@ class Remote:
 
 @pytest.fixture
 def store(images, monkeypatch):
-    """A store with the nine images, asked again without a pause."""
+    """A store with the nine images, tried again without a pause."""
     monkeypatch.setattr(image_module, "RETRIES", (0.0,))
     return FlakyStore(images)
 
@@ -184,7 +184,7 @@ def test_a_store_that_is_down_is_not_asked_for_ever(store):
     store.up = False
     paths = [Remote(store, store.folder / f"{i}.png") for i in range(2000)]
     assert remote.fingerprints(paths) == [remote.UNREADABLE] * 2000
-    assert store.asked < 2000 + 3 * remote.MOST_FAILURES
+    assert store.requests < 2000 + 3 * remote.MOST_FAILURES
 
 
 def test_what_could_not_be_fetched_is_tried_again_and_the_rest_keeps_its_bytes(store, tmp_path):

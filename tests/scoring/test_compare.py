@@ -25,8 +25,10 @@ def data(airfield):
 def _guess(sample, noise, drop, rng, masks=True):
     keep = np.flatnonzero(rng.random(len(sample.boxes)) >= drop)
     boxes = (sample.boxes[keep] + rng.normal(0, noise, (len(keep), 4))).clip(0, sample.width).astype(np.float32)
-    found = [sample.masks[i] for i in keep] if masks else None
-    return Instances.make(sample.image_id, sample.height, sample.width, boxes, rng.uniform(0.3, 1, len(keep)), masks=found)
+    kept_masks = [sample.masks[i] for i in keep] if masks else None
+    return Instances.make(
+        sample.image_id, sample.height, sample.width, boxes, rng.uniform(0.3, 1, len(keep)), masks=kept_masks
+    )
 
 
 def _candidate(label, data, noise=1.0, drop=0.0, seed=0, masks=True):
@@ -129,13 +131,13 @@ def test_the_page_in_a_browser_without_network(report, width, tmp_path):
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_context(viewport={"width": width, "height": 900}, offline=True).new_page()
-        said = []
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("requestfailed", lambda request: said.append(request.url[:80]))
+        messages = []
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("requestfailed", lambda request: messages.append(request.url[:80]))
         page.goto(report.as_uri())
         page.wait_for_load_state("load")
-        assert said == []
+        assert messages == []
         count, missing = page.evaluate(
             "[document.images.length, [...document.images].filter(i => !i.complete || !i.naturalWidth).length]"
         )

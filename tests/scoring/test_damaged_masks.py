@@ -154,14 +154,14 @@ def test_examples(rle):
 @pytest.mark.parametrize("damage", ["mask", "json", "bytes", "rows"])
 def test_kept_measurements(tmp_path, damage):
     dataset, kept = open_dataset(_set(tmp_path / "data", 3), "test"), tmp_path / "kept.jsonl"
-    whole = measure({"m": Finder()}, dataset, lambda items, *_: items, kept)["m"]
+    whole = measure({"m": Finder()}, dataset, lambda items, *_: items, kept=kept)["m"]
     lines = kept.read_bytes().splitlines()
     content = json.loads(lines[1])
     content[3][0]["mask_counts"] = content[3][0]["mask_counts"][:-1]
     damaged = {"mask": json.dumps(content).encode(), "json": lines[1][:40], "bytes": b"\xff\xfe" + lines[1][2:]}
     lines[1] = damaged.get(damage, json.dumps([*content[:3], [{"image_id": "1"}]]).encode())
     kept.write_bytes(b"\n".join(lines) + b"\n")
-    again = measure({"m": Finder()}, dataset, lambda items, *_: items, kept)["m"]
+    again = measure({"m": Finder()}, dataset, lambda items, *_: items, kept=kept)["m"]
     assert again.predictions == whole.predictions
 
 

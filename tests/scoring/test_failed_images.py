@@ -31,7 +31,7 @@ class Finder:
         self.blind, self.broken, self.error = blind, broken, error
 
     def predict(self, images):
-        found = []
+        predictions = []
         for i, image in enumerate(images):
             height, width = image.shape[:2]
             if width in self.broken:
@@ -39,10 +39,10 @@ class Finder:
             boxes = [] if width in self.blind else [BOX]
             mask = np.zeros((height, width), bool)
             mask[10:40, 10:40] = True
-            found.append(
+            predictions.append(
                 Instances.make(str(i), height, width, boxes, [0.9] * len(boxes), masks=[rle_encode(mask)] * len(boxes))
             )
-        return found
+        return predictions
 
 
 class Crops(Finder):

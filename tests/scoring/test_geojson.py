@@ -41,9 +41,9 @@ def test_masks_and_boxes_in_ground_coordinates(dataset, tmp_path):
     ring[5:20, 10:30] = True
     ring[9:13, 14:22] = False
     ring[30:33, 40:44] = True
-    found = Instances.make("placed", 40, 50, [[10, 5, 44, 33]], [0.75], masks=[rle_encode(ring)])
+    instances = Instances.make("placed", 40, 50, [[10, 5, 44, 33]], [0.75], masks=[rle_encode(ring)])
     boxes = Instances.make("placed", 40, 50, [[10, 4, 20, 8], [1, 2, 3, 4]], [0.9, 0.5])
-    assert write_geojson([found.named("bare"), found.named("photo"), found], dataset, tmp_path / "g") == 1
+    assert write_geojson([instances.named("bare"), instances.named("photo"), instances], dataset, tmp_path / "g") == 1
     assert [p.name for p in (tmp_path / "g").iterdir()] == ["placed.geojson"]
     content = json.loads((tmp_path / "g" / "placed.geojson").read_text())
     assert content["crs"]["properties"]["name"] == "urn:ogc:def:crs:EPSG::32633"
@@ -77,7 +77,7 @@ def test_a_turned_tiff_lies_where_its_pixels_lie(orientation, tmp_path):
     with rasterio.open(tmp_path / "in" / "a.tif") as file:
         stored = file.read(1)
     assert (read_image(tmp_path / "in" / "a.tif")[:, :, 0] == np.where(PLANE, 230, 90)).all()
-    found = Instances.make("a", *PLANE.shape, [[0, 0, 1, 1]], [0.9], masks=[rle_encode(PLANE)])
-    write_geojson([found], open_dataset(tmp_path / "in"), tmp_path / "g")
+    instances = Instances.make("a", *PLANE.shape, [[0, 0, 1, 1]], [0.9], masks=[rle_encode(PLANE)])
+    write_geojson([instances], open_dataset(tmp_path / "in"), tmp_path / "g")
     feature = json.loads((tmp_path / "g" / "a.geojson").read_text())["features"][0]
     assert (rasterize([feature["geometry"]], stored.shape, transform=place).astype(bool) == (stored == 230)).all()

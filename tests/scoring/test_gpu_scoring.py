@@ -40,8 +40,8 @@ def _saved(engine, folder):
     if engine == "maskrcnn":
         return _mask_rcnn(folder)
     if engine == "composed":
-        parts = _detector(folder / "d"), _segmenter(folder / "s", network="unet", encoder="resnet18")
-        return save_composed(folder / "c", *parts, ComposedArchitecture(), {"detector": "d/1", "segmenter": "s/1"})
+        components = _detector(folder / "d"), _segmenter(folder / "s", network="unet", encoder="resnet18")
+        return save_composed(folder / "c", *components, ComposedArchitecture(), {"detector": "d/1", "segmenter": "s/1"})
     return _detectron2(folder, engine.endswith("masks"))
 
 
@@ -68,10 +68,10 @@ def test_every_model_scores_on_a_gpu_as_on_a_cpu(engine, airfield, saved, monkey
     data = open_dataset(str(airfield), "test")
     expected, _ = _score(saved(engine), data, "cpu")
     gpu = fake_gpu(monkeypatch)
-    found, runner = _score(saved(engine), data, pick_device("auto"))
+    results, runner = _score(saved(engine), data, pick_device("auto"))
     assert gpu.moved or gpu.pinned
     assert runner.peak_megabytes()["gpu_memory"] == 5
-    for one, other in zip(expected, found, strict=True):
+    for one, other in zip(expected, results, strict=True):
         assert len(one) == len(other)
         assert np.allclose(one.boxes, other.boxes, atol=0.01)
         assert (one.masks is None) == (other.masks is None)
@@ -82,13 +82,13 @@ def test_every_model_scores_on_a_gpu_as_on_a_cpu(engine, airfield, saved, monkey
 def test_every_model_scores_in_half_precision(engine, kind, airfield, saved):
     data = open_dataset(str(airfield), "test")
     data = data.subset([data.samples[0].image_id], "one")
-    found, _ = _score(saved(engine), data, "cpu", kind)
+    results, _ = _score(saved(engine), data, "cpu", kind)
     full, _ = _score(saved(engine), data, "cpu")
-    for half, whole in zip(found, full, strict=True):
+    for half, whole in zip(results, full, strict=True):
         assert half.boxes.dtype == np.float32
         assert np.isfinite(half.scores).all()
         assert (half.masks is None) == (whole.masks is None)
-    assert sum(map(len, found))
+    assert sum(map(len, results))
 
 
 def test_tiles_are_batched_for_a_gpu(airfield, saved, monkeypatch):

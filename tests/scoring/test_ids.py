@@ -24,26 +24,26 @@ def _coco(folder, split, names):
     (folder / f"{split}_coco.json").write_text(json.dumps(content))
 
 
-def _found(dataset):
+def _predictions(dataset):
     """A plane in each image, at a place of its own."""
-    found = []
+    predictions = []
     for i, sample in enumerate(dataset.samples):
         mask = np.zeros((20, 30), bool)
         mask[i, i : i + 3] = True
-        found.append(Instances.make(sample.image_id, 20, 30, [[i, i, i + 3, i + 1]], [0.5], masks=[rle_encode(mask)]))
-    return found
+        predictions.append(Instances.make(sample.image_id, 20, 30, [[i, i, i + 3, i + 1]], [0.5], masks=[rle_encode(mask)]))
+    return predictions
 
 
 def test_images_of_two_splits_have_numbers_of_their_own(tmp_path):
     _coco(tmp_path, "train", ["a.png", "b.png"])
     _coco(tmp_path, "test", ["b.png", "c.png"])
     dataset = open_dataset(tmp_path, "train+test")
-    write_results(_found(dataset), dataset, tmp_path / "out.json")
+    write_results(_predictions(dataset), dataset, tmp_path / "out.json")
     entries = json.loads((tmp_path / "out.json").read_text())
     assert [e["image_id"] for e in entries] == [1, 2, 3, 4]
     assert [e["file_name"] for e in entries] == ["a.png", "train/b.png", "test/b.png", "c.png"]
     one = open_dataset(tmp_path, "test")
-    write_results(_found(one), one, tmp_path / "out.json")
+    write_results(_predictions(one), one, tmp_path / "out.json")
     assert [(e["image_id"], e["file_name"]) for e in json.loads((tmp_path / "out.json").read_text())] == [
         (1, "b.png"),
         (2, "c.png"),
@@ -57,10 +57,10 @@ def test_a_submission_tells_images_of_one_name_apart(names, tmp_path):
     for i, name in enumerate(names):
         write_image(tmp_path / "in" / name, 20, 30, i)
     dataset = open_dataset(str(tmp_path / "in" / "**" / "*.*"))
-    found = _found(dataset)
-    write_submission(found, dataset, tmp_path / "kaggle.csv")
+    predictions = _predictions(dataset)
+    write_submission(predictions, dataset, tmp_path / "kaggle.csv")
     back = {f.image_id: f for f in read_submission(tmp_path / "kaggle.csv", dataset)}
-    assert {k: f.masks for k, f in back.items()} == {f.image_id: f.masks for f in found}
+    assert {k: f.masks for k, f in back.items()} == {f.image_id: f.masks for f in predictions}
     rows = (tmp_path / "kaggle.csv").read_text().splitlines()[1:]
     assert len({row.partition(",")[0] for row in rows}) == 3
     # What only one image is called stays as the course wants it.

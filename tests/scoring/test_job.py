@@ -195,11 +195,11 @@ def test_a_full_disk_is_said_and_what_was_done_is_kept(images, tmp_path, monkeyp
 
     real, written = shards.parquet.write_instances, []
 
-    def full(found, path):
+    def full(predictions, path):
         if len(written) == 3:
             raise OSError(28, "No space left on device")
         written.append(path)
-        real(found, path)
+        real(predictions, path)
 
     monkeypatch.setattr(shards.parquet, "write_instances", full)
     with pytest.raises(OutputError, match=r"No space left on device\); what is done is kept, call again"):

@@ -96,9 +96,11 @@ def test_versions_are_measured_each_with_its_own_range(rasters):
     from dataclasses import replace
 
     truth = replace(dataset, samples=tuple(replace(s, truth=True, height=150, width=210) for s in dataset.samples))
-    found = measure(both, truth, lambda items, *_: items, None, {"a": FIXED})
-    assert found["a"].predictions[0].scores[0] == pytest.approx(np.mean(scene(400, 1500, 20, "uint16")[0] / 2047), abs=0.01)
-    assert abs(found["b"].predictions[0].scores[0] - found["a"].predictions[0].scores[0]) > 0.05
+    measured = measure(both, truth, lambda items, *_: items, kept=None, renderings={"a": FIXED})
+    assert measured["a"].predictions[0].scores[0] == pytest.approx(
+        np.mean(scene(400, 1500, 20, "uint16")[0] / 2047), abs=0.01
+    )
+    assert abs(measured["b"].predictions[0].scores[0] - measured["a"].predictions[0].scores[0]) > 0.05
 
 
 def test_training_reads_what_the_recipe_says(rasters):

@@ -89,9 +89,9 @@ def test_images_of_many_sizes_do_not_pile_up(tmp_path):
 
 def test_batches_that_do_not_fit_are_parted(mixed, tmp_path):
     images = [np.full((4, 4, 3), i, np.uint8) for i in range(7)]
-    found = predict_in_halves(Small(), images)
-    assert [f.image_id for f in found] == [str(i) for i in range(7)]
-    assert np.allclose([f.scores[0] * 255 for f in found], range(7))
+    results = predict_in_halves(Small(), images)
+    assert [f.image_id for f in results] == [str(i) for i in range(7)]
+    assert np.allclose([f.scores[0] * 255 for f in results], range(7))
     small = Small()
     settings = JobSettings(batch_size=5, overlays=0, score_threshold=0)
     assert _run(tmp_path, mixed, small, settings).images == 30
@@ -214,10 +214,10 @@ def test_half_precision_computes_boxes_in_full(tmp_path):
     write_image(tmp_path / "a.png", 400, 600)
     samples = open_dataset(tmp_path / "a.png").samples
     kinds = ("32", "bf16-mixed", "16-mixed")
-    found = {kind: next(LocalRunner(detector, kind=kind).results([samples]))[2] for kind in kinds}
-    full = found["32"]
+    results = {kind: next(LocalRunner(detector, kind=kind).results([samples]))[2] for kind in kinds}
+    full = results["32"]
     for kind in ("bf16-mixed", "16-mixed"):
-        half = found[kind]
+        half = results[kind]
         assert not np.array_equal(half.scores, full.scores), "nothing ran in half precision"
         # In 16 bits every number from 256 on would be a multiple of a quarter at best.
         large = half.boxes[half.boxes > 256]

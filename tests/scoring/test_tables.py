@@ -18,7 +18,7 @@ from scoring.writers.parquet import read_instances, write_failures, write_instan
 MASK = rle_encode(np.pad(np.ones((4, 6), bool), 3))
 
 
-def _found(image_id, masks=True):
+def _instances(image_id, masks=True):
     boxes = [[1.25, 2, 9, 9], [0, 0, 3.5, 4]]
     return Instances.make(image_id, 10, 12, boxes, [0.5, 0.75], labels=[0, 0], masks=[MASK, MASK] if masks else None)
 
@@ -26,11 +26,11 @@ def _found(image_id, masks=True):
 @pytest.mark.parametrize("masks", [True, False])
 def test_parquet_round_trip(tmp_path, masks):
     path = tmp_path / "t.parquet"
-    write_instances([_found("a", masks), Instances.empty("none", 5, 5), _found("b ü", masks)], path)
+    write_instances([_instances("a", masks), Instances.empty("none", 5, 5), _instances("b ü", masks)], path)
     assert tuple(pq.read_schema(path).names) == TABLE_COLUMNS
     back = read_instances(path)
     assert [b.image_id for b in back] == ["a", "b ü"]
-    for one, original in zip(back, (_found("a", masks), _found("b ü", masks)), strict=True):
+    for one, original in zip(back, (_instances("a", masks), _instances("b ü", masks)), strict=True):
         assert one.boxes.tobytes() == original.boxes.tobytes()
         assert one.scores.tobytes() == original.scores.tobytes()
         assert one.masks == original.masks
@@ -65,8 +65,8 @@ def test_coco_results_use_the_ids_of_the_source(tmp_path, airfield):
     (tmp_path / "test").symlink_to(airfield / "test")
     data = open_dataset(tmp_path / "test_coco.json")
     sample = data.samples[1]
-    found = Instances.make(sample.image_id, 512, 512, sample.boxes[:1], [0.5], masks=sample.masks[:1])
-    write_results([found], data, tmp_path / "r.json")
+    instances = Instances.make(sample.image_id, 512, 512, sample.boxes[:1], [0.5], masks=sample.masks[:1])
+    write_results([instances], data, tmp_path / "r.json")
     (entry,) = json.loads((tmp_path / "r.json").read_text())
     assert (entry["image_id"], entry["category_id"], entry["file_name"]) == (502, 9, sample.path.name)
     from pycocotools.coco import COCO

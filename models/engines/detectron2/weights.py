@@ -50,7 +50,7 @@ def load_whole(model: nn.Module, path: str) -> None:
 
 
 def weights_source(weights: str, config: str, cfg: Any) -> str:
-    """Path or URL of what ``weights`` means for this config; empty for none.
+    """Resolve ``weights`` for this config to a path or URL; empty for none.
 
     Raises:
         ModelError: the zoo has no weights for it, or no such file.
@@ -79,7 +79,7 @@ def weights_source(weights: str, config: str, cfg: Any) -> str:
 
 
 def load_file(model: nn.Module, source: str) -> tuple[list[str], list[str]]:
-    """Load what fits; returns names missing (or of another shape) and names that the network does not have.
+    """Load the weights that fit; return names missing (or of another shape) and names that the network does not have.
 
     Raises:
         ModelError: cannot be downloaded or read safely.

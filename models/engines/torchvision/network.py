@@ -50,7 +50,7 @@ COCO_WEIGHTS = {
 
 
 class DetectorArchitecture(BaseModel):
-    """Everything that decides the detector's layers and what it returns.
+    """Settings of the detector's layers and of its output.
 
     ``levels`` are backbone stages (1 = stride 4 ... 4 = stride 32; for mobilenet the
     last ones of its strided stages); ``anchor_sizes`` has one list of pixels per

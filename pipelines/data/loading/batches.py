@@ -149,7 +149,7 @@ class DetectorBatches:
 
 
 def _painted_over(image: np.ndarray, boxes: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
-    """The image with what is in the boxes, xyxy (K, 4), in its mean colour, but for pixels of the masks.
+    """Paint the boxes, xyxy (K, 4), of an image in its mean colour, but for pixels of the masks.
 
     Planes that are shown but are no targets would be taught as background.
     """
@@ -164,7 +164,7 @@ def _painted_over(image: np.ndarray, boxes: np.ndarray, masks: list[np.ndarray])
 
 
 def _with_masks(image: np.ndarray, masks: list[np.ndarray]) -> Example:
-    """The example with boxes drawn tight around what is left of each mask; planes without a pixel are dropped."""
+    """The example with boxes drawn tight around the visible pixels of each mask; planes without a pixel are dropped."""
     seen = [m for m in masks if m.any()]
     if not seen:
         return Example(image, np.zeros((0, 4), np.float32), np.zeros((0, *image.shape[:2]), np.uint8))

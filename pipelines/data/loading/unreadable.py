@@ -30,7 +30,7 @@ class Unreadable:
         self.messages()
 
     def messages(self) -> dict[str, str]:
-        """Path of the file -> what is wrong, of all processes so far."""
+        """Path of the file -> problem, of all processes so far."""
         lines = self._file.read_bytes().splitlines() if self._file and self._file.exists() else []
         for line in lines:
             try:
@@ -86,7 +86,7 @@ class Unreadable:
 
 
 def raise_passing(error: Exception, sample: Sample) -> None:
-    """Raise what may be over when the training is called again: a disk or store that is away, memory that is full.
+    """Raise errors that may be over when the training is called again: a disk or store that is away, memory that is full.
 
     Raises:
         DataError: such an error.

@@ -139,7 +139,7 @@ def _polygons(value: Any, height: int, width: int, where: str, problems: Problem
 
 @dataclass(frozen=True)
 class Looked:
-    """What a look at an annotated image's file says: its header, None without one; why it is lost, and in which words."""
+    """State of an annotated image's file: its header, None without one; why it is lost, and in which words."""
 
     header: Header | None
     lost: str = ""
@@ -202,6 +202,7 @@ def make_sample(
     size: tuple[int, int],
     scene: str,
     planes: list[Plane],
+    *,
     truth: bool = True,
     number: int | None = None,
     lost: str = "",

@@ -17,6 +17,7 @@ def read_coco(
     path: AnyPath,
     split: str = "all",
     category: str = "plane",
+    *,
     scene_pattern: str | None = None,
     name: str | None = None,
     keep: bool = False,
@@ -25,7 +26,7 @@ def read_coco(
 
     Images that cannot be read are left out; with ``keep`` they stay as `Sample.lost`, with their planes.
     The category is chosen by name (any case), never by number. An image entry may name its
-    ``scene``. What is wrong is counted in ``problems``.
+    ``scene``. Flaws are counted in ``problems``.
 
     Raises:
         DataError: no COCO file, no such category, duplicate ids, or no image found.

@@ -19,6 +19,7 @@ def read_course(
     path: AnyPath,
     split: str = "train",
     category: str = "plane",
+    *,
     scene_pattern: str | None = None,
     name: str | None = None,
     keep: bool = False,

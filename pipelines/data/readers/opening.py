@@ -1,4 +1,4 @@
-"""From what a user names (folder, JSON file, glob) to a Dataset."""
+"""From a user's path (folder, JSON file, glob, URL) to a Dataset."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Fit:
         return self.orientation > 1
 
     def carried(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """A raw annotation with its box and outline in the file's pixels; what is odd stays as it is."""
+        """A raw annotation with its box and outline in the file's pixels; malformed values stay as they are."""
         moved = dict(entry)
         if self.stated == self.size and not self.turns:
             return moved

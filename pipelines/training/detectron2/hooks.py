@@ -42,7 +42,7 @@ class Recorder(HookBase):
         self.best_step: int | None = None
 
     def before_train(self) -> None:
-        """Tell what an earlier process left."""
+        """Report the history that an earlier process left."""
         for listener in self.listeners:
             listener.on_start(self.history, self.trainer.max_iter)
 
@@ -84,23 +84,23 @@ class Recorder(HookBase):
             self.best, self.best_step = value, record["step"]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold, in plain values."""
+        """The state that a checkpoint must hold, in plain values."""
         return {"history": json.dumps(self.history), "best": self.best, "best_step": self.best_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what a checkpoint holds."""
+        """Restore the state from a checkpoint."""
         self.history = json.loads(state["history"])
         self.best, self.best_step = state["best"], state["best_step"]
 
 
 class Saved(HookBase):
-    """After the checkpointer: tells the listeners, and ends an interrupted training once its state is safe."""
+    """After the checkpointer: notifies the listeners, and ends an interrupted training once its state is safe."""
 
     def __init__(self, recorder: Recorder, checkpointer: Any, period: int, interrupt: Interrupt | None) -> None:
         self.recorder, self.checkpointer, self.period, self.interrupt = recorder, checkpointer, period, interrupt
 
     def after_step(self) -> None:
-        """Tell of a checkpoint; save one more where the training is to stop."""
+        """Notify the listeners of a checkpoint; save one more where the training is to stop."""
         done = self.trainer.iter + 1
         stop = bool(self.interrupt and self.interrupt.requested)
         safe = done % self.period == 0 or done == self.trainer.max_iter

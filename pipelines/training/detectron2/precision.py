@@ -13,7 +13,7 @@ from models.runtime.devices import Precision, pick_precision, precision
 
 
 def amp_precision(device: str) -> Precision:
-    """What ``SOLVER.AMP.ENABLED`` means on a device: bfloat16 on a CPU, on a GPU what suits it."""
+    """The precision that ``SOLVER.AMP.ENABLED`` means on a device: bfloat16 on a CPU, on a GPU the one that suits it."""
     return "bf16-mixed" if device == "cpu" else pick_precision(device, "auto")
 
 

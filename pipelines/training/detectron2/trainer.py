@@ -141,7 +141,7 @@ def _work(
     device: str,
     listeners: Sequence[Listener],
 ) -> None:
-    """What each process of the launcher does."""
+    """Train in one process of the launcher."""
     from detectron2.utils import comm
 
     _log_to_file(folder)
@@ -151,7 +151,13 @@ def _work(
     listeners = listeners if comm.is_main_process() else ()
     interrupt = Interrupt(listeners) if comm.get_world_size() == 1 else None
     try:
-        trainer = _make_trainer(cfg, batches, _evaluation(recipe, cfg, val, batches.unreadable), listeners, interrupt)
+        trainer = _make_trainer(
+            cfg,
+            batches,
+            evaluate=_evaluation(recipe, cfg, val, batches.unreadable),
+            listeners=listeners,
+            interrupt=interrupt,
+        )
         if trainer.checkpointer.has_checkpoint():
             try:
                 trainer.resume_or_load(resume=True)
@@ -181,7 +187,9 @@ def _finish(trainer: Any, recipe: Detectron2Recipe, cfg: Any, folder: Path) -> N
     recorder = trainer.recorder
     best = recorder.best_step
     weights = _bare(trainer.model).state_dict() if best is None else read_best(folder, best)
-    spec = detectron2_spec(recipe.config, cfg, [recipe.data.category], recipe.prediction, recipe.data.rendering)
+    spec = detectron2_spec(
+        recipe.config, cfg, [recipe.data.category], tiling=recipe.prediction, rendering=recipe.data.rendering
+    )
     save_model(folder / "model", spec, weights)
     content = {"step": best or len(recorder.history), "best": recorder.best, "history": recorder.history}
     (folder / OUTCOME).write_text(json.dumps(content))
@@ -303,7 +311,9 @@ def _make_trainer(
             # A module on the CPU takes no device ids, which Detectron2 would give it.
             options = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
             model = create_ddp_model(model, broadcast_buffers=False, **options)
-            self._trainer = make_stepper(model, self.inputs, optimizer, cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED)
+            self._trainer = make_stepper(
+                model, self.inputs, optimizer, device=cfg.MODEL.DEVICE, mixed=cfg.SOLVER.AMP.ENABLED
+            )
             self.scheduler = self.build_lr_scheduler(cfg, optimizer)
             self.checkpointer = safe_checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
             self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
