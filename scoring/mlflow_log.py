@@ -17,7 +17,7 @@ from scoring.comparison.compare import Comparison, Scored
 from scoring.jobs.job import JobResult, folder_name
 
 # File in a job's folder that holds the id of a run that is not logged to its end.
-BEGUN = ".run"
+PENDING = ".run"
 
 
 def log_job(
@@ -37,10 +37,10 @@ def log_job(
     tags = {"task": "score", "version": job.label, "metric_prefix": prefix}
     tags |= {"outlines_given_boxes": "true"} if job.segmenter else {}
     # Written while a run is being logged: after a stop, or a store that went away, it is gone on with.
-    begun = job.folder / BEGUN
-    resumed = begun.read_text() if begun.exists() else None
+    pending = job.folder / PENDING
+    resumed = pending.read_text() if pending.exists() else None
     with mlflow_runs.tracked_run(client, f"score {job.label} on {dataset.name}/{dataset.split}", tags, resumed) as run:
-        begun.write_text(run.info.run_id)
+        pending.write_text(run.info.run_id)
         mlflow_runs.log_params(
             {**params, "model": job.label, "data_digest": dataset.digest(), "category": dataset.category}
         )
@@ -60,7 +60,7 @@ def log_job(
                 mlflow.log_artifacts(str(path), f"scoring/{path.name}")
             elif not path.name.startswith("."):
                 mlflow.log_artifact(str(path), "scoring")
-    begun.unlink(missing_ok=True)
+    pending.unlink(missing_ok=True)
     return run.info.run_id
 
 

@@ -93,8 +93,8 @@ def compare_targets(registry: Registry, request: ComparisonRequest, display: Dis
         raise DataError("give --data: only scoring runs know what they were made on")
     for run in runs.values():
         if run.leaves_out:
-            told = "was scored by a release that left them out of its metrics; score it anew to have metrics of its own"
-            log.info(f"{run.label}: {run.failed} images failed, and it {told}")
+            notice = "was scored by a release that left them out of its metrics; score it anew to have metrics of its own"
+            log.info(f"{run.label}: {run.failed} images failed, and it {notice}")
     if runs and len(runs) == len(request.targets):
         log.info(render(comparison_table(list(runs.values()))) if _same(list(runs.values())) else "")
         if any("IoU" in r.metrics for r in runs.values()):
@@ -142,20 +142,20 @@ def resolve_all(registry: Registry, models: Sequence[str]) -> list[tuple[Resolve
     Raises:
         PlanesError: one that does not exist or cannot be fetched; two folders of one name.
     """
-    found: dict[object, tuple[Resolved, Path]] = {}
+    chosen: dict[object, tuple[Resolved, Path]] = {}
     for text in dict.fromkeys(models):
         version = registry.resolve(text)
         key = version.label if version.name else str(version.folder.resolve() if version.folder else text)
-        if key in found:
+        if key in chosen:
             log.info(f"{text} is {version.label}, which is named already: scored once")
             continue
-        other = next((v for v, _ in found.values() if v.label == version.label), None)
+        other = next((v for v, _ in chosen.values() if v.label == version.label), None)
         if other is not None:
             raise RegistryError(
-                f"{text} and {other.asked}: both are called {version.label}; score them into different --out"
+                f"{text} and {other.text}: both are called {version.label}; score them into different --out"
             )
-        found[key] = version, registry.fetch(version)
-    return list(found.values())
+        chosen[key] = version, registry.fetch(version)
+    return list(chosen.values())
 
 
 def open_for(versions: Sequence[tuple[Resolved, Path]], data: str, split: str, scene_pattern: str | None) -> list[Dataset]:
@@ -362,7 +362,7 @@ def _tell(job: JobResult) -> None:
     log.info(f"{job.label}: {job.instances} planes in {job.images} images{errors}, {speed}")
     timings = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sorted(job.timings.items(), key=lambda s: -s[1]))
     peaks = ", ".join(f"peak {kind.replace('_', ' ')} {megabytes:,.0f} MB" for kind, megabytes in job.peaks.items())
-    log.info(f"   {timings or 'no stages measured'}; {peaks}")
+    log.info(f"   {timings or 'no operations timed'}; {peaks}")
     if job.little:
         log.info(
             f"   {job.little} images fill less than an eighth of the range that they are read with (first: "

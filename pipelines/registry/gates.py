@@ -100,10 +100,10 @@ class GateFile(_Settings):
         Raises:
             RecipeError: none for it, and none for production.
         """
-        found = self.gates.get(alias) or self.gates.get("production")
-        if found is None:
+        gates = self.gates.get(alias) or self.gates.get("production")
+        if gates is None:
             raise RecipeError(f"gates: none for {alias}, and none for production; known: {', '.join(self.gates) or 'none'}")
-        return found
+        return gates
 
 
 def find_gates(name: str, given: str | None = None) -> tuple[GateFile, str]:
@@ -236,8 +236,8 @@ def judge_size(gates: Gates, megabytes: float, baseline: float | None) -> list[C
     if gates.max_size is not None:
         ratio = 1.0 if baseline is None else megabytes / baseline
         shown = "-" if baseline is None else f"{baseline:.1f} MB"
-        found = f"{megabytes:.1f} MB ({ratio:.2f} times)"
-        checks.append(Check("size", "-", f"<= {gates.max_size:g} times", found, shown, ratio <= gates.max_size))
+        size = f"{megabytes:.1f} MB ({ratio:.2f} times)"
+        checks.append(Check("size", "-", f"<= {gates.max_size:g} times", size, shown, ratio <= gates.max_size))
     if gates.max_megabytes is not None:
         required = f"<= {gates.max_megabytes:g} MB"
         checks.append(Check("size", "-", required, f"{megabytes:.1f} MB", "-", megabytes <= gates.max_megabytes))
@@ -280,8 +280,8 @@ def judge_images(
         flattered = _share(baseline, dataset) if baseline is not None and baseline.shared_with(dataset) else "-"
         if trained_on is None:
             same = dataset.digest() == data_digest
-            told = "it is the training set" if same else "not known (imported, or registered before 0.6.1)"
-            checks.append(Check("images", where, required, told, flattered, not same))
+            reason = "it is the training set" if same else "not known (imported, or registered before 0.6.1)"
+            checks.append(Check("images", where, required, reason, flattered, not same))
             continue
         parts = "".join(f"; not known of {part}" for part in trained_on.unknown)
         shared = trained_on.shared_with(dataset)

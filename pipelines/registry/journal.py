@@ -151,10 +151,10 @@ def _proofs(registry: Registry, name: str) -> dict[str, str]:
 
 def _digest(tags: Mapping[str, str]) -> str:
     """Digest of what an entry says, so that nobody can change it in the journal alone."""
-    said = [
+    content = [
         tags.get(key, "") for key in (JOURNAL_OF, "token", "alias", "kind", "to", "from", "after", "why", "by", "at", "run")
     ]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _entry(version: ModelVersion, token: str, state: str) -> Entry:
@@ -210,7 +210,9 @@ def append(registry: Registry, name: str, move: Move) -> Entry:
     tags = {JOURNAL_OF: name, "alias": move.alias, "kind": move.kind, "to": move.to, "from": move.origin or NOTHING}
     tags |= {"after": move.after, "why": move.why[:LONGEST] or NOTHING, "by": whoami(), "at": now()}
     tags |= {"run": move.run or NOTHING, "token": token}
-    said = f"{name} {move.alias}: {move.origin or 'nothing'} -> {move.to} ({move.kind} by {tags['by']}): {tags['why']}"
+    description = (
+        f"{name} {move.alias}: {move.origin or 'nothing'} -> {move.to} ({move.kind} by {tags['by']}): {tags['why']}"
+    )
     written = False
     try:
         # First of all, so that who may not edit the model adds nothing.
@@ -218,7 +220,7 @@ def append(registry: Registry, name: str, move: Move) -> Entry:
         _open_journal(client)
         written = True
         with addressed(client):
-            _add(client, f"models:/{name}/{move.to}", tags, said)
+            _add(client, f"models:/{name}/{move.to}", tags, description)
     except MlflowException as error:
         hint = f"; you need the right to edit {name} and {JOURNAL}" if denied(error) else ""
         if written and not hint:
@@ -240,11 +242,11 @@ def _give_up(client: MlflowClient, name: str, tag: str, value: str) -> str:
     return ""
 
 
-def _add(client: MlflowClient, source: str, tags: dict[str, str], said: str) -> None:
+def _add(client: MlflowClient, source: str, tags: dict[str, str], description: str) -> None:
     for attempt in range(TRIES):
         try:
             # The source makes the entry a link to the version in MLflow's pages.
-            client.create_model_version(JOURNAL, source, tags=tags, description=said, await_creation_for=0)
+            client.create_model_version(JOURNAL, source, tags=tags, description=description, await_creation_for=0)
             return
         except MlflowException as error:
             # Others add entries too; one that was written although the answer got lost is found by its token.

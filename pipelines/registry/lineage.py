@@ -52,10 +52,10 @@ def overview(registry: Registry, names: Iterable[str] | None = None) -> list[dic
 
 
 def _by_version(aliases: Mapping[str, str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    by_number: dict[str, list[str]] = {}
     for alias, number in sorted(aliases.items()):
-        found.setdefault(number, []).append(alias)
-    return found
+        by_number.setdefault(number, []).append(alias)
+    return by_number
 
 
 def _main(tags: Mapping[str, str]) -> str:
@@ -152,20 +152,20 @@ def format_entry(entry: journal.Entry) -> str:
 
 def users(registry: Registry, version: Resolved) -> list[str]:
     """What a version is used by: compositions that hold it, copies of it, and scoring runs."""
-    client, found = registry.client, []
+    client, uses = registry.client, []
     for role in COMPONENTS:
         # Only versions of planes-inst have such tags, of any name.
         for other in registry.search_versions(f"tags.{role} = '{version.label}'"):
-            found.append(f"{role} of {other.name}/{other.version}")
+            uses.append(f"{role} of {other.name}/{other.version}")
     for other in registry.search_versions(f"tags.copied_from = '{version.label}'"):
-        found.append(f"copied to {other.name}/{other.version}")
+        uses.append(f"copied to {other.name}/{other.version}")
     experiments = [e.experiment_id for e in client.search_experiments(max_results=1000)]
     quoted = version.label.replace("'", "")
     runs = client.search_runs(experiments, f"tags.task = 'score' and tags.version = '{quoted}'", max_results=1000)
     if runs:
         last = max(runs, key=lambda r: r.info.start_time)
-        found.append(f"{len(runs)} scoring runs, the last {_date(last.info.start_time)} (run {last.info.run_id})")
-    return found
+        uses.append(f"{len(runs)} scoring runs, the last {_date(last.info.start_time)} (run {last.info.run_id})")
+    return uses
 
 
 def difference(registry: Registry, first: Resolved, second: Resolved) -> list[tuple[str, str, str, str]]:

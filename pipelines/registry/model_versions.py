@@ -25,7 +25,7 @@ from pipelines.tracking.mlflow_runs import connect, store_errors
 
 M = TypeVar("M", bound=BaseModel)
 
-# Versions asked for at once; MLflow cuts longer answers into pages.
+# Versions requested at once; MLflow cuts longer answers into pages.
 PAGE = 1000
 # Tag of a version: digest of its saved folder.
 DIGEST = "digest"
@@ -44,7 +44,7 @@ class Resolved:
     ``digest`` is that of the version's saved folder, as its tag says.
     """
 
-    asked: str
+    text: str
     name: str | None = None
     version: str | None = None
     run_id: str | None = None
@@ -55,7 +55,7 @@ class Resolved:
     @property
     def label(self) -> str:
         """Short name for tables: ``planes-det/3`` or the folder's name."""
-        return f"{self.name}/{self.version}" if self.name else (self.folder.name if self.folder else self.asked)
+        return f"{self.name}/{self.version}" if self.name else (self.folder.name if self.folder else self.text)
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,15 @@ class Registry:
         versions = self.versions_of(name)
         if not versions:
             raise RegistryError(f"model {text!r}: no registered model {name!r}; {self._known_models()}")
-        found = self._pick(name, what, sign == "@", versions)
-        if found is not None and JOURNAL_OF in found.tags:
-            raise RegistryError(f"model {text!r}: is the journal of {found.tags[JOURNAL_OF]}, not a model")
-        if found is None:
+        version = self._pick(name, what, sign == "@", versions)
+        if version is not None and JOURNAL_OF in version.tags:
+            raise RegistryError(f"model {text!r}: is the journal of {version.tags[JOURNAL_OF]}, not a model")
+        if version is None:
             raise RegistryError(
                 f"model {text!r}: {name} has no version, alias or stage {what!r}; {self.describe(name, versions)}"
             )
-        digest = found.tags.get(DIGEST)
-        return Resolved(text, name, str(found.version), found.run_id, self.logged_model_id(found), digest=digest)
+        digest = version.tags.get(DIGEST)
+        return Resolved(text, name, str(version.version), version.run_id, self.logged_model_id(version), digest=digest)
 
     def logged_model_id(self, version: ModelVersion) -> str | None:
         """MLflow's id of the logged model behind a version; SQL stores tell it by the version's source only.
@@ -135,7 +135,7 @@ class Registry:
             RegistryError: a folder, or the store refuses.
         """
         if resolved.name is None or resolved.version is None:
-            raise RegistryError(f"{resolved.asked}: a saved folder; name a registered version, such as planes-det/3")
+            raise RegistryError(f"{resolved.text}: a saved folder; name a registered version, such as planes-det/3")
         with store_errors(f"{resolved.label}: cannot be read from the registry"):
             return self.client.get_model_version(resolved.name, resolved.version)
 
@@ -230,25 +230,25 @@ class Registry:
         Raises:
             mlflow.MlflowException: the store refuses.
         """
-        found: list[ModelVersion] = []
+        versions: list[ModelVersion] = []
         token = None
         while True:
             page = self.client.search_model_versions(condition, max_results=PAGE, page_token=token)
-            found += page
+            versions += page
             token = page.token
             if not token:
-                return sorted(found, key=lambda v: -int(v.version))
+                return sorted(versions, key=lambda v: -int(v.version))
 
     def registered_names(self) -> list[str]:
         """Names of the registered models, without the journals of promotions."""
-        found: list[str] = []
+        names: list[str] = []
         token = None
         while True:
             page = self.client.search_registered_models(max_results=100, page_token=token)
-            found += [m.name for m in page if JOURNAL_OF not in m.tags]
+            names += [m.name for m in page if JOURNAL_OF not in m.tags]
             token = page.token
             if not token:
-                return sorted(found)
+                return sorted(names)
 
     def _known_models(self) -> str:
         try:
@@ -367,14 +367,14 @@ def _saved_folder(artifacts: ArtifactRepository, uri: str) -> str:
     folders = [f.path for f in artifacts.list_artifacts("artifacts") if f.is_dir]
     if len(folders) != 1 or not re.fullmatch(r"artifacts/[\w.-]*\w[\w.-]*", folders[0]):
         raise RegistryError(f"{uri}: not a version made by this project (no artifacts/*/{SPEC_FILE})")
-    found, left = [], [folders[0]]
+    files, left = [], [folders[0]]
     while left:
         for entry in artifacts.list_artifacts(left.pop()):
-            found.append((entry.path.removeprefix(f"{folders[0]}/"), int(entry.file_size or 0)))
+            files.append((entry.path.removeprefix(f"{folders[0]}/"), int(entry.file_size or 0)))
             if entry.is_dir:
-                found.pop()
+                files.pop()
                 left.append(entry.path)
-        if len(found) + len(left) > MAX_ENTRIES:
+        if len(files) + len(left) > MAX_ENTRIES:
             raise RegistryError(f"{uri}: holds more than {MAX_ENTRIES} files; no saved model does")
-    check_names(found, uri)
+    check_names(files, uri)
     return folders[0]

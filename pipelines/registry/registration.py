@@ -128,5 +128,5 @@ def _encoded(image: np.ndarray) -> str:
 
 def _answered(image: np.ndarray, folder: Path) -> dict[str, Any]:
     """The example and the rows that the saved model predicts for it on the CPU, where every machine can repeat it."""
-    found = load_model(folder, "cpu").predict([image])[0].named("0")
-    return {"image": _encoded(image), "rows": to_rows([found])}
+    predicted = load_model(folder, "cpu").predict([image])[0].named("0")
+    return {"image": _encoded(image), "rows": to_rows([predicted])}

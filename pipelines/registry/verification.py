@@ -30,7 +30,7 @@ class Finding:
 
     what: str
     passed: bool | None
-    found: str
+    result: str
 
 
 class Row(BaseModel):
@@ -107,36 +107,38 @@ def verify(registry: Registry, version: Resolved) -> list[Finding]:
         if example is None:
             findings.append(Finding("example", None, "no output was logged when it was registered"))
         else:
-            found = predictor.predict([example.decoded()])[0].named("0")
+            predicted = predictor.predict([example.decoded()])[0].named("0")
             logged = from_rows(row.model_dump() for row in example.rows)
-            findings.append(_compare(found, logged[0] if logged else None))
+            findings.append(_compare(predicted, logged[0] if logged else None))
     except PlanesError as error:
         step = ("files", "model", "example")[min(len(findings), 2)]
         findings.append(Finding(step, False, one_line(error)))
     return findings
 
 
-def _compare(found: Instances, logged: Instances | None) -> Finding:
+def _compare(predicted: Instances, logged: Instances | None) -> Finding:
     """The example's prediction now and then, plane by plane in order of score."""
-    if logged is None or not len(found):
-        same = logged is None and not len(found)
+    if logged is None or not len(predicted):
+        same = logged is None and not len(predicted)
         text = (
-            "no plane in the example, now and when logged" if same else f"{len(found)} planes, {len(logged or ())} logged"
+            "no plane in the example, now and when logged"
+            if same
+            else f"{len(predicted)} planes, {len(logged or ())} logged"
         )
         return Finding("example", same, text)
-    if len(found) != len(logged):
-        return Finding("example", False, f"{len(found)} planes, {len(logged)} when logged")
-    pixels = float(np.abs(found.boxes - logged.boxes).max())
-    scores = float(np.abs(found.scores - logged.scores).max())
-    least = _least_iou(found.masks, logged.masks)
+    if len(predicted) != len(logged):
+        return Finding("example", False, f"{len(predicted)} planes, {len(logged)} when logged")
+    pixels = float(np.abs(predicted.boxes - logged.boxes).max())
+    scores = float(np.abs(predicted.scores - logged.scores).max())
+    least = _least_iou(predicted.masks, logged.masks)
     passed = pixels <= PIXELS and scores <= SCORE and least >= MASK_IOU
-    text = f"{len(found)} planes as logged: boxes within {pixels:.3g} pixels, scores within {scores:.2g}"
-    return Finding("example", passed, text + ("" if found.masks is None else f", masks' IoU at least {least:.4f}"))
+    text = f"{len(predicted)} planes as logged: boxes within {pixels:.3g} pixels, scores within {scores:.2g}"
+    return Finding("example", passed, text + ("" if predicted.masks is None else f", masks' IoU at least {least:.4f}"))
 
 
-def _least_iou(found: Sequence[RLE] | None, logged: Sequence[RLE] | None) -> float:
-    if found is None and logged is None:
+def _least_iou(predicted: Sequence[RLE] | None, logged: Sequence[RLE] | None) -> float:
+    if predicted is None and logged is None:
         return 1.0
-    if found is None or logged is None:
+    if predicted is None or logged is None:
         return 0.0
-    return min(float(rle_iou([a], [b])[0, 0]) for a, b in zip(found, logged, strict=True))
+    return min(float(rle_iou([a], [b])[0, 0]) for a, b in zip(predicted, logged, strict=True))

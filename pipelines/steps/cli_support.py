@@ -81,7 +81,7 @@ class ProgressListener:
         self.title, self.seconds = title, seconds
         self._bar: Any = None
         self._task: Any = None
-        self._total, self._begin, self._said = 0, 0, 0.0
+        self._total, self._begin, self._reported = 0, 0, 0.0
         self._done = self._safe = 0
         self._started = time.monotonic()
 
@@ -89,7 +89,7 @@ class ProgressListener:
         """Open the bar; say so when training goes on from a checkpoint."""
         self._total, self._begin = total, len(history)
         self._done = self._safe = len(history)
-        self._started = self._said = time.monotonic()
+        self._started = self._reported = time.monotonic()
         if history and len(history) < total:
             click.echo(f"{self.title}: going on from step {len(history)} of {total}")
         self._bar = terminal_bar()
@@ -106,8 +106,8 @@ class ProgressListener:
             self._bar.update(self._task, completed=step, description=f"{self.title}  loss {record['train/loss']:.3f}")
             if validation:
                 self._bar.console.print(f"{self.title}: step {step} {validation}")
-        elif validation or now - self._said > self.seconds:
-            self._said = now
+        elif validation or now - self._reported > self.seconds:
+            self._reported = now
             left = (now - self._started) / max(1, step - self._begin) * (self._total - step)
             text = f"{self.title}: step {step}/{self._total} loss {record['train/loss']:.3f}"
             click.echo(f"{text} {validation or f'about {left:.0f} s left'}")
@@ -132,9 +132,9 @@ class ProgressListener:
             # Before the first step, or in processes of their own.
             return "Stopped; the same command goes on from the last checkpoint."
         lost = self._done - self._safe
-        told = f"; {lost} {'step' if lost == 1 else 'steps'} after it not saved" if lost else ""
+        unsaved = f"; {lost} {'step' if lost == 1 else 'steps'} after it not saved" if lost else ""
         begin = f"goes on from step {self._safe}" if self._safe else "begins anew"
-        return f"Stopped; the same command {begin}{told}."
+        return f"Stopped; the same command {begin}{unsaved}."
 
     def close(self) -> None:
         """Take the bar down."""
@@ -164,7 +164,7 @@ def show_progress(
     On a terminal a bar, else a line every ``seconds``.
     """
     bar = terminal_bar("speed", "errors")
-    started = said = time.monotonic()
+    started = reported = time.monotonic()
     errors = 0
     with bar or nullcontext():
         task = bar.add_task(title, total=total, speed="", errors="") if bar else None
@@ -175,10 +175,10 @@ def show_progress(
             speed = done / max(now - started, 1e-9)
             if bar:
                 # The time left is rich's; the bar redraws itself ten times a second.
-                told = f"{errors} errors" if errors else ""
-                bar.update(task, completed=done, speed=f"{speed:.3g}/s", errors=told)
-            elif now - said > seconds or done == total:
-                said = now
+                counted = f"{errors} errors" if errors else ""
+                bar.update(task, completed=done, speed=f"{speed:.3g}/s", errors=counted)
+            elif now - reported > seconds or done == total:
+                reported = now
                 left = f", about {_duration((total - done) / speed)} left" if done < total else ""
                 click.echo(f"{title}: {done}/{total}, {speed:.3g}/s{left}" + (f", {errors} errors" if errors else ""))
 

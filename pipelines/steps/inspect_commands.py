@@ -71,7 +71,7 @@ def verify_version(text: str) -> bool:
     version = registry.resolve(text)
     findings = verify(registry, version)
     words = {True: "ok", False: "FAIL", None: "?"}
-    click.echo(f"{version.label}:\n{tabulate([[words[f.passed], f.what, f.found] for f in findings], tablefmt='plain')}")
+    click.echo(f"{version.label}:\n{tabulate([[words[f.passed], f.what, f.result] for f in findings], tablefmt='plain')}")
     return all(f.passed is not False for f in findings)
 
 
@@ -91,9 +91,9 @@ def sweep(models: Sequence[str], keep: int, dry_run: bool, yes: bool) -> None:
         click.echo("nothing is registered here yet")
     for name in names:
         registry.aliases_of(name)
-        found = lineage.sweep(registry, name, keep)
-        unnamed = [k.version for k in found if not k.reason]
-        rows = [[f"{name}/{k.version}", "keep" if k.reason else "delete", k.reason or "nothing names it"] for k in found]
+        kept = lineage.sweep(registry, name, keep)
+        unnamed = [k.version for k in kept if not k.reason]
+        rows = [[f"{name}/{k.version}", "keep" if k.reason else "delete", k.reason or "nothing names it"] for k in kept]
         click.echo(tabulate(rows, tablefmt="plain"))
         if dry_run or not unnamed:
             continue

@@ -317,6 +317,6 @@ def _experiment_of(client: MlflowClient, run_id: str | None) -> str:
     if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
         return given
     with contextlib.suppress(mlflow.MlflowException):
-        found = client.get_experiment_by_name(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT))
-        return str(found.experiment_id) if found else "0"
+        known = client.get_experiment_by_name(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT))
+        return str(known.experiment_id) if known else "0"
     return "0"

@@ -43,14 +43,14 @@ def follow_move(store: Path) -> list[str]:
                     moved.setdefault(root, []).append((table, column, place))
         followed = []
         for root, places in sorted(moved.items()):
-            found = [(t, c, p) for t, c, p in places if Path(_beneath(here, root, p)).exists()]
-            if not found:
+            existing = [(t, c, p) for t, c, p in places if Path(_beneath(here, root, p)).exists()]
+            if not existing:
                 continue
             followed.append(root.removeprefix("file://"))
             for table, column, place in places:
                 # Where an experiment's artefacts go follows those that it has.
-                mine = table == "experiments" and any(p.startswith(f"{place}/") for _, _, p in found)
-                if mine or (table, column, place) in found:
+                mine = table == "experiments" and any(p.startswith(f"{place}/") for _, _, p in existing)
+                if mine or (table, column, place) in existing:
                     new = _beneath(here, root, place)
                     connection.execute(f"UPDATE {table} SET {column} = ? WHERE {column} = ?", (new, place))
     return followed

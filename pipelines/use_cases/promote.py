@@ -193,14 +193,14 @@ def _check(
     for dataset in datasets:
         mlflow_runs.log_dataset(dataset, "promotion")
         with _kept(versions, dataset, device) as kept:
-            found = measure(predictors, dataset, display.items, kept, renderings)
+            measured = measure(predictors, dataset, display.items, kept, renderings)
         for role, version in zip(("candidate", "baseline"), versions, strict=False):
             prefix = f"{role}/" if len(datasets) == 1 else f"{role}/{dataset.name}/"
             mlflow_runs.log_evaluation(
-                prefix, found[version.label].evaluation, dataset, mlflow_runs.link_model(version.model_id)
+                prefix, measured[version.label].evaluation, dataset, mlflow_runs.link_model(version.model_id)
             )
-        theirs: Measurement | None = None if baseline is None else found[baseline.label]
-        checks += judge(gates, main, found[candidate.label], theirs)
+        theirs: Measurement | None = None if baseline is None else measured[baseline.label]
+        checks += judge(gates, main, measured[candidate.label], theirs)
     return checks
 
 
@@ -240,9 +240,9 @@ def _decide(
     """Move the alias if the gates, or the user, say so; tag the run with the decision."""
     failed = [c for c in checks if not c.passed]
     shown = failed or [c for c in checks if c.metric]
-    told = "; ".join(map(str, shown))
-    told = told if failed else f"{len(checks)} gates passed{': ' if told else ''}{told}"
-    reason = f"{request.reason} (failed: {told})" if failed and request.force else request.reason or told
+    listed = "; ".join(map(str, shown))
+    summary = listed if failed else f"{len(checks)} gates passed{': ' if listed else ''}{listed}"
+    reason = f"{request.reason} (failed: {summary})" if failed and request.force else request.reason or summary
     moves = (not failed or request.force) and not request.dry_run
     decision = "promoted" if moves else "dry run" if request.dry_run else "refused"
     mlflow.set_tags({"decision": decision, "reason": reason[:4000], "forced": str(bool(failed and request.force)).lower()})

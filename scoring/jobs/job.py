@@ -220,7 +220,7 @@ def _try_again(
     samples = {number: dataset.samples[shards[number].start : shards[number].stop] for number in failed}
     numbers = sorted(failed)
     retried = [[samples[number][position] for position in failed[number]] for number in numbers]
-    begun, total, changed = time.monotonic(), sum(map(len, retried)), 0
+    started, total, changed = time.monotonic(), sum(map(len, retried)), 0
     results: dict[int, dict[int, Instances | Failure]] = {}
     for place, index, result in progress(runner.results(retried), total, f"trying {total} images again"):
         number = numbers[place]
@@ -234,9 +234,9 @@ def _try_again(
             totals = totals_of(folder)
             if totals is not None:
                 split_into_shards(folder, manifest, dataset, totals)
-            seconds, little = time.monotonic() - begun, runner.little(place)
+            seconds, little = time.monotonic() - started, runner.little(place)
             replace_in_shard(folder, number, samples[number], news, seconds=seconds, little=little)
-            begun, changed = time.monotonic(), changed + len(news)
+            started, changed = time.monotonic(), changed + len(news)
     return changed
 
 
@@ -255,7 +255,7 @@ def _make_missing(
     if not total:
         return len(dataset)
     collected: dict[int, dict[int, Instances | Failure]] = {}
-    begun, counted = time.monotonic(), runner.timings()
+    started, counted = time.monotonic(), runner.timings()
     with _Writer() as writer:
         for position, index, result in progress(runner.results(unscored), total, f"scoring with {manifest.label}"):
             mine = collected.setdefault(position, {})
@@ -268,9 +268,11 @@ def _make_missing(
             spent = {operation: seconds - counted.get(operation, 0.0) for operation, seconds in timings.items()}
             little = runner.little(position)
             writer.submit(
-                partial(write_shard, folder, missing[position], results, seconds=now - begun, timings=spent, little=little)
+                partial(
+                    write_shard, folder, missing[position], results, seconds=now - started, timings=spent, little=little
+                )
             )
-            begun, counted = now, timings
+            started, counted = now, timings
     return len(dataset) - total
 
 

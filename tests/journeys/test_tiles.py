@@ -23,9 +23,16 @@ TILES = ("window=null", "tiles.size=128", "tiles.overlap=0.4", "training.batch_s
 def tiled(project):
     """planes-tiled/1, trained for 4 steps on cached tiles of 128 pixels."""
     done = project.step(
-        "train_detector", "--data", str(project.data), "--name", "planes-tiled", "--steps", "4",
-        "--set", " ".join((*TILES, "tiles.cached=true", "architecture.score_threshold=0.0")),
-    )  # fmt: skip
+        "train_detector",
+        "--data",
+        str(project.data),
+        "--name",
+        "planes-tiled",
+        "--steps",
+        "4",
+        "--set",
+        " ".join((*TILES, "tiles.cached=true", "architecture.score_threshold=0.0")),
+    )
     return project, done
 
 
@@ -52,9 +59,19 @@ def test_the_versions_tiles_are_used_and_the_batch_changes_no_row(tiled):
     tables = []
     for batch in ("auto", "5"):
         done = project.score(
-            "--model", "planes-tiled/1", "--data", str(project.data), "--overlays", "0", "--out", f"b{batch}",
-            "--batch", batch, "--score-threshold", "0.3",
-        )  # fmt: skip
+            "--model",
+            "planes-tiled/1",
+            "--data",
+            str(project.data),
+            "--overlays",
+            "0",
+            "--out",
+            f"b{batch}",
+            "--batch",
+            batch,
+            "--score-threshold",
+            "0.3",
+        )
         used = json.loads(_params(project, done)["tiling"])
         assert (used["size"], used["batch"]) == (128, None if batch == "auto" else 5)
         tables.append(pq.read_table(project.folder / f"b{batch}" / "planes-tiled-1" / "instances.parquet").to_pandas())
@@ -67,13 +84,35 @@ def test_the_versions_tiles_are_used_and_the_batch_changes_no_row(tiled):
 def test_other_tiles_can_be_given(tiled):
     project, _ = tiled
     done = project.score(
-        "--model", "planes-tiled/1", "--data", str(project.data), "--overlays", "0", "--out", "t2",
-        "--tile", "200", "--merge", "nms", "--merge-threshold", "0.4", "--full-image", "256", "--batch", "3",
-    )  # fmt: skip
+        "--model",
+        "planes-tiled/1",
+        "--data",
+        str(project.data),
+        "--overlays",
+        "0",
+        "--out",
+        "t2",
+        "--tile",
+        "200",
+        "--merge",
+        "nms",
+        "--merge-threshold",
+        "0.4",
+        "--full-image",
+        "256",
+        "--batch",
+        "3",
+    )
     changed = json.loads(_params(project, done)["tiling"])
     assert changed == {
-        "size": 200, "overlap": 0.4, "merge": "nms", "match": "iou", "threshold": 0.4, "full_image_size": 256, "batch": 3,
-    }  # fmt: skip
+        "size": 200,
+        "overlap": 0.4,
+        "merge": "nms",
+        "match": "iou",
+        "threshold": 0.4,
+        "full_image_size": 256,
+        "batch": 3,
+    }
     refused = project.score("--model", "planes-unet/1", "--data", str(project.data), "--tile", "128", code=1)
     assert "segments planes in given boxes" in error_line(refused)
 

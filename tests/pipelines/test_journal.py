@@ -20,10 +20,14 @@ from pipelines.tracking import mlflow_runs
 
 NAME = "planes-x"
 WRITES = (
-    "create_registered_model", "create_model_version", "set_model_version_tag", "set_registered_model_alias",
+    "create_registered_model",
+    "create_model_version",
+    "set_model_version_tag",
+    "set_registered_model_alias",
     "set_registered_model_tag",
-    "delete_registered_model_alias", "transition_model_version_stage",
-)  # fmt: skip
+    "delete_registered_model_alias",
+    "transition_model_version_stage",
+)
 
 
 @pytest.fixture
