@@ -20,6 +20,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy models pipelines scoring benchmarks
 	$(BIN)/lint-imports
+	$(BIN)/deptry .
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.evaluation
