@@ -9,6 +9,10 @@ PlanesError
 └── OutputError    a result that cannot be written
 """
 
+from __future__ import annotations
+
+from typing import Any, Protocol
+
 
 class PlanesError(Exception):
     """Root of all errors meant for people: one line that says what to do."""
@@ -53,3 +57,16 @@ def one_line(error: BaseException, longest: int | None = None) -> str:
     """
     text = " ".join(str(error).split())
     return (text or type(error).__name__)[:longest]
+
+
+class _Invalid(Protocol):
+    """pydantic's ValidationError, which need not be imported for it."""
+
+    def errors(self) -> list[Any]: ...
+
+
+def invalid_field(error: _Invalid) -> str:
+    """The first problem of a pydantic ValidationError: ``section.field: what is wrong``."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "whole file"
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from models.errors import ModelError
+from models.errors import ModelError, invalid_field
 from models.predictor import Predictor
 from models.saved.allowed_files import check_folder
 from models.saved.folder import read_weights
@@ -78,5 +78,4 @@ def retiled(spec: ModelSpec, changes: Mapping[str, Any]) -> Tiling | None:
     try:
         return Tiling.model_validate({**known, **changes})
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ModelError(f"tiles: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise ModelError(f"tiles: {invalid_field(error)}") from error

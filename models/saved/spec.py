@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from models.errors import ModelError, one_line
+from models.errors import ModelError, invalid_field, one_line
 from models.images.rendering import Rendering
 from models.saved.allowed_files import MAX_BYTES, SPEC_FILE
 from models.tiling.settings import Tiling
@@ -57,9 +57,7 @@ def read_spec(folder: str | Path) -> ModelSpec:
     try:
         return ModelSpec.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(v) for v in first["loc"]) or "whole file"
-        raise ModelError(f"{path}: {where}: {first['msg']}") from error
+        raise ModelError(f"{path}: {invalid_field(error)}") from error
 
 
 def parse_architecture(spec: ModelSpec, kind: type[A]) -> A:
@@ -71,5 +69,4 @@ def parse_architecture(spec: ModelSpec, kind: type[A]) -> A:
     try:
         return kind.model_validate(spec.architecture)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ModelError(f"{SPEC_FILE}: architecture.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise ModelError(f"{SPEC_FILE}: architecture.{invalid_field(error)}") from error

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from models.errors import RecipeError, one_line
+from models.errors import RecipeError, invalid_field, one_line
 from pipelines.recipes.settings import DetectorRecipe, Detectron2Recipe, MaskRecipe, Recipe, UNetRecipe
 
 RECIPES = Path(__file__).parent
@@ -87,13 +87,13 @@ def _engine(content: Mapping[str, Any]) -> str:
 
 def parse_recipe(content: Mapping[str, Any], where: str, task: str | None = None) -> Recipe:
     """Validate raw settings; ``where`` begins the error message."""
-    found, engine = content.get("task"), _engine(content)
-    if task and found != task:
-        raise RecipeError(f"{where}: is for task {found!r}, this command trains {task!r}")
-    model = KINDS.get((str(found), engine))
+    kind, engine = content.get("task"), _engine(content)
+    if task and kind != task:
+        raise RecipeError(f"{where}: is for task {kind!r}, this command trains {task!r}")
+    model = KINDS.get((str(kind), engine))
     if model is None:
         known = ", ".join(f"{t} with {e}" for t, e in KINDS)
-        raise RecipeError(f"{where}: task {found!r} with engine {engine!r}: expected one of {known}")
+        raise RecipeError(f"{where}: task {kind!r} with engine {engine!r}: expected one of {known}")
     try:
         return TypeAdapter(model).validate_python(content)
     except ValidationError as error:
@@ -101,9 +101,7 @@ def parse_recipe(content: Mapping[str, Any], where: str, task: str | None = None
         loc = [v for v in first["loc"] if isinstance(v, str)]
         if first["type"] == "extra_forbidden":
             raise RecipeError(f"{where}: {unknown_key(model, loc)}") from error
-        raise RecipeError(
-            f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r}"
-        ) from error
+        raise RecipeError(f"{where}: {invalid_field(error)}, found {first['input']!r}") from error
 
 
 def unknown_key(model: type[BaseModel], loc: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from models.errors import RecipeError, one_line
+from models.errors import RecipeError, invalid_field, one_line
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation.metrics import SIZE_CLASSES
 from pipelines.evaluation.side_by_side import Measurement, gain_confidence, slowdown
@@ -142,7 +142,7 @@ def parse_gates(content: Any, where: str) -> GateFile:
             fields = {f for k in (GateFile, RequiredData, Gates, SliceGate, MetricGate) for f in k.model_fields}
             near = difflib.get_close_matches(str(first["loc"][-1]), sorted(fields), 1, 0.5)
             raise RecipeError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")) from error
-        raise RecipeError(f"{where}: {key or 'whole file'}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise RecipeError(f"{where}: {invalid_field(error)}") from error
 
 
 @dataclass(frozen=True)
