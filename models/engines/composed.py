@@ -25,16 +25,15 @@ DETECTOR, SEGMENTER = COMPONENTS
 
 
 class ComposedArchitecture(BaseModel):
-    """How detector and segmenter work together.
-
-    ``overlaps``: ``exclusive`` gives each pixel to one plane, that of the higher score;
-    ``keep`` leaves masks as they are. ``min_score``: detections below are not segmented.
-    """
+    """How detector and segmenter work together."""
 
     model_config = ConfigDict(extra="forbid")
 
-    overlaps: Literal["exclusive", "keep"] = "exclusive"
-    min_score: float = Field(default=0.0, ge=0, le=1)
+    overlaps: Literal["exclusive", "keep"] = Field(
+        default="exclusive",
+        description="exclusive gives each pixel to the plane of the higher score, keep leaves masks as they are.",
+    )
+    min_score: float = Field(default=0.0, ge=0, le=1, description="Least score of a detection to be segmented.")
 
 
 class ComposedPredictor:

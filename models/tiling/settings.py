@@ -14,26 +14,39 @@ Window = tuple[int, int, int, int]
 
 
 class Tiling(BaseModel):
-    """How an image is cut into tiles, and how their detections are merged; part of a model version.
-
-    size: side of a tile in pixels; overlap: share of it that neighbours share, planes up to
-    that size are whole in some tile; merge: ``join`` joins the detections of a cut plane,
-    ``nms`` keeps the best of those that overlap; match and threshold: detections of two tiles are
-    of one plane where their IoU (or ``ios``, intersection over the smaller area), inside the region
-    that both tiles show, reaches the threshold; full_image_size: longer side in pixels to which
-    the whole image is shrunk for one more pass, for planes larger than the overlap, null for
-    no such pass; batch: tiles per forward pass, null for 1 on a CPU and 16 on a GPU.
-    """
+    """How an image is cut into tiles, and how their detections are merged; part of a model version."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    size: int = Field(default=512, ge=32, le=8192)
-    overlap: float = Field(default=0.25, ge=0, le=0.9)
-    merge: Literal["join", "nms"] = "join"
-    match: Metric = "iou"
-    threshold: float = Field(default=0.5, gt=0, le=1)
-    full_image_size: int | None = Field(default=None, ge=32, le=8192)
-    batch: int | None = Field(default=None, ge=1, le=1024)
+    size: int = Field(default=512, ge=32, le=8192, description="Side of a tile in pixels.")
+    overlap: float = Field(
+        default=0.25,
+        ge=0,
+        le=0.9,
+        description="Share of a tile that neighbours share; planes up to that size are whole in some tile.",
+    )
+    merge: Literal["join", "nms"] = Field(
+        default="join", description="join joins the detections of a cut plane, nms keeps the best of those that overlap."
+    )
+    match: Metric = Field(
+        default="iou",
+        description="iou, or ios: intersection over the smaller area; measured inside the region that both tiles show.",
+    )
+    threshold: float = Field(
+        default=0.5, gt=0, le=1, description="Least match at which detections of two tiles are of one plane."
+    )
+    full_image_size: int | None = Field(
+        default=None,
+        ge=32,
+        le=8192,
+        description=(
+            "Longer side in pixels to which the whole image is shrunk for one more pass, for planes larger than the "
+            "overlap; null: no such pass."
+        ),
+    )
+    batch: int | None = Field(
+        default=None, ge=1, le=1024, description="Tiles per forward pass; null: 1 on a CPU, 16 on a GPU."
+    )
 
     @property
     def shared(self) -> int:

@@ -22,16 +22,27 @@ class _Settings(BaseModel):
 
 
 class DataSettings(_Settings):
-    """Which planes to learn from, what is held back for validation, and how image files become RGB.
+    """Which planes to learn from, what is held back for validation, and how image files become RGB."""
 
-    ``range`` and ``bands``: see `models.images.rendering.Rendering`; they become part of the version.
-    """
-
-    category: str = "plane"
-    val_fraction: float = Field(default=0.15, ge=0, lt=1)
-    scene_pattern: str | None = None
-    range: Literal["auto", "percentile", "depth"] | tuple[float, float] = "auto"
-    bands: tuple[int, ...] | None = None
+    category: str = Field(default="plane", description="Name of the annotated class to learn; case does not matter.")
+    val_fraction: float = Field(
+        default=0.15, ge=0, lt=1, description="Share of the training scenes held back for validation; 0 for none."
+    )
+    scene_pattern: str | None = Field(
+        default=None,
+        description=(
+            "Regular expression whose first group is the scene of an image's name; images of a scene stay together. null: "
+            "by the names of tiles."
+        ),
+    )
+    range: Literal["auto", "percentile", "depth"] | tuple[float, float] = Field(
+        default="auto",
+        description="Values that become 0 and 255: auto, percentile, depth, or LOW,HIGH; part of the version.",
+    )
+    bands: tuple[int, ...] | None = Field(
+        default=None,
+        description="Bands for red, green and blue, counted from 1; null: those that the file names. Part of the version.",
+    )
 
     @model_validator(mode="after")
     def _can_be_rendered(self) -> DataSettings:
@@ -45,35 +56,41 @@ class DataSettings(_Settings):
 
 
 class OptimizerSettings(_Settings):
-    """Optimiser and learning rate; ``clip_norm`` 0 switches gradient clipping off."""
+    """Optimiser, learning rate and its schedule."""
 
-    name: Literal["adam", "adamw", "sgd"] = "adamw"
-    lr: float = Field(default=5e-4, gt=0)
-    weight_decay: float = Field(default=1e-4, ge=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    clip_norm: float = Field(default=5.0, ge=0)
-    schedule: Literal["constant", "cosine", "steps"] = "cosine"
-    warmup_steps: int = Field(default=50, ge=0)
-    milestones: list[int] = []
-    gamma: float = Field(default=0.1, gt=0, le=1)
+    name: Literal["adam", "adamw", "sgd"] = Field(default="adamw", description="Optimiser.")
+    lr: float = Field(default=5e-4, gt=0, description="Learning rate after the warm-up.")
+    weight_decay: float = Field(default=1e-4, ge=0, description="Weight decay; biases and norms are not decayed.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of sgd.")
+    clip_norm: float = Field(default=5.0, ge=0, description="Largest norm of the gradients; 0 switches clipping off.")
+    schedule: Literal["constant", "cosine", "steps"] = Field(
+        default="cosine",
+        description=(
+            "Course of the learning rate: constant, cosine (down to 2 %), or steps (times gamma at each milestone)."
+        ),
+    )
+    warmup_steps: int = Field(default=50, ge=0, description="Steps over which the learning rate rises linearly.")
+    milestones: list[int] = Field(default=[], description="Steps at which schedule steps lowers the rate.")
+    gamma: float = Field(default=0.1, gt=0, le=1, description="Factor at each milestone.")
 
 
 class TrainingSettings(_Settings):
-    """How long and how often; ``epochs``, where given, decides instead of ``steps``.
+    """How long, how often, and in which precision."""
 
-    ``evaluate_every`` and ``checkpoint_every`` count steps; null means an epoch.
-    ``precision``: that of networks and losses in training (`models.runtime.devices.pick_precision`);
-    weights, optimiser and validation are always in full precision.
-    """
-
-    steps: int = Field(default=1000, ge=1)
-    epochs: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=8, ge=1)
-    evaluate_every: int | None = Field(default=None, ge=1)
-    checkpoint_every: int | None = Field(default=None, ge=1)
-    workers: int = Field(default=0, ge=0)
-    seed: int = Field(default=0, ge=0)
-    precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = "auto"
+    steps: int = Field(default=1000, ge=1, description="Training steps.")
+    epochs: int | None = Field(default=None, ge=1, description="Epochs, which decide instead of steps where given.")
+    batch_size: int = Field(default=8, ge=1, description="Examples per step.")
+    evaluate_every: int | None = Field(default=None, ge=1, description="Steps between validations; null: an epoch.")
+    checkpoint_every: int | None = Field(default=None, ge=1, description="Steps between checkpoints; null: an epoch.")
+    workers: int = Field(default=0, ge=0, description="Processes that prepare batches; 0: the training process does.")
+    seed: int = Field(default=0, ge=0, description="Seed of weights, data order and augmentation.")
+    precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = Field(
+        default="auto",
+        description=(
+            "Precision of networks and losses in training; auto: 32 on a CPU, half precision on a GPU. Weights, optimiser "
+            "and validation are always in full precision."
+        ),
+    )
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -83,10 +100,12 @@ class TrainingSettings(_Settings):
 
 
 class _Recipe(_Settings):
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
-    weights: str = "none"
-    data: DataSettings = DataSettings()
-    augmentation: Augmentation = Augmentation()
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the recipe.")
+    weights: str = Field(
+        default="none", description="Weights to start from: none, a name that the library knows, or a path."
+    )
+    data: DataSettings = Field(default=DataSettings(), description="Data and how it is read.")
+    augmentation: Augmentation = Field(default=Augmentation(), description="Augmentation of the training examples.")
 
     def flat(self) -> dict[str, Any]:
         """All settings as ``section.key`` -> value, for MLflow params."""
@@ -98,8 +117,8 @@ class _Recipe(_Settings):
 
 
 class _LoopRecipe(_Recipe):
-    optimizer: OptimizerSettings = OptimizerSettings()
-    training: TrainingSettings = TrainingSettings()
+    optimizer: OptimizerSettings = Field(default=OptimizerSettings(), description="Optimiser.")
+    training: TrainingSettings = Field(default=TrainingSettings(), description="Length, batches, precision.")
 
     @property
     def seed(self) -> int:
@@ -108,20 +127,26 @@ class _LoopRecipe(_Recipe):
 
 
 class WindowSettings(_Settings):
-    """What a detector is trained on and how it predicts.
+    """What a detector is trained on and how it predicts."""
 
-    ``window``: side in pixels of random windows to train on; ``focus``: share of them
-    placed on a plane; ``tiles``: a fixed grid of tiles to train on instead; neither:
-    whole images. ``min_visible``: share of a cut plane that must be inside for it to
-    count. ``tiling``: tiles to predict by, part of the version; without it a model
-    trained on ``tiles`` predicts by tiles of that size, any other whole images.
-    """
-
-    window: int | None = Field(default=None, ge=64, le=8192)
-    focus: float = Field(default=0.8, ge=0, le=1)
-    min_visible: float = Field(default=0.35, gt=0, le=1)
-    tiles: TileSettings | None = None
-    tiling: Tiling | None = None
+    window: int | None = Field(
+        default=None,
+        ge=64,
+        le=8192,
+        description="Side in pixels of random windows to train on; null: whole images or tiles.",
+    )
+    focus: float = Field(default=0.8, ge=0, le=1, description="Share of the windows placed on a plane.")
+    min_visible: float = Field(
+        default=0.35, gt=0, le=1, description="Share of a cut plane that must be inside for it to count."
+    )
+    tiles: TileSettings | None = Field(default=None, description="A fixed grid of tiles to train on instead of windows.")
+    tiling: Tiling | None = Field(
+        default=None,
+        description=(
+            "Tiles to predict by, part of the version; null: tiles of the training's size where it had tiles, else whole "
+            "images."
+        ),
+    )
 
     @model_validator(mode="after")
     def _one_cut(self) -> WindowSettings:
@@ -140,33 +165,34 @@ class WindowSettings(_Settings):
 class DetectorRecipe(_LoopRecipe, WindowSettings):
     """Settings of ``train_detector`` with the torchvision engine."""
 
-    task: Literal["detector"]
-    engine: Literal["torchvision"] = "torchvision"
-    architecture: DetectorArchitecture = DetectorArchitecture()
+    task: Literal["detector"] = Field(description="Kind of training.")
+    engine: Literal["torchvision"] = Field(default="torchvision", description="Detection library.")
+    architecture: DetectorArchitecture = Field(
+        default=DetectorArchitecture(), description="Layers of the network and its output."
+    )
 
 
 class MaskRecipe(_LoopRecipe, WindowSettings):
     """Settings of ``train_maskrcnn`` with the torchvision engine."""
 
-    task: Literal["maskrcnn"]
-    engine: Literal["torchvision"] = "torchvision"
-    architecture: MaskArchitecture = MaskArchitecture()
+    task: Literal["maskrcnn"] = Field(description="Kind of training.")
+    engine: Literal["torchvision"] = Field(default="torchvision", description="Detection library.")
+    architecture: MaskArchitecture = Field(default=MaskArchitecture(), description="Layers of the network and its output.")
 
 
 class Detectron2Recipe(_Recipe, WindowSettings):
     """Settings of ``train_detector`` and ``train_maskrcnn`` with the Detectron2 engine.
 
-    ``config``: a name of Detectron2's model zoo or a YAML file; ``opts``: its settings
-    as ``KEY: value``; ``weights``: zoo, imagenet, none, a URL or a path
-    (``opts: {MODEL.WEIGHTS: ...}`` says the same).
     Windows keep the scale that they were cut at where ``INPUT.MIN_SIZE_TRAIN`` is 0.
     """
 
-    task: Literal["detector", "maskrcnn"]
-    engine: Literal["detectron2"]
-    weights: str = "zoo"
-    config: str = Field(min_length=1)
-    opts: dict[str, Any] = {}
+    task: Literal["detector", "maskrcnn"] = Field(description="Kind of training.")
+    engine: Literal["detectron2"] = Field(description="Detection library.")
+    weights: str = Field(
+        default="zoo", description="zoo, imagenet, none, a URL or a path; opts MODEL.WEIGHTS says the same."
+    )
+    config: str = Field(min_length=1, description="A name of Detectron2's model zoo, or a YAML file.")
+    opts: dict[str, Any] = Field(default={}, description="Detectron2's own settings as KEY: value.")
 
     @model_validator(mode="before")
     @classmethod
@@ -185,13 +211,17 @@ class Detectron2Recipe(_Recipe, WindowSettings):
 
 
 class UNetRecipe(_LoopRecipe):
-    """Settings of ``train_unet``; ``box_jitter`` moves each side by up to that share of the box."""
+    """Settings of ``train_unet``."""
 
-    task: Literal["unet"]
-    engine: Literal["torch"] = "torch"
-    architecture: SegmenterArchitecture = SegmenterArchitecture()
-    loss: Literal["bce", "bce_dice"] = "bce_dice"
-    box_jitter: float = Field(default=0.0, ge=0, le=0.5)
+    task: Literal["unet"] = Field(description="Kind of training.")
+    engine: Literal["torch"] = Field(default="torch", description="Library that trains it.")
+    architecture: SegmenterArchitecture = Field(default=SegmenterArchitecture(), description="Network and crops.")
+    loss: Literal["bce", "bce_dice"] = Field(
+        default="bce_dice", description="Binary cross-entropy, or its sum with the Dice loss."
+    )
+    box_jitter: float = Field(
+        default=0.0, ge=0, le=0.5, description="Share of the box by which each side of a training crop moves at most."
+    )
 
 
 Recipe = DetectorRecipe | MaskRecipe | Detectron2Recipe | UNetRecipe

@@ -26,14 +26,19 @@ class _Settings(BaseModel):
 
 
 class MetricGate(_Settings):
-    """Bounds of one metric: least value, least gain over the baseline, least confidence of that gain.
+    """Bounds of one metric."""
 
-    A ``min_gain`` below 0 allows a loss of that size; otherwise a tie leaves the baseline where it is.
-    """
-
-    minimum: float | None = None
-    min_gain: float | None = None
-    confidence: float | None = Field(default=None, ge=0.5, lt=1)
+    minimum: float | None = Field(default=None, description="Least value.")
+    min_gain: float | None = Field(
+        default=None,
+        description=(
+            "Least gain over the baseline; below 0 allows a loss of that size, otherwise a tie leaves the baseline where "
+            "it is."
+        ),
+    )
+    confidence: float | None = Field(
+        default=None, ge=0.5, lt=1, description="Least confidence of that gain, by a paired bootstrap over images."
+    )
 
     @model_validator(mode="after")
     def confident_of_something(self) -> MetricGate:
@@ -44,11 +49,11 @@ class MetricGate(_Settings):
 
 
 class SliceGate(_Settings):
-    """Planes or images on which the main metric must not fall: a COCO size class, or image names like ``A00*``."""
+    """Planes or images on which the main metric must not fall."""
 
-    size: str | None = None
-    images: str | None = None
-    max_loss: float = Field(default=0.0, ge=0)
+    size: str | None = Field(default=None, description="COCO size class: small, medium or large.")
+    images: str | None = Field(default=None, description="Pattern of image names, such as A00*.")
+    max_loss: float = Field(default=0.0, ge=0, description="Largest loss against the baseline.")
 
     @model_validator(mode="after")
     def one_of_both(self) -> SliceGate:
@@ -59,20 +64,19 @@ class SliceGate(_Settings):
 
 
 class Gates(_Settings):
-    """The gates of one alias.
+    """The gates of one alias."""
 
-    ``against`` is the alias whose version the candidate is held against, the one to be
-    moved without it. ``max_slowdown`` and ``max_size`` are ratios to that version,
-    ``min_planes`` counts the annotated planes of each data set.
-    """
-
-    against: str | None = None
-    metrics: dict[str, MetricGate] = {}
-    slices: dict[str, SliceGate] = {}
-    max_slowdown: float | None = Field(default=None, gt=0)
-    max_size: float | None = Field(default=None, gt=0)
-    max_megabytes: float | None = Field(default=None, gt=0)
-    min_planes: int = Field(default=0, ge=0)
+    against: str | None = Field(default=None, description="Alias of the baseline; null: the one to be moved.")
+    metrics: dict[str, MetricGate] = Field(default={}, description="Bounds by metric.")
+    slices: dict[str, SliceGate] = Field(default={}, description="Slices by name.")
+    max_slowdown: float | None = Field(
+        default=None, gt=0, description="Largest time per image, as a ratio to the baseline's."
+    )
+    max_size: float | None = Field(
+        default=None, gt=0, description="Largest size of the weights, as a ratio to the baseline's."
+    )
+    max_megabytes: float | None = Field(default=None, gt=0, description="Largest size of the weights in megabytes.")
+    min_planes: int = Field(default=0, ge=0, description="Least number of annotated planes in each data set.")
 
     @property
     def need_data(self) -> bool:
@@ -81,18 +85,18 @@ class Gates(_Settings):
 
 
 class RequiredData(_Settings):
-    """A data set to evaluate on; with ``digest`` exactly this content, wherever it lies."""
+    """A data set to evaluate on."""
 
-    path: str
-    split: str = "test"
-    digest: str | None = None
+    path: str = Field(description="Folder or annotation file.")
+    split: str = Field(default="test", description="Split of a data set folder.")
+    digest: str | None = Field(default=None, description="Digest of its content, wherever it lies; null: any.")
 
 
 class GateFile(_Settings):
     """A model's gates by alias; an alias that is not named has those of ``production``."""
 
-    data: list[RequiredData] = []
-    gates: dict[str, Gates]
+    data: list[RequiredData] = Field(default=[], description="Data sets to evaluate on.")
+    gates: dict[str, Gates] = Field(description="Gates by alias.")
 
     def of(self, alias: str) -> Gates:
         """The gates of an alias.

@@ -50,45 +50,73 @@ COCO_WEIGHTS = {
 
 
 class DetectorArchitecture(BaseModel):
-    """Settings of the detector's layers and of its output.
-
-    ``levels`` are backbone stages (1 = stride 4 ... 4 = stride 32; for mobilenet the
-    last ones of its strided stages); ``anchor_sizes`` has one list of pixels per
-    feature map, the extra pooled one included; ``train_proposals`` are kept in training:
-    few of them make the sampled background the hard one, which short trainings need;
-    ``heads`` v2 are those of torchvision's ``fasterrcnn_resnet50_fpn_v2`` and
-    ``maskrcnn_resnet50_fpn_v2`` (BatchNorm in FPN and heads, deeper heads); ``min_size`` null keeps the image's
-    own scale, times ``zoom``.
-    """
+    """Settings of the detector's layers and of its output."""
 
     model_config = ConfigDict(extra="forbid")
 
-    backbone: Backbone = "resnet50"
-    norm: Literal["batch", "frozen"] = "frozen"
-    heads: Literal["v1", "v2"] = "v1"
-    trainable_stages: int = Field(default=3, ge=0, le=5)
-    levels: list[int] = Field(default=[1, 2, 3, 4], min_length=1, max_length=5)
-    pooled_level: bool = True
-    fpn_channels: int = Field(default=256, ge=8, le=1024)
-    head_channels: int = Field(default=1024, ge=8, le=4096)
-    anchor_sizes: Annotated[list[Sizes], Field(max_length=10)] = [[32], [64], [128], [256], [512]]
-    aspect_ratios: Annotated[list[Annotated[float, Field(gt=0, le=100)]], Field(max_length=20)] = [0.5, 1.0, 2.0]
-    roi_batch_size: int = Field(default=512, ge=1, le=4096)
-    proposals_before_nms: int = Field(default=2000, ge=1, le=20_000)
-    proposals: int = Field(default=1000, ge=1, le=20_000)
-    train_proposals: int = Field(default=2000, ge=1, le=20_000)
-    min_size: int | None = Field(default=800, ge=32, le=20_000)
-    max_size: int = Field(default=1333, ge=32, le=20_000)
-    zoom: float = Field(default=1.0, ge=0.1, le=8)
-    score_threshold: float = Field(default=0.05, ge=0, le=1)
-    nms_threshold: float = Field(default=0.5, ge=0, le=1)
-    max_detections: int = Field(default=300, ge=1, le=10_000)
+    backbone: Backbone = Field(default="resnet50", description="torchvision's network below the feature pyramid.")
+    norm: Literal["batch", "frozen"] = Field(
+        default="frozen",
+        description="BatchNorm of the backbone: batch learns its statistics, frozen keeps those of the weights.",
+    )
+    heads: Literal["v1", "v2"] = Field(
+        default="v1",
+        description=(
+            "v2: heads of torchvision's fasterrcnn_resnet50_fpn_v2 and maskrcnn_resnet50_fpn_v2 (BatchNorm, deeper)."
+        ),
+    )
+    trainable_stages: int = Field(
+        default=3, ge=0, le=5, description="Stages of the backbone that are trained, from the last one."
+    )
+    levels: list[int] = Field(
+        default=[1, 2, 3, 4],
+        min_length=1,
+        max_length=5,
+        description=(
+            "Stages of the backbone that the pyramid takes: 1 has stride 4, 4 has stride 32; for mobilenet the last ones "
+            "of its strided stages."
+        ),
+    )
+    pooled_level: bool = Field(default=True, description="Add a pooled map above the last level.")
+    fpn_channels: int = Field(default=256, ge=8, le=1024, description="Channels of the feature pyramid.")
+    head_channels: int = Field(default=1024, ge=8, le=4096, description="Channels of the box head.")
+    anchor_sizes: Annotated[list[Sizes], Field(max_length=10)] = Field(
+        default=[[32], [64], [128], [256], [512]],
+        description="Anchor sizes in pixels, one list for each feature map, the pooled one included.",
+    )
+    aspect_ratios: Annotated[list[Annotated[float, Field(gt=0, le=100)]], Field(max_length=20)] = Field(
+        default=[0.5, 1.0, 2.0], description="Height over width of the anchors."
+    )
+    roi_batch_size: int = Field(
+        default=512, ge=1, le=4096, description="Proposals per image that the box head is trained on."
+    )
+    proposals_before_nms: int = Field(default=2000, ge=1, le=20_000, description="Proposals per feature map before NMS.")
+    proposals: int = Field(default=1000, ge=1, le=20_000, description="Proposals kept in prediction.")
+    train_proposals: int = Field(
+        default=2000,
+        ge=1,
+        le=20_000,
+        description="Proposals kept in training; few make the sampled background the hard one, which short trainings need.",
+    )
+    min_size: int | None = Field(
+        default=800,
+        ge=32,
+        le=20_000,
+        description="Shorter side in pixels to which images are scaled; null keeps their own scale, times zoom.",
+    )
+    max_size: int = Field(default=1333, ge=32, le=20_000, description="Longest side in pixels after scaling.")
+    zoom: float = Field(default=1.0, ge=0.1, le=8, description="Factor on the image's own scale where min_size is null.")
+    score_threshold: float = Field(default=0.05, ge=0, le=1, description="Least score of a detection.")
+    nms_threshold: float = Field(
+        default=0.5, ge=0, le=1, description="IoU from which the weaker of two detections is dropped."
+    )
+    max_detections: int = Field(default=300, ge=1, le=10_000, description="Most detections per image.")
 
 
 class MaskArchitecture(DetectorArchitecture):
-    """A detector with a mask head of four convolutions of ``mask_channels`` (Mask R-CNN)."""
+    """A detector with a mask head of four convolutions (Mask R-CNN)."""
 
-    mask_channels: int = Field(default=256, ge=8, le=1024)
+    mask_channels: int = Field(default=256, ge=8, le=1024, description="Channels of the mask head.")
 
 
 def build_detector(architecture: DetectorArchitecture, classes: int, weights: str = "none") -> FasterRCNN:

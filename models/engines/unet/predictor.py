@@ -31,27 +31,34 @@ CPU_BATCH, GPU_BATCH = 12, 128
 
 
 class SegmenterArchitecture(BaseModel):
-    """Everything that decides the network and how a crop becomes a mask.
-
-    ``network`` is ``skipnet`` or an smp architecture name such as ``unet``,
-    ``unetplusplus``, ``fpn``, ``deeplabv3plus``; ``crop_size`` the side in pixels to
-    which a crop is resized; ``decoder_channels`` smp's own parameter of that name, for
-    architectures that have it; ``margin`` the share of the box added on each side;
-    ``flips`` averages the probabilities over the four mirror images; ``normalisation``
-    is by ImageNet's statistics, as pretrained encoders expect, or by each crop's own
-    mean and deviation, which makes dark and pale planes alike.
-    """
+    """Everything that decides the network and how a crop becomes a mask."""
 
     model_config = ConfigDict(extra="forbid")
 
-    network: str = Field(default="unet", max_length=100)
-    encoder: str = Field(default="resnet18", max_length=100)
-    decoder_channels: list[Annotated[int, Field(ge=1, le=4096)]] | None = Field(default=None, max_length=10)
-    crop_size: int = Field(default=128, ge=32, le=1024, multiple_of=32)
-    margin: float = Field(default=0.0, ge=0, le=1)
-    threshold: float = Field(default=0.5, gt=0, lt=1)
-    flips: bool = False
-    normalisation: Literal["imagenet", "crop"] = "imagenet"
+    network: str = Field(
+        default="unet",
+        max_length=100,
+        description=(
+            "skipnet, or an architecture of segmentation-models-pytorch such as unet, unetplusplus, fpn, deeplabv3plus."
+        ),
+    )
+    encoder: str = Field(default="resnet18", max_length=100, description="Encoder of segmentation-models-pytorch.")
+    decoder_channels: list[Annotated[int, Field(ge=1, le=4096)]] | None = Field(
+        default=None, max_length=10, description="Its parameter of that name, for architectures that have it."
+    )
+    crop_size: int = Field(
+        default=128, ge=32, le=1024, multiple_of=32, description="Side in pixels to which a crop is resized."
+    )
+    margin: float = Field(default=0.0, ge=0, le=1, description="Share of the box added on each side.")
+    threshold: float = Field(default=0.5, gt=0, lt=1, description="Least probability of a pixel of the mask.")
+    flips: bool = Field(default=False, description="Average the probabilities over the four mirror images.")
+    normalisation: Literal["imagenet", "crop"] = Field(
+        default="imagenet",
+        description=(
+            "By ImageNet's statistics, as pretrained encoders expect, or by each crop's own mean and deviation, which "
+            "makes dark and pale planes alike."
+        ),
+    )
 
     @property
     def engine(self) -> Literal["smp", "skipnet"]:

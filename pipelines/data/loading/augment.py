@@ -11,26 +11,21 @@ from models.geometry.rle import CropMask
 
 
 class Augmentation(BaseModel):
-    """Recipe entries; every number is a strength, 0 switches it off.
-
-    ``mirror`` flips left-right and up-down; ``quarter_turns`` turns by 90 degrees;
-    ``rotation`` is a free angle in degrees either way; ``scale`` a relative change of
-    size (0.25: from 1/1.25 to 1.25); ``brightness``, ``contrast``, ``saturation``
-    relative changes of light; ``hue`` a turn of the colours either way, as a share of the
-    colour circle; ``grayscale`` the share of images turned gray.
-    """
+    """Augmentation of training examples; every number is a strength, 0 switches it off."""
 
     model_config = ConfigDict(extra="forbid")
 
-    mirror: bool = True
-    quarter_turns: bool = True
-    rotation: float = Field(default=0.0, ge=0, le=180)
-    scale: float = Field(default=0.0, ge=0, le=1)
-    brightness: float = Field(default=0.0, ge=0, lt=1)
-    contrast: float = Field(default=0.0, ge=0, lt=1)
-    saturation: float = Field(default=0.0, ge=0, lt=1)
-    hue: float = Field(default=0.0, ge=0, le=0.5)
-    grayscale: float = Field(default=0.0, ge=0, le=1)
+    mirror: bool = Field(default=True, description="Flip left-right and up-down at random.")
+    quarter_turns: bool = Field(default=True, description="Turn by multiples of 90 degrees at random.")
+    rotation: float = Field(default=0.0, ge=0, le=180, description="Free rotation in degrees, either way.")
+    scale: float = Field(default=0.0, ge=0, le=1, description="Relative change of size; 0.25: from 1/1.25 to 1.25.")
+    brightness: float = Field(default=0.0, ge=0, lt=1, description="Relative change of brightness, either way.")
+    contrast: float = Field(default=0.0, ge=0, lt=1, description="Relative change of contrast, either way.")
+    saturation: float = Field(default=0.0, ge=0, lt=1, description="Relative change of saturation, either way.")
+    hue: float = Field(
+        default=0.0, ge=0, le=0.5, description="Turn of the colours either way, as a share of the colour circle."
+    )
+    grayscale: float = Field(default=0.0, ge=0, le=1, description="Share of the examples turned gray.")
 
 
 def random_linear(rng: np.random.Generator, settings: Augmentation) -> np.ndarray:

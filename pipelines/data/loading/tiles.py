@@ -31,16 +31,16 @@ FORMAT = 2
 
 
 class TileSettings(BaseModel):
-    """Recipe entries: ``size`` of a tile in pixels, ``overlap`` as a share of it, ``empty`` the share of tiles
-    without planes that is kept, ``cached`` whether tiles are written to a folder first (else cut on the fly).
-    """
+    """Tiles that training images are cut into."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    size: int = Field(default=512, ge=32, le=8192)
-    overlap: float = Field(default=0.25, ge=0, le=0.9)
-    empty: float = Field(default=0.1, ge=0, le=1)
-    cached: bool = False
+    size: int = Field(default=512, ge=32, le=8192, description="Side of a tile in pixels.")
+    overlap: float = Field(default=0.25, ge=0, le=0.9, description="Share of a tile that neighbours share.")
+    empty: float = Field(default=0.1, ge=0, le=1, description="Share of the tiles without planes that is kept.")
+    cached: bool = Field(
+        default=False, description="Write the tiles to a folder first, instead of cutting them in each epoch."
+    )
 
     def grid(self, height: int, width: int) -> list[Window]:
         """Windows of the tiles of an image, the same as in prediction."""
