@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+
+N = TypeVar("N", int, float, str)
 
 # The default of options that a model version decides.
 VERSION = "version"
@@ -88,7 +91,7 @@ CATEGORY = click.option(
 @click.option("--scene-pattern", default=None, help="Regular expression whose first group is an image's scene.")
 @click.version_option(package_name="planes")
 @click.pass_context
-def main(context: click.Context, **options) -> None:  # type: ignore[no-untyped-def]
+def main(context: click.Context, **options: Any) -> None:
     """Score images with registered models: instance table, COCO results, overlays, metrics, MLflow run.
 
     \b
@@ -138,7 +141,7 @@ def evaluate(predictions: str, data: str, split: str, score_threshold: float, rl
 @click.option(
     "--rle", default="course", show_default=True, type=click.Choice(["course", "airbus"]), help="Runs of the Kaggle CSV."
 )
-def export(folder: str, formats: str, out: str | None, **options) -> None:  # type: ignore[no-untyped-def]
+def export(folder: str, formats: str, out: str | None, **options: Any) -> None:
     """Make files from the table that a scoring left in FOLDER, such as predictions/planes-det-3."""
     from pipelines.steps.cli_support import friendly
 
@@ -155,7 +158,7 @@ def export(folder: str, formats: str, out: str | None, **options) -> None:  # ty
     "--score-threshold", default=0.05, show_default=True, type=click.FloatRange(0, 1), help="Least score that is kept."
 )
 @CATEGORY
-def compare(targets: tuple[str, ...], **options) -> None:  # type: ignore[no-untyped-def]
+def compare(targets: tuple[str, ...], **options: Any) -> None:
     """Compare TARGETS over the same images: scoring runs (MLflow run ids), versions, or files of predictions.
 
     The first is what the others are held against. Leaves one HTML page with tables,
@@ -167,7 +170,7 @@ def compare(targets: tuple[str, ...], **options) -> None:  # type: ignore[no-unt
     friendly(_compare)(names, options)
 
 
-def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str, **options) -> None:  # type: ignore[no-untyped-def]
+def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str, **options: Any) -> None:
     from pipelines.data.readers.opening import check_exists
     from scoring.jobs.job import JobSettings, claim_folder
 
@@ -202,7 +205,7 @@ def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str
         raise SystemExit(3)
 
 
-def _tiling(options) -> dict[str, object]:  # type: ignore[no-untyped-def]
+def _tiling(options: Mapping[str, Any]) -> dict[str, object]:
     """What the options change of the versions' tiling."""
     kinds = {"tile": ("size", int), "tile_overlap": ("overlap", float), "merge": ("merge", str), "match": ("match", str)}
     kinds |= {"merge_threshold": ("threshold", float), "full_image": ("full_image_size", int)}
@@ -216,7 +219,7 @@ def _tiling(options) -> dict[str, object]:  # type: ignore[no-untyped-def]
     return changes
 
 
-def _auto(option: str, options) -> int | None:  # type: ignore[no-untyped-def]
+def _auto(option: str, options: Mapping[str, Any]) -> int | None:
     """A whole number from 1, None for ``auto``."""
     text = options[option]
     if text == "auto":
@@ -227,7 +230,7 @@ def _auto(option: str, options) -> int | None:  # type: ignore[no-untyped-def]
     return number
 
 
-def _number(option: str, text: str, kind):  # type: ignore[no-untyped-def]
+def _number(option: str, text: str, kind: Callable[[str], N]) -> N:
     try:
         return kind(text)
     except ValueError as error:
@@ -252,7 +255,7 @@ def _display() -> Any:
     return replace(TERMINAL, items=partial(show_progress, failed=lambda scored: isinstance(scored[2], Failure)))
 
 
-def _export(folder: str, formats: str, out: str | None, score_threshold: float, overlays: int, rle) -> None:  # type: ignore[no-untyped-def]
+def _export(folder: str, formats: str, out: str | None, score_threshold: float, overlays: int, rle: Any) -> None:
     from scoring.jobs.export import FORMATS, export_job
 
     wanted = formats.split(",")
@@ -264,7 +267,7 @@ def _export(folder: str, formats: str, out: str | None, score_threshold: float, 
     click.echo(f"{planes} planes to {target}: {', '.join(wanted)}")
 
 
-def _evaluate(predictions: str, data: str, split: str, score_threshold: float, rle, category: str) -> None:  # type: ignore[no-untyped-def]
+def _evaluate(predictions: str, data: str, split: str, score_threshold: float, rle: Any, category: str) -> None:
     from pipelines.data.readers.opening import open_dataset
     from pipelines.evaluation.categories import PLANE
     from pipelines.evaluation.metrics import coco_tables

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-import mlflow
 import pytest
+from mlflow.tracking import MlflowClient
 
 from pipelines.tracking.mlflow_runs import ui_link
 from tests.conftest import write_image
@@ -30,9 +30,6 @@ def test_each_command_prints_the_address_of_the_runs(project, tmp_path):
 
 def test_a_link_to_a_server_that_went_down_ends_nothing(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    # Setting it by MLflow's own function would set the variable for all later commands, too.
-    mlflow.set_tracking_uri(None)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     for run_id in (None, "a" * 32):
-        link = ui_link("http://127.0.0.1:9", run_id)
+        link = ui_link(MlflowClient("http://127.0.0.1:9"), run_id)
         assert link == "http://127.0.0.1:9/#/experiments/0/runs?workflowType=machine_learning"

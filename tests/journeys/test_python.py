@@ -41,7 +41,7 @@ def test_its_example_runs_as_it_stands(page, airfield, tmp_path, monkeypatch, ca
     assert all(line.startswith("['images 0 of 2 (none trained on required)', ") for line in lines[:2])
     assert re.fullmatch(r"planes-unet/2 0\.\d+ predictions/planes-unet-2", lines[2])
     assert lines[3] == "planes-unet/1"
-    assert lines[4] == str([("promote", "1", "committed"), ("promote", "2", "committed"), ("rollback", "1", "committed")])
+    assert lines[4] == str([("force", "1", "committed"), ("force", "2", "committed"), ("rollback", "1", "committed")])
     assert (tmp_path / "predictions" / "planes-unet-2" / "instances.parquet").exists()
     assert "MLFLOW_TRACKING_URI" not in os.environ
     assert not mlflow.is_tracking_uri_set()
