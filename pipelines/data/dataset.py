@@ -205,7 +205,7 @@ class Dataset:
         return self._fingerprints
 
     def digest_with(self, file_digests: Sequence[str], as_in_060: bool = False) -> str:
-        """As `digest`, with other marks of the files, in the samples' order.
+        """As `digest`, with other fingerprints of the files, in the samples' order.
 
         Args:
             as_in_060: without the images that are missing or cannot be read, whose planes count now.

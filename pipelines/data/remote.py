@@ -107,7 +107,7 @@ def _local_mark(path: Path) -> str:
 
 
 class _Patience:
-    """Requests marks from a store, again where it does not answer, but not for ever: there may be millions of files."""
+    """Requests fingerprints from a store, again where it does not answer, but not for ever: there may be millions of files."""
 
     def __init__(self) -> None:
         self._failed = 0

@@ -78,7 +78,7 @@ class Verdict:
 def promote(
     registry: Registry, request: PromotionRequest, display: Display = SILENT, given: GateFile | None = None
 ) -> Verdict:
-    """Evaluate candidate and present version afresh, judge, log a run, and move the alias.
+    """Evaluate candidate and baseline afresh, judge, log a run, and move the alias.
 
     Raises:
         PlanesError: model, data, gates or store that cannot be used; another promotion was faster.

@@ -104,7 +104,7 @@ def test_a_version_is_copied_from_one_to_the_other(pair, saved, third):
     assert mlflow.get_tracking_uri() == f"sqlite:///{third}"
 
 
-def test_two_threads_write_into_their_own(pair, saved):
+def test_two_threads_write_into_their_own(pair, saved, third):
     errors = []
 
     def work(registry, folder):
@@ -120,6 +120,7 @@ def test_two_threads_write_into_their_own(pair, saved):
     for thread in threads:
         thread.join()
     assert errors == []
+    assert not third.exists()
     for registry, folder in zip(pair, saved, strict=True):
         assert registry.aliases_of("planes-unet") == {"production": "2", "previous": "1"}
         assert [e.state for e in journal.read_journal(registry, "planes-unet")] == ["committed"] * 2
