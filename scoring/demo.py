@@ -25,9 +25,7 @@ from scoring.cli import main as score
 @click.option("--data", default="data/airfield", show_default=True, help="Data set; made where it does not exist.")
 @click.option("--out", default="predictions", show_default=True, help="Folder for the outputs of scoring.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option(
-    "--steps", default=AS_RECIPE, show_default=True, help="Steps of both trainings; overrules the gates."
-)
+@click.option("--steps", default=AS_RECIPE, show_default=True, help="Steps of both trainings; overrules the gates.")
 @friendly
 def main(data: str, out: str, device: str, steps: str) -> None:
     """Make data, train a U-Net and a detector, compose them, register and promote all three, score the test set.
