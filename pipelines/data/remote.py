@@ -107,7 +107,7 @@ def _local_mark(path: Path) -> str:
 
 
 class _Patience:
-    """Requests fingerprints from a store, again where it does not answer, but not for ever: there may be millions of files."""
+    """Requests fingerprints from a store, again where it does not answer, but not for ever: files may be millions."""
 
     def __init__(self) -> None:
         self._failed = 0
