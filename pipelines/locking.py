@@ -26,7 +26,7 @@ def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     """Hold a lock file; it says who holds it, and goes with its process, however that ends.
 
     Args:
-        what: is being done, such as "training planes-det"; told to whom finds it held.
+        what: is being done, such as "training planes-det"; reported to a command that finds it held.
         wait: until it is free, saying so, instead of an error.
 
     Raises:

@@ -174,7 +174,7 @@ def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str
     from pipelines.data.readers.opening import check_exists
     from scoring.jobs.job import JobSettings, claim_folder
 
-    # A mistake in a name is said before the libraries are loaded.
+    # A mistake in a name is reported before the libraries are loaded.
     check_exists(data)
     claim_folder(Path(out))
 

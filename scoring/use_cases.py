@@ -123,7 +123,7 @@ def compare_targets(registry: Registry, request: ComparisonRequest, display: Dis
 
 
 def _category(registry: Registry, request: ComparisonRequest, runs: Mapping[str, Scored]) -> str:
-    """The one class that all targets find; what files of predictions find is known of jobs, else said by the user."""
+    """The one class that all targets find; what files of predictions find is known of jobs, else given by the user."""
     known: dict[str, str] = {}
     for target in request.targets:
         if target in runs:
@@ -215,7 +215,7 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
     # A cluster may have what this machine has not.
     elsewhere = execution.address and request.device != "auto"
     device = request.device if elsewhere else pick_device(request.device)
-    # What cannot be had is said before anything is scored.
+    # What cannot be had is reported before anything is scored.
     versions = resolve_all(registry, request.models)
     parse_rendering(request.settings.value_range, request.settings.bands)
     datasets = open_for(versions, request.data, request.split, request.scene_pattern)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -23,6 +28,36 @@ settings.load_profile("shared-machine")
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
+
+
+# What a whole run holds on disk at a time, and some more.
+DISK_GIGABYTES = 6
+NUMBERS = itertools.count()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A whole run on a disk that is too small ends at once, not in a thousand errors after an hour."""
+    free = shutil.disk_usage(tempfile.gettempdir()).free / 1e9
+    if session.config.getoption("numprocesses", None) and free < DISK_GIGABYTES:
+        pytest.exit(
+            f"{tempfile.gettempdir()}: {free:.1f} GB free, a run of all tests needs {DISK_GIGABYTES}; "
+            "make room there, or name another folder with TMPDIR",
+            returncode=1,
+        )
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of the test's own, removed when the test has passed.
+
+    Its name is never used again in this process: MLflow keeps connections to stores by their path.
+    """
+    failed = request.session.testsfailed
+    name = re.sub(r"\W", "_", request.node.name)[:30]
+    folder = tmp_path_factory.mktemp(f"{name}-{next(NUMBERS)}", numbered=False)
+    yield folder
+    if request.session.testsfailed == failed:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # Groups of tests that run on one worker each, those that take longest first.

@@ -1,4 +1,4 @@
-"""Typed training settings, as recipes hold them: what each engine can be told, and within which limits."""
+"""Typed training settings, as recipes hold them: the options of each engine and their limits."""
 
 from __future__ import annotations
 

@@ -272,7 +272,7 @@ def judge_images(
 ) -> list[Check]:
     """Whether the candidate was trained on none of the images that it is judged on.
 
-    What is not known is said and does not fail. That the baseline was trained on some is said too: its numbers
+    What is not known is reported and does not fail. That the baseline was trained on some is reported too: its numbers
     are flattered, and a gain over them is harder.
 
     Args:

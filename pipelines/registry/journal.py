@@ -224,7 +224,7 @@ def append(registry: Registry, name: str, move: Move) -> Entry:
     except MlflowException as error:
         hint = f"; you need the right to edit {name} and {JOURNAL}" if denied(error) else ""
         if written and not hint:
-            # The answer may have got lost, the entry not: what is told to have failed must not happen later.
+            # The answer may have got lost, the entry not: what was reported as failed must not happen later.
             hint = _give_up(client, name, MOVE_TAG + token, f"aborted {_digest(tags)}")
         raise RegistryError(f"{JOURNAL}: cannot be written ({one_line(error, 200)}){hint}") from error
     added = next((e for e in read_journal(registry, name) if e.token == token), None)

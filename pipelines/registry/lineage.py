@@ -124,7 +124,7 @@ def _run(registry: Registry, run_id: str | None) -> Run | None:
 
 
 def _gates(registry: Registry, run: Run | None) -> list[str]:
-    """What the last gates said, one line each."""
+    """The checks of the last promotion, one line each."""
     if run is None:
         return []
     decision = f"{run.data.tags.get('decision', 'not decided')} (run {run.info.run_id}): {run.data.tags.get('reason', '')}"

@@ -37,7 +37,7 @@ def friendly(command: Callable[..., T]) -> Callable[..., T]:
         except PlanesError as error:
             raise click.ClickException(one_line(error)) from error
         except Exception as error:
-            # MLflow is not imported here: a mistake in a file name should be told at once.
+            # MLflow is not imported here: a mistake in a file name should be reported at once.
             if type(error).__module__.partition(".")[0] != "mlflow":
                 raise
             raise click.ClickException(f"MLflow: {one_line(error, 400)}") from error
@@ -98,7 +98,7 @@ class ProgressListener:
             self._task = self._bar.add_task(self.title, total=total, completed=self._begin)
 
     def on_step(self, record: dict[str, Any]) -> None:
-        """Advance; a validation is always told."""
+        """Advance; a validation is always printed."""
         now, step = time.monotonic(), record["step"]
         self._done = step
         validation = " ".join(f"{k} {v:.3f}" for k, v in record.items() if k in ("val/AP", "val/AP50", "val/IoU"))

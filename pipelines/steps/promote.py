@@ -28,7 +28,7 @@ NOT_PROMOTED = 2
 def main(model: str, alias: str, data: str, split: str, gates: str, device: str, **one: Any) -> None:
     """Promote by one metric, or by gates from a file, as `planes-registry promote` does.
 
-    Exit code 0: promoted or already there; 2: the gate said no.
+    Exit code 0: promoted or already there; 2: the gates refused.
     """
     registry = Registry.connect()
     given, file = None, None if gates == "auto" else gates

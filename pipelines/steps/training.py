@@ -13,7 +13,7 @@ from pipelines.use_cases.training import KIND, Trained, plan_training, train_pla
 
 
 def run_training(request: TrainingRequest) -> None:
-    """Train and register; mistakes in recipe and data are said before a store is opened.
+    """Train and register; mistakes in recipe and data are reported before a store is opened.
 
     Raises:
         PlanesError: recipe, data, weights, engine or store that cannot be used.

@@ -237,7 +237,7 @@ def link_model(model_id: str | None) -> str | None:
 
 
 def denied(error: BaseException) -> bool:
-    """Whether a server with logins refused because of who asked."""
+    """Whether a server with logins refused for want of rights or a login."""
     return getattr(error, "error_code", "") == "PERMISSION_DENIED" or "permission denied" in str(error).lower()
 
 

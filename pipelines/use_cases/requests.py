@@ -1,4 +1,4 @@
-"""What is asked of a training; light, so that commands can be read before the libraries are loaded."""
+"""Requests of a training; light, so that commands can be read before the libraries are loaded."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def _data(request: TrainingRequest, recipe: Recipe) -> TrainingData:
 
 
 def _measurable(dataset: Dataset | None, recipe: Recipe, what: str) -> Dataset | None:
-    """A data set that this training can be measured on; None, said with its reason before the training, else."""
+    """A data set that this training can be measured on; else None, with the reason logged before the training."""
     if dataset is not None and isinstance(recipe, UNetRecipe) and not dataset.has_masks:
         log.info(f"no {what} metrics: {dataset.name}/{dataset.split} has no planes with outlines")
         return None
@@ -169,7 +169,7 @@ def _measurable(dataset: Dataset | None, recipe: Recipe, what: str) -> Dataset |
 
 
 def open_test(where: str, category: str, scene_pattern: str | None) -> Dataset | None:
-    """The test split of a data folder; None, said with its reason, where there is none with ground truth."""
+    """The test split of a data folder; None, with the reason logged, where there is none with ground truth."""
     if not Path(where).is_dir():
         return None
     try:

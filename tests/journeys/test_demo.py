@@ -53,7 +53,7 @@ def _metrics(text, name):
 @pytest.mark.soak
 def test_the_models_reach_what_the_readme_promises(tmp_path):
     project = Project(tmp_path, None)
-    done = project.run(*DEMO, timeout=2400, real=True)
+    done = project.run(*DEMO, timeout=2400, real=True, OMP_NUM_THREADS="2")
     detector, unet = _metrics(done.stdout, "planes-det"), _metrics(done.stdout, "planes-unet")
     assert detector["AP50"] >= 0.90
     assert detector["AP"] >= 0.55

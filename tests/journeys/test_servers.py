@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
@@ -32,9 +31,9 @@ def server(project, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(project, tmp_path_factory):
-    """Twenty images."""
+    """Ten images."""
     folder = tmp_path_factory.mktemp("photos")
-    for i in range(20):
+    for i in range(10):
         shutil.copy(project.data / "test" / f"A000{5 + i % 2}.png", folder / f"p{i:02}.png")
     return folder
 
@@ -44,22 +43,14 @@ def test_a_store_that_goes_down_and_comes_back(project, server, photos, tmp_path
     client = MlflowClient(made.uri)
     arguments = ("--model", "planes-det/1", "--data", str(photos), "--overlays", "0", "--shard", "2", "--out")
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        ["score", *arguments, str(out)],
-        cwd=project.folder,
-        env=project.env(**use),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    running = project.start("score", *arguments, str(out), **use)
     deadline = time.monotonic() + 120
     while not list(out.glob("*/shards/[0-9]*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     made.stop()
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "in 20 images" in stdout
-    done = subprocess.CompletedProcess([], 1, stdout, stderr)
+    done = running.wait()
+    assert done.returncode == 1
+    assert "in 10 images" in done.stdout
     assert "planes-det/1: scored, but not logged (" in error_line(done)
     assert "the same command logs them without scoring again" in error_line(done)
     table = (out / "planes-det-1" / "instances.parquet").read_bytes()
@@ -69,10 +60,10 @@ def test_a_store_that_goes_down_and_comes_back(project, server, photos, tmp_path
 
     made.start()
     again = project.score(*arguments, str(out), **use)
-    assert "in 20 images, 20 of them scored before" in again.stdout
+    assert "in 10 images, 10 of them scored before" in again.stdout
     run = client.get_run(re.search(r"run ([0-9a-f]{32})", again.stdout)[1])
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["images"] == 20
+    assert run.data.metrics["images"] == 10
     assert {"stage_forward_seconds", "stage_decode_seconds", "stage_write_seconds", "peak_memory_megabytes"} <= set(
         run.data.metrics
     )
@@ -89,21 +80,13 @@ def test_a_store_that_goes_down_and_comes_back(project, server, photos, tmp_path
 
 
 def test_two_jobs_at_once_into_one_store(project, photos, tmp_path):
-    jobs = [
-        subprocess.Popen(
-            ["score", "--model", "planes-det/1", "--data", str(photos), "--out", str(tmp_path / str(i))],
-            cwd=project.folder,
-            env=project.env(),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    said = [job.communicate(timeout=300)[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], said
-    runs = [project.client.get_run(re.search(r"run ([0-9a-f]{32})", text)[1]) for text in said]
+    command = ("score", "--model", "planes-det/1", "--data", str(photos), "--overlays", "0")
+    jobs = [project.start(*command, "--out", str(tmp_path / str(i))) for i in range(2)]
+    done = [job.wait() for job in jobs]
+    assert [job.returncode for job in done] == [0, 0], done
+    runs = [project.client.get_run(re.search(r"run ([0-9a-f]{32})", job.stdout)[1]) for job in done]
     assert runs[0].info.run_id != runs[1].info.run_id
-    assert all(r.info.status == "FINISHED" and r.data.metrics["images"] == 20 for r in runs)
+    assert all(r.info.status == "FINISHED" and r.data.metrics["images"] == 10 for r in runs)
     assert len({(tmp_path / str(i) / "planes-det-1" / "instances.parquet").read_bytes() for i in range(2)}) == 1
 
 

@@ -62,7 +62,7 @@ def _actors():
 
 
 # Which files, and after which shards all actors are killed.
-FEW = pytest.param("some_real_and_broken", (1, 8))
+FEW = pytest.param("some_real_and_broken", (1,))
 MANY = pytest.param("real_and_broken", (1, 40), marks=pytest.mark.soak)
 
 
@@ -87,7 +87,7 @@ def test_tables_are_those_of_the_local_runner_also_when_actors_are_killed(model,
 
     runner = RayRunner(model, RaySettings(batch_size=2, tiling=JobSettings(**settings).changes, actors=2))
     job = _score(model, folder, tmp_path / "ray", killing, runner, **settings)
-    assert len({p.pid for p in killed}) >= 3
+    assert len({p.pid for p in killed}) > len(moments)
     assert (job.images, job.instances, job.failures) == (local.images, local.instances, local.failures)
     assert _digests(tmp_path / "ray") == _digests(tmp_path / "local")
     assert job.timings["forward"] > 0
