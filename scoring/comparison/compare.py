@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from tabulate import tabulate
 
 from models.errors import DataError
 from models.instances import Instances
@@ -77,7 +78,8 @@ def comparison_table(runs: Sequence[Scored]) -> pd.DataFrame:
 
 def render(table: pd.DataFrame) -> str:
     """The table as text for a terminal."""
-    return table.to_string(index=False, na_rep="-", float_format=lambda v: f"{v:.3f}")
+    known = table.astype(object).where(table.notna(), None)
+    return tabulate(known, headers="keys", tablefmt="simple", showindex=False, floatfmt=".3f", missingval="-")
 
 
 # Errors and disagreements are counted among detections of at least this score.
