@@ -9,7 +9,7 @@ demo: $(VENV)/.run
 	$(BIN)/python -m scoring.demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 15
+	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder --durations 15
 
 # What takes many rounds or a whole training.
 soak: $(VENV)/.dev
