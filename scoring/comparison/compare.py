@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 from tabulate import tabulate
 
 from models.errors import DataError
@@ -79,7 +80,10 @@ def comparison_table(runs: Sequence[Scored]) -> pd.DataFrame:
 def render(table: pd.DataFrame) -> str:
     """The table as text for a terminal."""
     known = table.astype(object).where(table.notna(), None)
-    return tabulate(known, headers="keys", tablefmt="simple", showindex=False, floatfmt=".3f", missingval="-")
+    # A label that looks like a number is shown as it is.
+    words = [i for i, kind in enumerate(table.dtypes) if not is_numeric_dtype(kind)]
+    look = {"headers": "keys", "tablefmt": "simple", "showindex": False, "floatfmt": ".3f", "missingval": "-"}
+    return tabulate(known, disable_numparse=words, **look)
 
 
 # Errors and disagreements are counted among detections of at least this score.

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
+from models.saved.allowed_files import SPEC_FILE
+from pipelines.registry.model_versions import Registry
 from tests.journeys.conftest import error_line
 from tests.journeys.stack import MlflowServer
 
@@ -88,6 +90,14 @@ def test_two_jobs_at_once_into_one_store(project, photos, tmp_path):
     assert runs[0].info.run_id != runs[1].info.run_id
     assert all(r.info.status == "FINISHED" and r.data.metrics["images"] == 10 for r in runs)
     assert len({(tmp_path / str(i) / "planes-det-1" / "instances.parquet").read_bytes() for i in range(2)}) == 1
+
+
+def test_files_come_from_the_registrys_own_server(server, tmp_path, monkeypatch):
+    made, _ = server
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'another.db'}")
+    monkeypatch.setenv("PLANES_CACHE", str(tmp_path / "cache"))
+    registry = Registry.connect(made.uri)
+    assert (registry.fetch(registry.resolve("planes-det/1")) / SPEC_FILE).exists()
 
 
 def test_files_that_are_not_those_of_the_digest_are_refused(project, server, photos, tmp_path):

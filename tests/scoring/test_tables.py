@@ -1,8 +1,10 @@
 """Writers are read back; comparison refuses other data."""
 
 import json
+import math
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
@@ -73,6 +75,14 @@ def test_coco_results_use_the_ids_of_the_source(tmp_path, airfield):
 
     truth = COCO(str(tmp_path / "test_coco.json"))
     assert len(truth.loadRes(str(tmp_path / "r.json")).anns) == 1
+
+
+def test_a_table_shows_labels_as_they_are_and_what_is_unknown_as_a_dash():
+    table = pd.DataFrame(
+        {"model": ["007", "1e5"], "AP": [0.12345, math.nan], "images": [12, 1200], "kind": ["boxes", None]}
+    )
+    rows = [line.split() for line in render(table).splitlines()]
+    assert rows[2:] == [["007", "0.123", "12", "boxes"], ["1e5", "-", "1200", "-"]]
 
 
 def test_comparison_needs_equal_data():
