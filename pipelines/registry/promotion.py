@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -200,18 +200,18 @@ def mirror_stage(registry: Registry, name: str, alias: str, version: str) -> boo
     stage = STAGES.get(alias)
     if stage is None:
         return False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            client = registry.client
-            client.transition_model_version_stage(name, version, stage)
-            # MLflow's own archive_existing_versions fails on PostgreSQL (3.17: it compares numbers with texts).
-            for other in registry.versions_of(name):
-                if other.current_stage == stage and str(other.version) != version:
-                    client.transition_model_version_stage(name, str(other.version), "Archived")
-        except (mlflow.MlflowException, AttributeError):
-            # Deprecated since MLflow 2.9; servers such as Unity Catalog have none.
-            return False
+    client = registry.client
+    try:
+        # Without MLflow's notice of deprecation: `warnings.catch_warnings` holds for one thread at a time only.
+        transition = inspect.unwrap(type(client).transition_model_version_stage)
+        transition(client, name, version, stage)
+        # MLflow's own archive_existing_versions fails on PostgreSQL (3.17: it compares numbers with texts).
+        for other in registry.versions_of(name):
+            if other.current_stage == stage and str(other.version) != version:
+                transition(client, name, str(other.version), "Archived")
+    except (mlflow.MlflowException, AttributeError):
+        # Deprecated since MLflow 2.9; servers such as Unity Catalog have none.
+        return False
     return True
 
 

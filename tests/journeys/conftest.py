@@ -21,7 +21,11 @@ from pipelines.tracking import mlflow_runs
 from tests.journeys import commands
 
 UNET = ("training.batch_size=4", "architecture.crop_size=64", "training.evaluate_every=4", "training.checkpoint_every=2")
-DETECTOR = ("training.batch_size=2", "window=128", "training.evaluate_every=4", "training.checkpoint_every=2")
+DETECTOR = (
+    *("training.batch_size=2", "window=128", "training.evaluate_every=4", "training.checkpoint_every=2"),
+    # So little training detects planes everywhere, and all of them are outlined.
+    "architecture.max_detections=50",
+)
 
 
 @dataclass(frozen=True)
@@ -118,11 +122,16 @@ def project(tmp_path_factory: pytest.TempPathFactory, airfield: Path) -> Project
     return made
 
 
+def train_gated(project: Project, *steps: str) -> None:
+    """gated/1, gated/2, ... of so many steps."""
+    for number in steps:
+        project.train_unet("--name", "gated", "--steps", number)
+
+
 @pytest.fixture(scope="session")
 def gated(project: Project) -> Project:
     """gated/1 and gated/2 equal to the bit, gated/3 trained for longer."""
-    for steps in ("4", "4", "24"):
-        project.train_unet("--name", "gated", "--steps", steps)
+    train_gated(project, "4", "4", "24")
     hashes = [project.client.get_model_version("gated", str(n)).tags["weights_sha256"] for n in (1, 2, 3)]
     assert hashes[0] == hashes[1] != hashes[2]
     return project

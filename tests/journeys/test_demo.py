@@ -6,11 +6,11 @@ A few steps on a small airfield here; as the README runs it, with what its model
 from __future__ import annotations
 
 import re
-import shutil
 
 import pandas as pd
 import pytest
 
+from pipelines.data.synthetic.scenes import AirfieldSettings, prepare_airfield
 from tests.journeys.conftest import Project
 
 pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.slow]
@@ -33,15 +33,17 @@ def _reused(project, again):
     assert len(project.client.search_model_versions("name = 'planes-det'")) == 1
 
 
-def test_a_short_run_goes_the_whole_way_and_a_second_one_reuses_it(tmp_path, airfield):
-    data = shutil.copytree(airfield, tmp_path / "data")
+def test_a_short_run_goes_the_whole_way_and_a_second_one_reuses_it(tmp_path):
+    data = tmp_path / "data"
+    # What has learnt nothing detects planes everywhere, and all of them are outlined: one small scene to test on.
+    prepare_airfield(data, AirfieldSettings(train=4, test=1, size=256, planes_min=3, planes_max=4))
     # It is somebody's data then, and taken as it is.
     (data / "airfield.json").unlink()
     project = Project(tmp_path, data)
     command = (*DEMO, "--data", "data", "--steps", "6")
     done = project.run(*command, real=True)
     assert "data: taken as it is" in done.stdout
-    _promoted_and_scored(project, done, 2)
+    _promoted_and_scored(project, done, 1)
     _reused(project, project.run(*command))
 
 

@@ -70,14 +70,14 @@ def test_kill_9_and_the_same_command_give_the_undisturbed_weights(project, tmp_p
 
     command = ["python", "-m", "pipelines.steps.train_unet", "--data", str(project.data), "--name", "killed"]
     command += ["--set", " ".join(UNET), "--steps", "12", "--work-dir", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=project.folder, env=project.env(), stdout=subprocess.DEVNULL)
+    running = project.start(*command)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("*/checkpoint.pt")):
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert running.process.is_alive()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    running.kill()
+    assert running.wait().returncode == -signal.SIGKILL
     assert hashes() == []
     resumed = project.run(*command)
     assert "going on from step" in resumed.stdout

@@ -34,9 +34,8 @@ def server(project):
         "--workers",
         "1",
     ]
-    process = subprocess.Popen(
-        command, cwd=project.folder, env=project.env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    env = project.env(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+    process = subprocess.Popen(command, cwd=project.folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 90
     while True:

@@ -18,7 +18,7 @@ from models.saved.folder import folder_digest
 from pipelines.registry import journal
 from pipelines.registry.model_versions import Registry
 from tests.journeys import commands
-from tests.journeys.conftest import Project
+from tests.journeys.conftest import Project, train_gated
 from tests.journeys.stack import BUCKET, MlflowServer, ObjectStore, Postgres
 
 NOTHING_REQUIRED: dict[str, Any] = {"gates": {"production": {}}}
@@ -29,13 +29,14 @@ class Team:
     """A working folder and the registry that its commands use.
 
     ``weak`` and ``good`` are saved folders of U-Nets, registered as ``seed-weak/1`` and
-    ``seed-good/1``; ``planes-det/1`` is a detector.
+    ``seed-good/1``, ``detector`` that of ``planes-det/1``.
     """
 
     project: Project
     env: dict[str, str]
     weak: Path
     good: Path
+    detector: Path
     server: MlflowServer | None = None
     store: ObjectStore | None = None
 
@@ -117,13 +118,24 @@ def gates_on(team: Team, **production: Any) -> dict:
     return {"data": data, "gates": {"production": production, "challenger": challenger}}
 
 
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory, airfield) -> tuple[Path, Path, Path]:
+    """Saved folders of a U-Net of 4 steps, one of 24, and a detector of 2."""
+    trained = Project(tmp_path_factory.mktemp("saved"), airfield)
+    train_gated(trained, "4", "24")
+    trained.train_detector("--steps", "2")
+    training = trained.folder / ".planes" / "training"
+    by_digest = {folder_digest(p): p for p in training.glob("*/model")}
+    versions = [("gated", "1"), ("gated", "2"), ("planes-det", "1")]
+    weak, good, detector = (by_digest[trained.client.get_model_version(*v).tags["digest"]] for v in versions)
+    return weak, good, detector
+
+
 @pytest.fixture(scope="session", params=["sqlite", "postgresql-s3"])
-def _team(request, gated, tmp_path_factory):
+def _team(request, saved, airfield, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    training = gated.folder / ".planes" / "training"
-    by_digest = {folder_digest(p): p for p in training.glob("gated-*/model")}
-    weak, good = (by_digest[gated.client.get_model_version("gated", n).tags["digest"]] for n in ("1", "3"))
-    made = Team(Project(folder, gated.data), {}, weak, good)
+    weak, good, detector = saved
+    made = Team(Project(folder, airfield), {}, weak, good, detector)
     started: list[Any] = []
     if request.param == "sqlite":
         made.env["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
@@ -144,7 +156,7 @@ def _team(request, gated, tmp_path_factory):
     known = {"data": "airfield/train", "data_digest": "0" * 16, "git_commit": "0" * 40}
     made.register(weak, "seed-weak", **known)
     made.register(good, "seed-good", **known)
-    made.register(next(training.glob("planes-det-*/model")), "planes-det")
+    made.register(detector, "planes-det")
     yield made
     for server in reversed(started):
         server.stop()

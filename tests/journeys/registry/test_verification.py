@@ -28,7 +28,8 @@ def test_the_rows_of_an_example_are_what_the_version_predicts(team):
     """The logged output, compared with the saved model's own prediction."""
     version = team.client.get_model_version("planes-det", "1")
     example = Example.model_validate_json(team.content(version, "example.json"))
-    folder = next(Path(team.weak).parents[1].glob("planes-det-*/model"))
+    folder = team.detector
+    assert example.rows
     (predicted,) = load_model(folder, "cpu").predict([example.decoded()])
     np.testing.assert_allclose([r.score for r in example.rows], predicted.scores, atol=1e-4)
 
