@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 # Tag of run and version: "complete", or what went wrong when it was evaluated.
 EVALUATION = "evaluation"
 
+# Side in pixels of the corner that is a detector's example where there are no planes.
+CORNER = 128
+
 
 @dataclass(frozen=True)
 class Publication:
@@ -126,16 +129,26 @@ def weights_digest(folder: Path) -> str:
 def example_image(kind: str, dataset: Dataset) -> np.ndarray:
     """A small input: a plane's crop for a segmenter, a corner with a plane for a detector.
 
+    A detector's is a corner without one where no image with a plane can be read.
+
     Raises:
-        DataError: no image with a plane can be read.
+        DataError: no image can be read, or for a segmenter none with a plane.
     """
-    for sample in dataset.samples:
-        if len(sample.boxes):
-            margin = 0.0 if kind == "segmenter" else 0.5
-            x1, y1, x2, y2 = crop_window(sample.boxes[0], sample.height, sample.width, margin)
-            try:
-                return sample.read()[y1:y2, x1:x2]
-            except Exception:
-                # A decoder may raise anything on a damaged file, and whoever evaluates says what is wrong with it.
-                continue
-    raise DataError(f"{dataset.name}/{dataset.split}: no image with a plane can be read")
+    samples = [s for s in dataset.samples if len(s.boxes)]
+    if kind != "segmenter":
+        samples += [s for s in dataset.samples if not len(s.boxes)]
+    margin = 0.0 if kind == "segmenter" else 0.5
+    for sample in samples:
+        try:
+            image = sample.read()
+        except Exception:
+            # A decoder may raise anything on a damaged file, and whoever evaluates says what is wrong with it.
+            continue
+        if not len(sample.boxes):
+            return image[:CORNER, :CORNER]
+        x1, y1, x2, y2 = crop_window(sample.boxes[0], sample.height, sample.width, margin)
+        return image[y1:y2, x1:x2]
+    which = "image with a plane" if kind == "segmenter" else "image"
+    raise DataError(
+        f"{dataset.name}/{dataset.split}: no {which} can be read; an example of the input is registered with a version"
+    )

@@ -307,6 +307,19 @@ def test_a_sheet_and_an_example_are_made_of_what_can_be_read(tmp_path, monkeypat
     assert 38 <= example_image("detector", data).min() <= 48
 
 
+def test_without_planes_a_detector_still_has_an_example_and_a_segmenter_has_none(tmp_path):
+    from pipelines.use_cases.publishing import example_image
+
+    folder = _set(tmp_path / "a", count=3)
+    _end_early(folder / "train" / "s0.png")
+    path = folder / "train_coco.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
+    data = open_dataset(folder, "train")
+    assert example_image("detector", data).tolist() == data.samples[1].read().tolist()
+    with pytest.raises(DataError, match="train: no image with a plane can be read; an example of the input"):
+        example_image("segmenter", data)
+
+
 def test_the_plan_of_a_training_stays_the_same_when_its_unreadable_image_is_removed(tmp_path, caplog):
     from pipelines.use_cases.requests import TrainingRequest
     from pipelines.use_cases.training import plan_training
