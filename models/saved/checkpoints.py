@@ -38,7 +38,7 @@ def build_fitting(
     A description that asks for more memory than its weights fill is refused before any of it
     is taken: the first build is on torch's ``meta`` device, which has none. ``shapes`` is
     that build where ``build`` itself cannot run there. No random numbers are drawn for weights
-    that are replaced at once: a U-Net on MobileNet-v2 loads in 0.06 s instead of 0.18.
+    that are replaced at once: the demo's U-Net loads in half the time, `detector_scratch` in a fifth.
 
     Raises:
         ModelError: a tensor is missing, too much, or of another shape.
@@ -56,10 +56,16 @@ class _Undrawn(TorchFunctionMode):
     """Leaves tensors as they are where modules fill them with random numbers; holds for its own thread."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        return args[0] if func in DRAWS else func(*args, **(kwargs or {}))
+        if func in DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
-DRAWS = {torch.Tensor.uniform_, torch.Tensor.normal_, torch.nn.init.trunc_normal_}
+# Within a function of nn.init the mode is off.
+DRAWS = {
+    *(torch.Tensor.uniform_, torch.Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.trunc_normal_),
+    *(nn.init.kaiming_uniform_, nn.init.kaiming_normal_, nn.init.xavier_uniform_, nn.init.xavier_normal_),
+}
 
 
 def load_matching(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> int:

@@ -21,7 +21,7 @@ def list_versions(models: Sequence[str], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     elif rows:
-        click.echo(tabulate(rows, headers="keys", tablefmt="simple"))
+        click.echo(tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=True))
     else:
         click.echo("nothing is registered here yet; train a model first")
 
@@ -71,7 +71,8 @@ def verify_version(text: str) -> bool:
     version = registry.resolve(text)
     findings = verify(registry, version)
     words = {True: "ok", False: "FAIL", None: "?"}
-    click.echo(f"{version.label}:\n{tabulate([[words[f.passed], f.what, f.result] for f in findings], tablefmt='plain')}")
+    rows = [[words[f.passed], f.what, f.result] for f in findings]
+    click.echo(f"{version.label}:\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}")
     return all(f.passed is not False for f in findings)
 
 
@@ -94,7 +95,7 @@ def sweep(models: Sequence[str], keep: int, dry_run: bool, yes: bool) -> None:
         kept = lineage.sweep(registry, name, keep)
         unnamed = [k.version for k in kept if not k.reason]
         rows = [[f"{name}/{k.version}", "keep" if k.reason else "delete", k.reason or "nothing names it"] for k in kept]
-        click.echo(tabulate(rows, tablefmt="plain"))
+        click.echo(tabulate(rows, tablefmt="plain", disable_numparse=True))
         if dry_run or not unnamed:
             continue
         if not yes and not click.confirm(f"Delete {len(unnamed)} versions of {name}?", default=False):

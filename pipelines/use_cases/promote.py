@@ -231,7 +231,8 @@ def show_checks(checks: Sequence[Check]) -> str:
     rows = [["pass" if c.passed else "FAIL", c.gate, c.data, c.required, c.candidate, c.baseline] for c in checks] or [
         ["pass", "no gate", "-", "-", "-", "-"]
     ]
-    return tabulate(rows, headers=["", "gate", "data", "required", "candidate", "baseline"], tablefmt="simple")
+    heads = ["", "gate", "data", "required", "candidate", "baseline"]
+    return tabulate(rows, headers=heads, tablefmt="simple", disable_numparse=True)
 
 
 def _decide(

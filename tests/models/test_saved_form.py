@@ -49,6 +49,14 @@ def test_a_wrong_description_names_the_field(folder, change, message):
         load_model(folder)
 
 
+def test_loading_draws_no_random_numbers(folder, tmp_path):
+    detector = _detector(tmp_path / "d")
+    state = torch.get_rng_state()
+    for saved in (folder, detector):
+        load_model(saved)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_damaged_or_missing_parts(folder):
     weights = folder / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import mlflow
@@ -14,9 +15,13 @@ from models.engines.unet.predictor import SegmenterArchitecture, build_segmenter
 from models.errors import RegistryError
 from models.saved.folder import save_model
 from pipelines.registry import journal, promotion
+from pipelines.registry.gates import Check
 from pipelines.registry.model_versions import Registry
 from pipelines.registry.registration import log_and_register
+from pipelines.steps.alias_commands import tell_history
+from pipelines.steps.inspect_commands import list_versions
 from pipelines.tracking import mlflow_runs
+from pipelines.use_cases.promote import show_checks
 
 NAME = "planes-x"
 WRITES = (
@@ -60,6 +65,20 @@ def _move(registry, to, kind="promote", at=None, why="better"):
 
 def _aliases(registry):
     return registry.aliases_of(NAME)
+
+
+def test_tables_show_texts_that_look_like_numbers_as_they_are(registry, client, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.uri)
+    for version in "123":
+        client.set_model_version_tag(NAME, version, "data_digest", "12345e12")
+        client.set_model_version_tag(NAME, version, "git_commit", "1234e056")
+    _move(registry, "1", why="1e5")
+    tell_history(NAME, None, as_json=False)
+    assert re.search(r" 1e5\n", capsys.readouterr().out)
+    list_versions([NAME], as_json=False)
+    assert len(re.findall(r" 12345e12 +1234e056\n", capsys.readouterr().out)) == 3
+    check = Check("AP", "data", ">= 0.300", "0.650", "0.600", True)
+    assert show_checks([check]).split()[-4:] == [">=", "0.300", "0.650", "0.600"]
 
 
 def test_promotions_pile_up_and_rollbacks_take_them_off(registry, client):
