@@ -38,7 +38,8 @@ def build_fitting(
     A description that asks for more memory than its weights fill is refused before any of it
     is taken: the first build is on torch's ``meta`` device, which has none. ``shapes`` is
     that build where ``build`` itself cannot run there. No random numbers are drawn for weights
-    that are replaced at once: the demo's U-Net loads in half the time, `detector_scratch` in a fifth.
+    that are replaced at once: the network of `detector_scratch` is built in a fifth of the time,
+    the demo's U-Net in about half.
 
     Raises:
         ModelError: a tensor is missing, too much, or of another shape.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
 
 import click
 from tabulate import tabulate
@@ -77,8 +76,9 @@ def tell_history(name: str, alias: str | None, as_json: bool) -> None:
         for e in entries
     ]
     head = ["", "when", "alias", "version", "how", "by", "state", "why"]
-    look: dict[str, Any] = {"tablefmt": "simple", "maxcolwidths": [None] * (len(head) - 1) + [70], "disable_numparse": True}
-    click.echo(tabulate(rows, headers=head, **look) if rows else f"{name}: nothing was moved")
+    widths = [None] * (len(head) - 1) + [70]
+    table = tabulate(rows, headers=head, tablefmt="simple", maxcolwidths=widths, disable_numparse=True)
+    click.echo(table if rows else f"{name}: nothing was moved")
     click.echo("now: " + (", ".join(f"{k} -> {v}" for k, v in sorted(aliases.items())) or "no aliases"))
     champions = {e.move.to for e in entries if e.move.alias == promotion.PRODUCTION}
     for moved in sorted({e.move.alias for e in entries}):

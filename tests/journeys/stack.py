@@ -93,7 +93,7 @@ class MlflowServer(Process):
         """Start and wait until it answers."""
         command = [str(Path(sys.executable).parent / "mlflow"), "server", "--backend-store-uri", self.store]
         command += ["--artifacts-destination", self.artefacts, "--port", str(self.port), "--workers", "1"]
-        # Its workers for jobs are seven more processes, and nothing here asks for them.
+        # Its workers for jobs are eight more processes, and nothing here asks for them.
         env = {**self.env, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         if self.auth:
             command += ["--app-name", "basic-auth"]

@@ -18,6 +18,7 @@ from pipelines.recipes.settings import TrainingSettings
 from pipelines.training.detector import train_detector
 from pipelines.training.loop import CHECKPOINT, run
 from pipelines.training.unet import segmenter_loss, train_unet
+from tests.pipelines.test_gpu_training import MOBILE
 from tests.pipelines.test_loop import _job, _Stop
 
 SMALL = ["training.steps=3", "training.epochs=null", "training.checkpoint_every=1", "training.evaluate_every=2"]
@@ -26,9 +27,8 @@ TASKS = {
     "skipnet": ("demo_unet", ["architecture.network=skipnet", "architecture.crop_size=64"]),
     "detector": ("demo_detector", ["window=128"]),
     "maskrcnn": ("demo_maskrcnn", ["window=128"]),
-    # Most CPUs have no instructions for float16: a step of a ResNet takes a quarter of a minute.
     "small_unet": ("demo_unet", ["architecture.crop_size=32"]),
-    "mobile": ("demo_detector", ["window=128", "architecture.backbone=mobilenet_v3_small", "architecture.norm=batch"]),
+    "mobile": ("demo_detector", MOBILE),
 }
 
 
