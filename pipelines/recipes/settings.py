@@ -82,7 +82,14 @@ class TrainingSettings(_Settings):
     batch_size: int = Field(default=8, ge=1, description="Examples per step.")
     evaluate_every: int | None = Field(default=None, ge=1, description="Steps between validations; null: an epoch.")
     checkpoint_every: int | None = Field(default=None, ge=1, description="Steps between checkpoints; null: an epoch.")
-    workers: int = Field(default=0, ge=0, description="Processes that prepare batches; 0: the training process does.")
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        description=(
+            "Processes that prepare batches; 0: the training process does; null: 0 on a CPU, one for two cores, at most 8, "
+            "on a GPU. The result is the same."
+        ),
+    )
     seed: int = Field(default=0, ge=0, description="Seed of weights, data order and augmentation.")
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = Field(
         default="auto",

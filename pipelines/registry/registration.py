@@ -7,6 +7,8 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,9 @@ SERVING_REQUIREMENTS = (
     "torch",
     "torchvision",
 )
+
+# All of them are the module cv2, and one of them is installed.
+OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "image")]),
@@ -114,11 +119,19 @@ def log_and_register(
                 code_paths=[str(PACKAGE)],
                 signature=SIGNATURE,
                 input_example=pd.DataFrame({"image": [_encoded(example)]}),
-                pip_requirements=[f"{p}=={installed(p)}" for p in SERVING_REQUIREMENTS],
+                pip_requirements=[_requirement(p) for p in SERVING_REQUIREMENTS],
             )
         tags = {DIGEST: folder_digest(folder), **tags}
         version = mlflow.register_model(info.model_uri, name, tags=tags) if register else None
     return version, str(info.model_id)
+
+
+def _requirement(package: str) -> str:
+    """``package==version`` as installed here; OpenCV under whichever of its four names it is; else the bare name."""
+    for name in (package, *(OPENCV if package in OPENCV else ())):
+        with suppress(PackageNotFoundError):
+            return f"{name}=={installed(name)}"
+    return package
 
 
 def _encoded(image: np.ndarray) -> str:

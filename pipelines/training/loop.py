@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from models.errors import ModelError, one_line
-from models.runtime.devices import Precision, pick_precision, precision
+from models.runtime.devices import Precision, pick_precision, pick_workers, precision
 from pipelines.recipes.settings import OptimizerSettings, TrainingSettings
 from pipelines.training.checkpoints import keep_best, read_best, save_best, write_atomically
 
@@ -119,7 +119,7 @@ def run(job: Job) -> Outcome:
     total = total_steps(job.training, epoch)
     for listener in job.listeners:
         listener.on_start(state["history"], total)
-    loader = iter(step_loader(job.batches, state["step"], total, job.training.workers))
+    loader = iter(step_loader(job.batches, state["step"], total, pick_workers(job.device, job.training.workers)))
     interrupt = Interrupt(job.listeners)
     # Whether weights, optimiser, history and best step are all of one step.
     whole = True

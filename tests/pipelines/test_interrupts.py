@@ -97,6 +97,12 @@ def test_processes_that_make_batches_leave_ctrl_c_alone():
     assert len([first, *batches]) == 12
 
 
+def test_processes_that_make_batches_change_no_result(tmp_path):
+    alone, helped = (run(_job(tmp_path / str(n), workers=n)) for n in (0, 2))
+    assert helped.history == alone.history
+    assert all(torch.equal(v, helped.weights[k]) for k, v in alone.weights.items())
+
+
 @pytest.mark.parametrize("place", ["optimiser", "loss", "evaluation", "saving"])
 def test_an_interrupt_from_elsewhere_saves_no_torn_step(place, tmp_path, monkeypatch):
     """Such as one of a notebook, or in a thread: it comes as an exception, anywhere."""

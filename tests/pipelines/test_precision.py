@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from models.errors import ModelError, RecipeError
-from models.runtime.devices import pick_device, pick_precision
+from models.runtime.devices import pick_device, pick_precision, pick_workers
 from models.saved.folder import read_weights
 from pipelines.data.readers.opening import open_dataset
 from pipelines.recipes.reading import load_recipe
@@ -178,6 +178,13 @@ def test_precision_of_each_device(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, known=capability: known)
         assert pick_precision("cuda", "auto") == pick_precision("cuda:1", "auto") == kind
         assert pick_precision("cuda", "32") == "32"
+
+
+def test_a_gpu_has_processes_that_prepare_its_batches(monkeypatch):
+    for cores, count in ((None, 0), (2, 1), (16, 8), (64, 8)):
+        monkeypatch.setattr("os.cpu_count", lambda known=cores: known)
+        assert (pick_workers("cuda:1", None), pick_workers("cpu", None)) == (count, 0)
+    assert [pick_workers(device, n) for device in ("cpu", "cuda") for n in (0, 3)] == [0, 3, 0, 3]
 
 
 def test_devices_are_checked_by_number(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from models.engines.unet.predictor import SegmenterArchitecture, build_segmenter
 from models.errors import DataError
 from models.saved.folder import save_model
 from pipelines.data.readers.opening import open_dataset
+from pipelines.registry import registration
 from pipelines.registry.model_versions import Registry
 from pipelines.tracking import mlflow_runs
 from pipelines.use_cases import publishing
@@ -124,3 +126,14 @@ def test_some_outlines_are_enough(tmp_path):
     request = _request("unet", "unet_scratch", tmp_path)
     assert plan_training(request).data.test.planes == 8
     assert open_dataset(tmp_path, "test").without_outline == 2
+
+
+def test_requirements_name_the_package_that_holds_opencv(monkeypatch):
+    def installed(name):
+        if name in ("opencv-python", "rasterio"):
+            raise PackageNotFoundError(name)
+        return "5.0"
+
+    monkeypatch.setattr(registration, "installed", installed)
+    names = ("numpy", "opencv-python", "rasterio")
+    assert [*map(registration._requirement, names)] == ["numpy==5.0", "opencv-python-headless==5.0", "rasterio"]

@@ -18,6 +18,7 @@ from pipelines.data.loading.cache import ImageCache
 from pipelines.data.loading.tiles import TileSettings, cached_tiles, clip_mask, cut_tiles
 from pipelines.data.readers.opening import open_dataset
 from pipelines.recipes.reading import load_recipe
+from pipelines.training.loop import step_loader
 
 PLAIN = Augmentation(mirror=False, quarter_turns=False)
 
@@ -181,3 +182,18 @@ def test_recipe_entries_of_tiles(tmp_path):
         load_recipe("demo_detector", ["tiles.size=256"])
     with pytest.raises(RecipeError, match=r"unknown key 'tiles\.sise'; did you mean 'tiles\.size'"):
         load_recipe("demo_detector", ["window=null", "tiles.sise=256"])
+
+
+def test_processes_that_prepare_batches_share_the_memory():
+    class Caches:
+        def __init__(self):
+            self.cache = ImageCache(1000)
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, step):
+            return self.cache._decoded.maxsize
+
+    sizes = {workers: [*step_loader(Caches(), 0, 2, workers)] for workers in (0, 2)}
+    assert sizes == {0: [1000, 1000], 2: [500, 500]}
