@@ -14,7 +14,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -91,16 +91,23 @@ class RayRunner:
             # Pickled by hand the reference holds as long as the cluster: a new actor must find the model too.
             packed = ray.cloudpickle.dumps(content)
             for start in range(0, len(shards), MOST_BLOCKS):
-                for row in self._dataset(packed, shards[start : start + MOST_BLOCKS]).iter_rows():
-                    results, timings, peaks, little = pickle.loads(row["results"])
-                    self._little[start + row["position"]] = little
-                    for operation, seconds in timings.items():
-                        self._timings[operation] = self._timings.get(operation, 0.0) + seconds
-                    for kind, megabytes in peaks.items():
-                        self._peaks[kind] = max(self._peaks.get(kind, 0.0), megabytes)
-                    shard = shards[start + row["position"]]
-                    for _, index, result in results:
-                        yield start + row["position"], index, _as_named_here(result, shard[index])
+                rows = iter(self._dataset(packed, shards[start : start + MOST_BLOCKS]).iter_rows())
+                # Whoever stops halfway ends Ray's pipeline before its cluster: after it, its end never comes.
+                with closing(rows):
+                    for row in rows:
+                        yield from self._unpacked(row, shards, start)
+
+    def _unpacked(self, row: Mapping[str, Any], shards: Sequence[Sequence[Sample]], start: int) -> Iterator[ShardResult]:
+        """The results of one shard, whose position is counted from ``start``; its timings and peaks are added to ours."""
+        results, timings, peaks, little = pickle.loads(row["results"])
+        position = start + row["position"]
+        self._little[position] = little
+        for operation, seconds in timings.items():
+            self._timings[operation] = self._timings.get(operation, 0.0) + seconds
+        for kind, megabytes in peaks.items():
+            self._peaks[kind] = max(self._peaks.get(kind, 0.0), megabytes)
+        for _, index, result in results:
+            yield position, index, _as_named_here(result, shards[position][index])
 
     def _dataset(self, packed: bytes, shards: Sequence[Sequence[Sample]]) -> Any:
         ray = _import_ray()

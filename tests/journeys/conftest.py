@@ -19,6 +19,7 @@ from pipelines.registry.model_versions import Registry
 from pipelines.registry.registration import log_and_register
 from pipelines.tracking import mlflow_runs
 from tests.journeys import commands
+from tests.stores import new_store
 
 UNET = ("training.batch_size=4", "architecture.crop_size=64", "training.evaluate_every=4", "training.checkpoint_every=2")
 DETECTOR = (
@@ -30,10 +31,19 @@ DETECTOR = (
 
 @dataclass(frozen=True)
 class Project:
-    """A working folder with its own store; commands run there as a user would run them."""
+    """A working folder with its own store; commands run there as a user would run them.
+
+    ``empty``: the store is there and empty; else the first command makes it.
+    """
 
     folder: Path
     data: Path
+    empty: bool = True
+
+    def __post_init__(self) -> None:
+        path = self.folder / "mlflow.db"
+        if self.empty and self.folder.is_dir() and not path.exists():
+            new_store(path)
 
     @property
     def client(self) -> MlflowClient:
@@ -155,4 +165,4 @@ def project_copy(tmp_path_factory: pytest.TempPathFactory, root: Path, airfield:
         shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("MLproject", "conda.yaml", "requirements.txt"):
         shutil.copy(root / name, folder / name)
-    return Project(folder, airfield)
+    return Project(folder, airfield, empty=False)

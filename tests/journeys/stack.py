@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.stores import new_store
+
 BUCKET = "planes"
 
 
@@ -83,7 +85,7 @@ class MlflowServer(Process):
     ) -> None:
         super().__init__(folder)
         self.env, self.auth = env, auth
-        self.store = store or f"sqlite:///{folder}/server.db"
+        self.store = store or new_store(folder / "server.db", "mlflow-artifacts:/0")
         self.artefacts = artefacts or str(folder / "artefacts")
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"

@@ -16,7 +16,9 @@ from tests.journeys.conftest import error_line
 
 pytestmark = [pytest.mark.xdist_group("mlproject"), pytest.mark.slow]
 
-SMALL = "training.batch_size=2 window=128 training.evaluate_every=10 training.checkpoint_every=2"
+SMALL = (
+    "training.batch_size=2 window=128 training.evaluate_every=10 training.checkpoint_every=2 architecture.max_detections=20"
+)
 
 
 def _command(project, overrides, grid):

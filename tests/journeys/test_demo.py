@@ -39,7 +39,7 @@ def test_a_short_run_goes_the_whole_way_and_a_second_one_reuses_it(tmp_path):
     prepare_airfield(data, AirfieldSettings(train=4, test=1, size=256, planes_min=3, planes_max=4, seed=1))
     # It is somebody's data then, and taken as it is.
     (data / "airfield.json").unlink()
-    project = Project(tmp_path, data)
+    project = Project(tmp_path, data, empty=False)
     command = (*DEMO, "--data", "data", "--steps", "6")
     done = project.run(*command, real=True)
     assert "data: taken as it is" in done.stdout
@@ -54,7 +54,7 @@ def _metrics(text, name):
 
 @pytest.mark.soak
 def test_the_models_reach_what_the_readme_promises(tmp_path):
-    project = Project(tmp_path, None)
+    project = Project(tmp_path, None, empty=False)
     done = project.run(*DEMO, timeout=2400, real=True, OMP_NUM_THREADS="2")
     detector, unet = _metrics(done.stdout, "planes-det"), _metrics(done.stdout, "planes-unet")
     assert detector["AP50"] >= 0.90

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import mlflow
@@ -22,6 +23,7 @@ from pipelines.steps.alias_commands import tell_history
 from pipelines.steps.inspect_commands import list_versions
 from pipelines.tracking import mlflow_runs
 from pipelines.use_cases.promote import show_checks
+from tests.stores import new_store
 
 NAME = "planes-x"
 WRITES = (
@@ -35,20 +37,29 @@ WRITES = (
 )
 
 
-@pytest.fixture
-def registry(tmp_path):
-    """A real SQLite store with versions 1, 2, 3 of one saved folder."""
-    made = Registry.connect(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    made.client.create_experiment("planes", artifact_location=(tmp_path / "artefacts").as_uri())
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory):
+    """The file of a store with versions 1, 2, 3 of one saved folder."""
+    folder = tmp_path_factory.mktemp("registered")
+    made = Registry.connect(new_store(folder / "mlflow.db"))
+    made.client.create_experiment("planes", artifact_location=(folder / "artefacts").as_uri())
     architecture = SegmenterArchitecture(network="skipnet", crop_size=64)
     weights = build_segmenter(architecture).state_dict()
-    saved = save_model(tmp_path / "m", segmenter_spec(architecture, ["plane"]), weights)
+    saved = save_model(folder / "m", segmenter_spec(architecture, ["plane"]), weights)
     with mlflow_runs.tracked_run(made.client, "run", {}) as run:
         first, _ = log_and_register(made, saved, NAME, np.zeros((64, 64, 3), np.uint8), {}, run.info.run_id)
     with mlflow_runs.addressed(made.client):
         for _ in range(2):
             made.client.create_model_version(NAME, first.source, run_id=run.info.run_id, tags=first.tags)
-        # Tests make versions past this project too.
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def registry(registered, tmp_path):
+    """A real SQLite store with those versions, whose files lie beside the first one."""
+    made = Registry.connect(f"sqlite:///{shutil.copy(registered, tmp_path / 'mlflow.db')}")
+    # Tests make versions past this project too.
+    with mlflow_runs.addressed(made.client):
         yield made
 
 

@@ -19,6 +19,7 @@ from pipelines.use_cases import publishing
 from pipelines.use_cases.requests import TrainingRequest
 from pipelines.use_cases.training import plan_training
 from tests.pipelines.test_outlines import _write
+from tests.stores import new_store
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def saved(tmp_path, monkeypatch):
 @pytest.fixture
 def registry(saved, tmp_path):
     """A store in the working folder."""
-    return Registry.connect(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    return Registry.connect(new_store(tmp_path / "mlflow.db"))
 
 
 def test_an_evaluation_that_fails_loses_no_weights(registry, saved, tmp_path, monkeypatch):

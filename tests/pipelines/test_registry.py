@@ -17,13 +17,14 @@ from pipelines.registry import model_versions
 from pipelines.registry.model_versions import Registry
 from pipelines.registry.registration import log_and_register
 from pipelines.tracking import mlflow_runs
+from tests.stores import new_store
 
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
     """A real SQLite store with versions 1, 2, 3 of planes-x."""
     folder = tmp_path_factory.mktemp("store")
-    registry = Registry.connect(f"sqlite:///{folder / 'mlflow.db'}")
+    registry = Registry.connect(new_store(folder / "mlflow.db"))
     registry.client.create_experiment("planes", artifact_location=(folder / "artefacts").as_uri())
     architecture = SegmenterArchitecture(network="skipnet", crop_size=64)
     saved = save_model(folder / "m", segmenter_spec(architecture, ["plane"]), build_segmenter(architecture).state_dict())

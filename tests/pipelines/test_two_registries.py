@@ -18,6 +18,7 @@ from pipelines.registry.model_versions import Registry
 from pipelines.registry.registration import log_and_register
 from pipelines.registry.verification import verify
 from pipelines.tracking import mlflow_runs
+from tests.stores import new_store
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def third(tmp_path, monkeypatch):
 
 def _store(folder):
     folder.mkdir()
-    registry = Registry.connect(f"sqlite:///{folder / 'mlflow.db'}")
+    registry = Registry.connect(new_store(folder / "mlflow.db"))
     registry.client.create_experiment("planes", artifact_location=(folder / "artefacts").as_uri())
     return registry
 

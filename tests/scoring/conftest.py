@@ -25,9 +25,3 @@ def _files(folder: Path, count: int) -> Path:
 def real_and_broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """200 files, real images and damaged copies of them; where no real ones are at hand, fewer and drawn ones."""
     return _files(tmp_path_factory.mktemp("many"), 200)
-
-
-@pytest.fixture(scope="session")
-def some_real_and_broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 files of the same kinds."""
-    return _files(tmp_path_factory.mktemp("some"), 60)

@@ -19,6 +19,7 @@ from scoring.comparison.report import write_report
 from scoring.jobs import manifest as plan
 from scoring.jobs.job import JobSettings, run_job
 from tests.conftest import write_image
+from tests.stores import new_store
 
 BOX = [10.0, 10.0, 40.0, 40.0]
 OUTLINE = [10, 10, 40, 10, 40, 40, 10, 40]
@@ -235,7 +236,7 @@ def test_every_evaluation_opens_its_data_with_the_lost_images(tmp_path, monkeypa
     opened = []
     monkeypatch.setattr(use_cases, "finish", lambda registry, candidates, dataset, out: opened.append(dataset))
     targets = tuple(str(job.folder) for job in jobs)
-    registry = Registry.connect(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    registry = Registry.connect(new_store(tmp_path / "mlflow.db"))
     request = use_cases.ComparisonRequest(targets=targets, data=str(folder), out=str(tmp_path / "c"), device="cpu")
     use_cases.compare_targets(registry, request)
     assert [len(dataset) for dataset in opened] == [5]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from importlib.util import find_spec
 
 import psutil
@@ -58,58 +59,71 @@ def _score(model, images, out, progress=lambda r, *_: r, runner=None, **settings
 
 
 def _actors():
-    return [p for p in psutil.Process().children(recursive=True) if "MapWorker" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found += [process] if "MapWorker" in " ".join(process.cmdline()) else []
+    return found
 
 
-# Which files, and after which shards all actors are killed.
-FEW = pytest.param("some_real_and_broken", (1,))
-MANY = pytest.param("real_and_broken", (1, 40), marks=pytest.mark.soak)
+class _Killing:
+    """Progress that kills all actors after some of the results; ``killed`` and ``seen`` are their process ids."""
 
+    def __init__(self, *moments):
+        self.moments, self.killed, self.seen = moments, set(), set()
 
-@pytest.mark.parametrize(("files", "moments"), [FEW, MANY])
-def test_tables_are_those_of_the_local_runner_also_when_actors_are_killed(model, files, moments, tmp_path, request):
-    folder = request.getfixturevalue(files)
-    settings = {"batch_size": 2}
-    local = _score(model, folder, tmp_path / "local", **settings)
-    assert local.images + local.failures == len(list(folder.iterdir()))
-    assert local.failures > 5
-    killed = []
-
-    def killing(results, *_):
+    def __call__(self, results, *_):
         for number, result in enumerate(results):
-            if number in moments:
+            if number in self.moments:
                 victims = _actors()
                 assert victims
                 for victim in victims:
                     os.kill(victim.pid, signal.SIGKILL)
-                killed.extend(victims)
+                self.killed |= {v.pid for v in victims}
+            self.seen |= {a.pid for a in _actors()}
             yield result
 
+
+@pytest.mark.soak
+def test_tables_are_those_of_the_local_runner_also_when_two_actors_are_killed_twice(model, real_and_broken, tmp_path):
+    settings = {"batch_size": 2}
+    local = _score(model, real_and_broken, tmp_path / "local", **settings)
+    assert local.images + local.failures == len(list(real_and_broken.iterdir()))
+    assert local.failures > 5
+    killing = _Killing(1, 40)
     runner = RayRunner(model, RaySettings(batch_size=2, tiling=JobSettings(**settings).changes, actors=2))
-    job = _score(model, folder, tmp_path / "ray", killing, runner, **settings)
-    assert len({p.pid for p in killed}) > len(moments)
+    job = _score(model, real_and_broken, tmp_path / "ray", killing, runner, **settings)
+    assert len(killing.killed) > 2
     assert (job.images, job.instances, job.failures) == (local.images, local.instances, local.failures)
     assert _digests(tmp_path / "ray") == _digests(tmp_path / "local")
     assert job.timings["forward"] > 0
     assert job.peaks["memory"] > 0
 
 
-def test_one_runner_ends_what_the_other_began(model, images, tmp_path):
+def test_a_job_goes_from_one_runner_to_the_other_and_outlives_its_actor(model, images, tmp_path):
     tiled = {"tiling": {"size": 64, "overlap": 0.25}}
     local = _score(model, images, tmp_path / "local", **tiled)
 
-    def stopping(results, *_):
+    def stopping(results, after):
         for number, result in enumerate(results):
-            yield result
-            if number == 20:
+            if number == after:
                 raise KeyboardInterrupt
+            yield result
 
     with pytest.raises(KeyboardInterrupt):
-        _score(model, images, tmp_path / "both", stopping, **tiled)
-    done = len(finished(tmp_path / "both" / "m-1"))
-    assert done >= 5
+        _score(model, images, tmp_path / "both", lambda results, *_: stopping(results, 21), **tiled)
+    first = len(finished(tmp_path / "both" / "m-1"))
+    assert first >= 5
+    killing = _Killing(1)
     runner = RayRunner(model, RaySettings(tiling=JobSettings(**tiled).changes, actors=1))
-    job = _score(model, images, tmp_path / "both", runner=runner, **tiled)
-    assert job.resumed >= 3 * done
+    with pytest.raises(KeyboardInterrupt):
+        _score(model, images, tmp_path / "both", lambda results, *_: stopping(killing(results), 12), runner, **tiled)
+    # Another one took over, and none is left.
+    assert killing.seen > killing.killed
+    assert not _actors()
+    second = len(finished(tmp_path / "both" / "m-1"))
+    assert second >= first + 3
+    job = _score(model, images, tmp_path / "both", **tiled)
+    assert job.resumed >= 3 * second
     assert job.instances == local.instances
     assert _digests(tmp_path / "both") == _digests(tmp_path / "local")

@@ -111,6 +111,19 @@ class Team:
         return self.store.s3.get_object(Bucket=BUCKET, Key=key)["Body"].read()
 
 
+# What the database and the logins decide is tried on both stores; the rest on PostgreSQL in `make soak`.
+ON_BOTH = ("test_races", "test_rights", "test_verification")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the half of the other files that runs on PostgreSQL to `make soak`."""
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if parameters.get("_team") == "postgresql-s3" and item.path.stem not in ON_BOTH:
+            item.add_marker(pytest.mark.soak)
+
+
 def gates_on(team: Team, **production: Any) -> dict:
     """Gates for production that are evaluated on the airfield's test scenes, and for a challenger."""
     data = [{"path": team.data, "split": "test"}]
