@@ -61,7 +61,7 @@ def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 # Groups of tests that run on one worker each, those that take longest first.
-LONGEST_FIRST = ("journey", "registry", "mlproject", "engines", "demo", "real")
+LONGEST_FIRST = ("journey", "registry", "versions", "mlproject", "engines", "ray", "demo", "real")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from mlflow.projects.utils import load_project
 from mlflow.tracking import MlflowClient
 
 from pipelines.registry.model_versions import Registry
@@ -104,6 +106,12 @@ class Project:
     def registry(self, *arguments: str, **options) -> subprocess.CompletedProcess:
         """Run the planes-registry command."""
         return self.run("planes-registry", *arguments, **options)
+
+    def entry_point(self, entry: str, **parameters: str) -> subprocess.CompletedProcess:
+        """Run the command that `mlflow run` makes of an entry point of the folder's MLproject in this process."""
+        loaded = load_project(str(self.folder)).get_entry_point(entry)
+        command = loaded.compute_command(parameters, storage_dir=None)
+        return self.run(*shlex.split(command), MLFLOW_EXPERIMENT_NAME="planes")
 
     def train_unet(self, *arguments: str, **options) -> subprocess.CompletedProcess:
         """Train a tiny U-Net."""

@@ -21,8 +21,8 @@ SMALL = (
 )
 
 
-def _command(project, overrides, grid):
-    flags = ["-P", f"data={project.data}", "-P", f"grid={grid}", "-P", f"overrides={overrides}"]
+def _command(project, **parameters):
+    flags = [flag for key, value in parameters.items() for flag in ("-P", f"{key}={value}")]
     return ["mlflow", "run", ".", "-e", "ablate", "--env-manager", "local", "--experiment-name", "planes", *flags]
 
 
@@ -40,7 +40,9 @@ def _table(project, run):
 
 
 def test_killed_in_the_middle_it_finishes_only_the_missing_variant(project_copy):
-    command = _command(project_copy, f"training.steps=10 {SMALL}", "optimizer.lr=0.001,0.0005")
+    parameters = {"data": str(project_copy.data), "grid": "optimizer.lr=0.001,0.0005"}
+    parameters["overrides"] = f"training.steps=10 {SMALL}"
+    command = _command(project_copy, **parameters)
     process = subprocess.Popen(
         command, cwd=project_copy.folder, env=project_copy.env(), start_new_session=True, stdout=subprocess.DEVNULL
     )
@@ -56,7 +58,7 @@ def test_killed_in_the_middle_it_finishes_only_the_missing_variant(project_copy)
     finished, unfinished = sorted(_runs(project_copy, task="detector"), key=lambda r: r.info.start_time)
     assert (finished.info.status, unfinished.info.status) == ("FINISHED", "RUNNING")
 
-    done = project_copy.run(*command)
+    done = project_copy.entry_point("ablate", **parameters)
     text = done.stdout + done.stderr
     assert f"done already (run {finished.info.run_id})" in text
     assert "going on from step" in text

@@ -11,7 +11,7 @@ import pytest
 
 from tests.journeys.conftest import error_line
 
-pytestmark = pytest.mark.xdist_group("journey")
+pytestmark = pytest.mark.xdist_group("versions")
 
 
 def test_the_version_names_its_parts_and_its_metrics(composed):

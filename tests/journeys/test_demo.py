@@ -1,6 +1,7 @@
 """The demo: it learns, promotes, scores, and a second run reuses everything.
 
-A few steps on a small airfield here; as the README runs it, with what its models must reach, in `make soak`.
+A few steps on a small airfield, and as the README runs it, with what its models must reach. Both are run by `make soak`:
+each of their steps has tests of its own in the suite.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def _reused(project, again):
     assert len(project.client.search_model_versions("name = 'planes-det'")) == 1
 
 
+@pytest.mark.soak
 def test_a_short_run_goes_the_whole_way_and_a_second_one_reuses_it(tmp_path):
     data = tmp_path / "data"
     # What has learnt nothing detects planes everywhere, and all of them are outlined: one small scene to test on.

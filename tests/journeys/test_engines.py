@@ -58,6 +58,7 @@ def test_detectron2_trains_registers_promotes_and_scores(project, step, name):
     assert table["mask_counts"].notna().all() == (name == "d2-mask")
 
 
+@pytest.mark.soak
 @needs_detectron2
 def test_a_killed_detectron2_training_goes_on(project):
     """Killed after a checkpoint, the same command finishes it in the same run, no iteration told twice."""

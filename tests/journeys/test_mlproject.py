@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-
 import pytest
 import yaml
-from mlflow.projects.utils import load_project
 
 pytestmark = pytest.mark.xdist_group("mlproject")
 
@@ -25,13 +22,6 @@ def _mlflow_run(project, entry, *parameters):
     return project.run("mlflow", "run", ".", "-e", entry, "--env-manager", "local", "--experiment-name", "planes", *flags)
 
 
-def _entry_point(project, entry, **parameters):
-    """The command that `mlflow run` makes of an entry point, run in this process."""
-    loaded = load_project(str(project.folder)).get_entry_point(entry)
-    command = loaded.compute_command(parameters, storage_dir=None)
-    return project.run(*shlex.split(command), MLFLOW_EXPERIMENT_NAME="planes")
-
-
 def _runs(project):
     experiment = project.client.get_experiment_by_name("planes")
     return project.client.search_runs([experiment.experiment_id])
@@ -40,7 +30,7 @@ def _runs(project):
 def test_a_model_is_trained_promoted_and_scored_by_mlflow_run(copy):
     data = f"data={copy.data}"
     _mlflow_run(copy, "train_unet", data, "steps=3", "lr=0.001", f"overrides={SMALL_UNET}")
-    _entry_point(copy, "promote", data=copy.data, model="planes-unet/latest")
+    copy.entry_point("promote", data=copy.data, model="planes-unet/latest")
     _mlflow_run(copy, "score", data, "model=planes-unet/Production", "out=scored")
     assert (copy.folder / "scored" / "planes-unet-1" / "instances.parquet").exists()
     # One run each: the step writes into the run that `mlflow run` opened.
@@ -54,15 +44,15 @@ def test_a_model_is_trained_promoted_and_scored_by_mlflow_run(copy):
 
 
 def test_the_commands_of_the_other_entry_points_run(copy):
-    _entry_point(copy, "prepare_data", out="made", train="2", test="1", size="512")
+    copy.entry_point("prepare_data", out="made", train="2", test="1", size="512")
     assert (copy.folder / "made" / "train_coco.json").exists()
     small = {"data": copy.data, "steps": "2", "overrides": f"training.batch_size=2 window=128 {FEW}"}
-    _entry_point(copy, "train_detector", **small)
-    _entry_point(copy, "train_maskrcnn", **small)
+    copy.entry_point("train_detector", **small)
+    copy.entry_point("train_maskrcnn", **small)
     if not copy.client.search_model_versions("name = 'planes-unet'"):
-        _entry_point(copy, "train_unet", data=copy.data, steps="2", overrides=SMALL_UNET)
-    _entry_point(copy, "compose", data=copy.data)
-    _entry_point(copy, "compare", data=copy.data)
+        copy.entry_point("train_unet", data=copy.data, steps="2", overrides=SMALL_UNET)
+    copy.entry_point("compose", data=copy.data)
+    copy.entry_point("compare", data=copy.data)
     done = {r.data.tags.get("task") for r in _runs(copy) if r.info.status == "FINISHED"}
     assert {"detector", "maskrcnn", "compose", "compare"} <= done
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.journeys.conftest import Project, error_line
 
-pytestmark = pytest.mark.xdist_group("journey")
+pytestmark = pytest.mark.xdist_group("versions")
 
 
 def _places(folder):

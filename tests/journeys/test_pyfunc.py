@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("journey")
+pytestmark = pytest.mark.xdist_group("versions")
 
 LOAD = """
 import base64, sys

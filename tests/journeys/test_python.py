@@ -15,7 +15,7 @@ import pytest
 
 from pipelines.use_cases.display import Display
 
-pytestmark = pytest.mark.xdist_group("journey")
+pytestmark = pytest.mark.xdist_group("versions")
 
 
 @pytest.fixture(scope="module")

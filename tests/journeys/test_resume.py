@@ -53,6 +53,7 @@ def test_killed_and_started_again_it_ends_the_same(project, photos, tmp_path):
     assert "expected some of coco" in project.run("score", "export", str(killed), "--to", "shape", code=2).stderr
 
 
+@pytest.mark.soak
 def test_on_ray_the_command_leaves_the_same_files(project, photos, tmp_path):
     pytest.importorskip("ray", reason="Ray (the extra 'ray') is not installed")
     arguments = ("--model", "planes-det/1", "--data", str(photos), "--overlays", "0", "--shard", "4", "--batch", "2")

@@ -15,7 +15,7 @@ from pipelines.registry.model_versions import Registry
 from tests.journeys.conftest import error_line
 from tests.journeys.stack import MlflowServer
 
-pytestmark = pytest.mark.xdist_group("journey")
+pytestmark = pytest.mark.xdist_group("versions")
 
 
 @pytest.fixture(scope="module")

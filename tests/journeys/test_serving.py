@@ -18,7 +18,7 @@ import pytest
 from tests.journeys.conftest import DETECTOR
 from tests.journeys.stack import free_port, http_status
 
-pytestmark = pytest.mark.xdist_group("journey")
+pytestmark = pytest.mark.xdist_group("versions")
 
 # Under a name of its own: that of planes-mask belongs to another test.
 VERSIONS = ("planes-det/1", "planes-inst/1", "planes-mask-served/1")

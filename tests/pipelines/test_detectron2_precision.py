@@ -165,7 +165,7 @@ def test_processes_on_the_cpu_see_no_gpu(data, tmp_path, monkeypatch):
         train_detectron2(recipe, *data, tmp_path, "cuda:1", num_gpus=2)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_share_a_batch_in_bfloat16(data, tmp_path):
     recipe = load_recipe("demo_detector_detectron2", [*SMALL, "SOLVER.MAX_ITER=2", "SOLVER.AMP.ENABLED=true"])
     outcome = train_detectron2(recipe, *data, tmp_path, "cpu", num_gpus=2)[1]

@@ -49,7 +49,9 @@ def data(airfield):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["course_det_default", "course_det_final", "course_mask"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.soak) for n in ("course_det_default", "course_det_final")), "course_mask"]
+)
 def test_every_course_recipe_trains(name, data, tmp_path):
     train, val = data
     recipe = load_recipe(name, TINY)

@@ -37,8 +37,16 @@ def _train(name, data, folder, device, *more):
     return train(recipe, *data, folder, device)
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        ("demo_unet", (8, 0)),
+        ("demo_detector", (8, 0)),
+        ("demo_maskrcnn", (8, 0)),
+        ("demo_detector", (7, 5)),
+        *(pytest.param(name, (7, 5), marks=pytest.mark.soak) for name in ("demo_unet", "demo_maskrcnn")),
+    ],
+)
 def test_every_task_trains_on_a_gpu(name, capability, data, tmp_path, monkeypatch):
     gpu = fake_gpu(monkeypatch, capability)
     device = pick_device("auto")

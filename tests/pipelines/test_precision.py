@@ -45,7 +45,10 @@ def _train(task, kind, data, folder, stop=None, device="cpu"):
     return train(recipe, *data, folder, device, [stop] if stop else [])
 
 
-@pytest.mark.parametrize("task", ["unet", "skipnet", "detector", "maskrcnn"])
+# A Mask R-CNN has all that a detector has.
+@pytest.mark.parametrize(
+    "task", ["unet", "maskrcnn", *(pytest.param(t, marks=pytest.mark.soak) for t in ("skipnet", "detector"))]
+)
 def test_every_task_trains_in_bfloat16_and_goes_on_to_the_same_weights(task, data, tmp_path):
     whole, first = _train(task, "bf16-mixed", data, tmp_path / "whole")
     with pytest.raises(SystemError):

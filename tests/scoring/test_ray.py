@@ -25,7 +25,7 @@ from tests.scoring.test_job import _digests
 pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray (the extra 'ray') is not installed"),
     # One Ray at a time on a small machine.
-    pytest.mark.xdist_group("journey"),
+    pytest.mark.xdist_group("ray"),
 ]
 
 

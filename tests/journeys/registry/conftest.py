@@ -10,15 +10,22 @@ from typing import Any
 
 import mlflow
 import pytest
+import torch
 import yaml
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
 
-from models.saved.folder import folder_digest
+from models.engines.torchvision.network import build_detector
+from models.engines.torchvision.predictor import detector_spec
+from models.saved.folder import save_model
+from pipelines.data.readers.opening import open_dataset
+from pipelines.recipes.reading import load_recipe
+from pipelines.recipes.settings import DetectorRecipe, UNetRecipe
 from pipelines.registry import journal
 from pipelines.registry.model_versions import Registry
+from pipelines.training.unet import train_unet
 from tests.journeys import commands
-from tests.journeys.conftest import Project, train_gated
+from tests.journeys.conftest import DETECTOR, UNET, Project
 from tests.journeys.stack import BUCKET, MlflowServer, ObjectStore, Postgres
 
 NOTHING_REQUIRED: dict[str, Any] = {"gates": {"production": {}}}
@@ -133,15 +140,20 @@ def gates_on(team: Team, **production: Any) -> dict:
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory, airfield) -> tuple[Path, Path, Path]:
-    """Saved folders of a U-Net of 4 steps, one of 24, and a detector of 2."""
-    trained = Project(tmp_path_factory.mktemp("saved"), airfield)
-    train_gated(trained, "4", "24")
-    trained.train_detector("--steps", "2")
-    training = trained.folder / ".planes" / "training"
-    by_digest = {folder_digest(p): p for p in training.glob("*/model")}
-    versions = [("gated", "1"), ("gated", "2"), ("planes-det", "1")]
-    weak, good, detector = (by_digest[trained.client.get_model_version(*v).tags["digest"]] for v in versions)
-    return weak, good, detector
+    """Saved folders of a U-Net of 4 steps, one of 24, and a detector with random weights."""
+    folder, train = tmp_path_factory.mktemp("saved"), open_dataset(str(airfield), "train")
+
+    def segmenter(steps: int) -> Path:
+        recipe = load_recipe("demo_unet", [*UNET, "training.epochs=null", f"training.steps={steps}"])
+        assert isinstance(recipe, UNetRecipe)
+        return train_unet(recipe, train, None, folder / str(steps), "cpu")[0]
+
+    recipe = load_recipe("demo_detector", DETECTOR)
+    assert isinstance(recipe, DetectorRecipe)
+    torch.manual_seed(0)
+    weights = build_detector(recipe.architecture, 1).state_dict()
+    detector = save_model(folder / "detector", detector_spec(recipe.architecture, ["plane"], recipe.tiling), weights)
+    return segmenter(4), segmenter(24), detector
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql-s3"])
