@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -222,21 +223,22 @@ def _try_again(
     retried = [[samples[number][position] for position in failed[number]] for number in numbers]
     started, total, changed = time.monotonic(), sum(map(len, retried)), 0
     results: dict[int, dict[int, Instances | Failure]] = {}
-    for place, index, result in progress(runner.results(retried), total, f"trying {total} images again"):
-        number = numbers[place]
-        mine = results.setdefault(number, {})
-        mine[failed[number][index]] = result.above(score_threshold) if isinstance(result, Instances) else result
-        if len(mine) < len(retried[place]):
-            continue
-        # A shard at a time, so that a stop loses no more than one.
-        news = {p: r for p, r in results.pop(number).items() if not _failed_again(r, samples[number][p])}
-        if news:
-            totals = totals_of(folder)
-            if totals is not None:
-                split_into_shards(folder, manifest, dataset, totals)
-            seconds, little = time.monotonic() - started, runner.little(place)
-            replace_in_shard(folder, number, samples[number], news, seconds=seconds, little=little)
-            started, changed = time.monotonic(), changed + len(news)
+    with closing(runner.results(retried)) as arriving:
+        for place, index, result in progress(arriving, total, f"trying {total} images again"):
+            number = numbers[place]
+            mine = results.setdefault(number, {})
+            mine[failed[number][index]] = result.above(score_threshold) if isinstance(result, Instances) else result
+            if len(mine) < len(retried[place]):
+                continue
+            # A shard at a time, so that a stop loses no more than one.
+            news = {p: r for p, r in results.pop(number).items() if not _failed_again(r, samples[number][p])}
+            if news:
+                totals = totals_of(folder)
+                if totals is not None:
+                    split_into_shards(folder, manifest, dataset, totals)
+                seconds, little = time.monotonic() - started, runner.little(place)
+                replace_in_shard(folder, number, samples[number], news, seconds=seconds, little=little)
+                started, changed = time.monotonic(), changed + len(news)
     return changed
 
 
@@ -256,8 +258,9 @@ def _make_missing(
         return len(dataset)
     collected: dict[int, dict[int, Instances | Failure]] = {}
     started, counted = time.monotonic(), runner.timings()
-    with _Writer() as writer:
-        for position, index, result in progress(runner.results(unscored), total, f"scoring with {manifest.label}"):
+    # Ended at once where the caller stops or fails: Ray's pipeline must not outlive its cluster.
+    with _Writer() as writer, closing(runner.results(unscored)) as arriving:
+        for position, index, result in progress(arriving, total, f"scoring with {manifest.label}"):
             mine = collected.setdefault(position, {})
             mine[index] = result.above(score_threshold) if isinstance(result, Instances) else result
             if len(mine) < len(unscored[position]):

@@ -6,7 +6,7 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -98,7 +98,7 @@ class LocalRunner:
         """See `Runner`."""
         return self._little.pop(position, [])
 
-    def results(self, shards: Sequence[Sequence[Sample]]) -> Iterator[ShardResult]:
+    def results(self, shards: Sequence[Sequence[Sample]]) -> Generator[ShardResult, None, None]:
         """See `Runner`. Images of one size share a batch; tiles of all images do.
 
         The images of a batch depend on nothing but its shard, so that a shard made again is the same.

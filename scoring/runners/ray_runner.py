@@ -13,7 +13,7 @@ import pickle
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,7 +79,7 @@ class RayRunner:
         """See `Runner`."""
         return self._little.pop(position, [])
 
-    def results(self, shards: Sequence[Sequence[Sample]]) -> Iterator[ShardResult]:
+    def results(self, shards: Sequence[Sequence[Sample]]) -> Generator[ShardResult, None, None]:
         """See `Runner`. A lost actor is started anew, and its shards are predicted again.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Protocol
 
 from models.instances import Instances
@@ -16,8 +16,8 @@ ShardResult = tuple[int, int, Instances | Failure]
 class Runner(Protocol):
     """Predicts shards; every image of them comes out once, as Instances or Failure."""
 
-    def results(self, shards: Sequence[Sequence[Sample]]) -> Iterator[ShardResult]:
-        """Results in any order; they depend on nothing but the image's shard."""
+    def results(self, shards: Sequence[Sequence[Sample]]) -> Generator[ShardResult, None, None]:
+        """Results in any order; they depend on nothing but the image's shard. Whoever stops early closes them."""
         ...
 
     def little(self, position: int) -> list[str]:
