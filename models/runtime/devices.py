@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -51,16 +50,6 @@ def pick_precision(device: str, requested: Literal["auto", "32", "bf16-mixed", "
     # torch.cuda.is_bf16_supported() says yes where bfloat16 is emulated too (T4, V100), slower than float32.
     native = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
     return "bf16-mixed" if native else "16-mixed"
-
-
-def pick_workers(device: str, requested: int | None) -> int:
-    """Number of processes that prepare training batches: the requested one, or one that suits the device.
-
-    A GPU waits for its batches where one process makes them; on a CPU the network takes all cores itself.
-    """
-    if requested is not None:
-        return requested
-    return 0 if device == "cpu" else min(8, (os.cpu_count() or 1) // 2)
 
 
 @contextmanager

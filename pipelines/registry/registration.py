@@ -128,7 +128,7 @@ def log_and_register(
 
 def _requirement(package: str) -> str:
     """``package==version`` as installed here; OpenCV under whichever of its four names it is; else the bare name."""
-    for name in (package, *(OPENCV if package in OPENCV else ())):
+    for name in OPENCV if package in OPENCV else (package,):
         with suppress(PackageNotFoundError):
             return f"{name}=={installed(name)}"
     return package

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from models.errors import ModelError, one_line
-from models.runtime.devices import Precision, pick_precision, pick_workers, precision
+from models.runtime.devices import Precision, pick_precision, precision
 from pipelines.recipes.settings import OptimizerSettings, TrainingSettings
 from pipelines.training.checkpoints import keep_best, read_best, save_best, write_atomically
 
@@ -308,6 +309,16 @@ class _Remaining(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.batches[self.start + index]
+
+
+def pick_workers(device: str, requested: int | None) -> int:
+    """Number of processes that prepare training batches: the requested one, or one that suits the device.
+
+    A GPU waits for its batches where one process makes them; on a CPU the network takes all cores itself.
+    """
+    if requested is not None:
+        return requested
+    return 0 if device == "cpu" else min(8, (os.cpu_count() or 1) // 2)
 
 
 def step_loader(batches: Batches, start: int, total: int, workers: int) -> torch.utils.data.DataLoader:

@@ -7,9 +7,9 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from scoring.jobs.retry import can_be_tried_again, failed_before, replace_in_sha
 from scoring.jobs.shards import ERRORS, INSTANCES, finished, join_shards, totals_of, write_shard
 from scoring.reader import Failure
 from scoring.runners.local import LocalRunner, auto_batch, auto_workers
-from scoring.runners.runner import Runner
+from scoring.runners.runner import Runner, ShardResult
 from scoring.writers import kaggle, parquet
 
 
@@ -223,8 +223,8 @@ def _try_again(
     retried = [[samples[number][position] for position in failed[number]] for number in numbers]
     started, total, changed = time.monotonic(), sum(map(len, retried)), 0
     results: dict[int, dict[int, Instances | Failure]] = {}
-    with closing(runner.results(retried)) as arriving:
-        for place, index, result in progress(arriving, total, f"trying {total} images again"):
+    with _arriving(runner, retried, progress, f"trying {total} images again") as arriving:
+        for place, index, result in arriving:
             number = numbers[place]
             mine = results.setdefault(number, {})
             mine[failed[number][index]] = result.above(score_threshold) if isinstance(result, Instances) else result
@@ -258,9 +258,8 @@ def _make_missing(
         return len(dataset)
     collected: dict[int, dict[int, Instances | Failure]] = {}
     started, counted = time.monotonic(), runner.timings()
-    # Ended at once where the caller stops or fails: Ray's pipeline must not outlive its cluster.
-    with _Writer() as writer, closing(runner.results(unscored)) as arriving:
-        for position, index, result in progress(arriving, total, f"scoring with {manifest.label}"):
+    with _Writer() as writer, _arriving(runner, unscored, progress, f"scoring with {manifest.label}") as arriving:
+        for position, index, result in arriving:
             mine = collected.setdefault(position, {})
             mine[index] = result.above(score_threshold) if isinstance(result, Instances) else result
             if len(mine) < len(unscored[position]):
@@ -277,6 +276,18 @@ def _make_missing(
             )
             started, counted = now, timings
     return len(dataset) - total
+
+
+@contextmanager
+def _arriving(
+    runner: Runner, shards: Sequence[Sequence[Sample]], progress: Progress, label: str
+) -> Iterator[Iterable[ShardResult]]:
+    """The runner's results under a progress bar.
+
+    They end at once where the caller stops or fails: Ray's pipeline must not outlive its cluster.
+    """
+    with closing(runner.results(shards)) as results:
+        yield progress(results, sum(map(len, shards)), label)
 
 
 class _Writer:

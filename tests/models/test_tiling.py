@@ -202,10 +202,10 @@ def test_a_predictor_without_masks_gives_none():
 
 def test_no_dense_mask_of_a_large_image_is_made():
     class Field:
-        """12,000 x 12,000 pixels that exist only where they are looked at, a plane on every 1,900th."""
+        """20,000 x 20,000 pixels that exist only where they are looked at, a plane on every 1,900th."""
 
-        shape = (12_000, 12_000, 3)
-        planes = tuple((y, x) for y in range(40, 12_000, 1900) for x in range(60, 12_000, 1900))
+        shape = (20_000, 20_000, 3)
+        planes = tuple((y, x) for y in range(40, 20_000, 1900) for x in range(60, 20_000, 1900))
 
         def __getitem__(self, key):
             rows, columns = key

@@ -10,8 +10,9 @@ import torch
 from models.runtime.devices import pick_device
 from pipelines.data.readers.opening import open_dataset
 from pipelines.recipes.reading import load_recipe
+from pipelines.training import loop
 from pipelines.training.detector import train_detector
-from pipelines.training.loop import CHECKPOINT
+from pipelines.training.loop import CHECKPOINT, step_loader
 from pipelines.training.unet import train_unet
 from tests.gpu import fake_gpu
 
@@ -49,6 +50,9 @@ def _train(name, data, folder, device, *more):
 )
 def test_every_task_trains_on_a_gpu(name, capability, data, tmp_path, monkeypatch):
     gpu = fake_gpu(monkeypatch, capability)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    processes = []
+    monkeypatch.setattr(loop, "step_loader", lambda *given: processes.append(given[-1]) or step_loader(*given))
     device = pick_device("auto")
     assert device == "cuda"
     saved, outcome = _train(name, data, tmp_path, device)
@@ -58,6 +62,7 @@ def test_every_task_trains_on_a_gpu(name, capability, data, tmp_path, monkeypatc
     assert saved.is_dir()
     assert gpu.moved
     assert gpu.pinned
+    assert processes == [2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: its files can be read")

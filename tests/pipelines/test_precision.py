@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from models.errors import ModelError, RecipeError
-from models.runtime.devices import pick_device, pick_precision, pick_workers
+from models.runtime.devices import pick_device, pick_precision
 from models.saved.folder import read_weights
 from pipelines.data.readers.opening import open_dataset
 from pipelines.recipes.reading import load_recipe
 from pipelines.recipes.settings import TrainingSettings
 from pipelines.training.detector import train_detector
-from pipelines.training.loop import CHECKPOINT, run
+from pipelines.training.loop import CHECKPOINT, pick_workers, run
 from pipelines.training.unet import segmenter_loss, train_unet
 from tests.pipelines.test_gpu_training import MOBILE
 from tests.pipelines.test_loop import _job, _Stop
