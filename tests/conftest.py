@@ -98,11 +98,19 @@ def dota() -> Path:
 
 
 @pytest.fixture(scope="session")
-def airfield(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all processes of this run, for what each would make again; nothing in it is changed once made."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def airfield(shared: Path) -> Path:
     """A small synthetic airfield: 5 training and 2 test scenes of 512 pixels."""
     from pipelines.data.synthetic.scenes import AirfieldSettings, prepare_airfield
 
-    folder = tmp_path_factory.mktemp("data") / "airfield"
+    # Of several processes one draws it, the others wait.
+    folder = shared / "data" / "airfield"
     prepare_airfield(folder, AirfieldSettings(train=5, test=2, size=512, planes_min=6, planes_max=9))
     return folder
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from models.errors import ModelError
+from models.runtime.instructions import has_bfloat16_tiles
 
 
 def pick_device(device: str) -> str:
@@ -40,13 +41,13 @@ Precision = Literal["32", "bf16-mixed", "16-mixed"]
 def pick_precision(device: str, requested: Literal["auto", "32", "bf16-mixed", "16-mixed"]) -> Precision:
     """Pick the precision to train in on a device of `pick_device`: the requested one, or one that suits the device.
 
-    ``auto`` is full precision on a CPU, bfloat16 on a GPU that computes in it and float16 on
-    any other.
+    ``auto`` is bfloat16 on a CPU with AMX and full precision on any other; on a GPU it is bfloat16
+    where that computes in it, else float16.
     """
     if requested != "auto":
         return requested
     if device == "cpu":
-        return "32"
+        return "bf16-mixed" if has_bfloat16_tiles() else "32"
     # torch.cuda.is_bf16_supported() says yes where bfloat16 is emulated too (T4, V100), slower than float32.
     native = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
     return "bf16-mixed" if native else "16-mixed"

@@ -125,6 +125,9 @@ def plan_training(request: TrainingRequest) -> Plan:
         more.append(training_config(recipe, Path(), device).dump())
     elif request.num_gpus > 1:
         raise RecipeError("--num-gpus: several GPUs are used by the Detectron2 engine only")
+    else:
+        # What auto means here: weights of another precision would be others.
+        more.append(f"precision={pick_precision(device, recipe.training.precision)}")
     data = _data(request, recipe)
     key = recipe.key(data.train.digest(), data.val.digest() if data.val else "", source_digest(), *more)
     inputs = Inputs.of(recipe.key(source_digest(), *more), data.train, data.val)

@@ -14,12 +14,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from filelock import FileLock
 from mlflow.projects.utils import load_project
 from mlflow.tracking import MlflowClient
 
 from pipelines.registry.model_versions import Registry
 from pipelines.registry.registration import log_and_register
 from pipelines.tracking import mlflow_runs
+from pipelines.tracking.moved_store import follow_move
 from tests.journeys import commands
 from tests.stores import new_store
 
@@ -132,13 +134,21 @@ def error_line(done: subprocess.CompletedProcess) -> str:
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory, airfield: Path) -> Project:
+def project(tmp_path_factory: pytest.TempPathFactory, shared: Path, airfield: Path) -> Project:
     """planes-unet/1 (8 steps) and planes-det/1 (40 steps) trained and registered."""
-    made = Project(tmp_path_factory.mktemp("project"), airfield)
-    made.train_unet("--steps", "8")
-    # The best of ten validations is taken; more than two checkpoints are looked at by nobody.
-    made.train_detector("--steps", "40", "--set", "training.checkpoint_every=20")
-    return made
+    trained = shared / "trained-project"
+    # Of several processes one trains, the others wait; each takes a copy, whose store follows the move.
+    with FileLock(shared / "trained-project.lock"):
+        if not trained.exists():
+            made = Project(tmp_path_factory.mktemp("training"), airfield)
+            made.train_unet("--steps", "8")
+            # The best of ten validations is taken; more than two checkpoints are looked at by nobody.
+            made.train_detector("--steps", "40", "--set", "training.checkpoint_every=20")
+            made.folder.rename(trained)
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
+    assert follow_move(folder / "mlflow.db")
+    return Project(folder, airfield)
 
 
 def train_gated(project: Project, *steps: str) -> None:

@@ -119,15 +119,13 @@ def test_torchvision_mask_rcnn_trains_registers_and_scores(project):
     assert [c["settings"]["kind"] for c in content] == ["bbox", "segm"]
 
 
-def test_without_detectron2_one_line_says_how_to_get_it(project, tmp_path):
-    """A stand-in that cannot be imported takes the place of an absent Detectron2, installed or not."""
-    hidden = tmp_path / "hidden"
-    hidden.mkdir()
-    (hidden / "sitecustomize.py").write_text(
-        "import importlib.util as u\nfind = u.find_spec\n"
-        "u.find_spec = lambda name, package=None: None if name.split('.')[0] == 'detectron2' else find(name, package)\n"
+def test_without_detectron2_one_line_says_how_to_get_it(project, monkeypatch):
+    """As where Detectron2 is absent, installed here or not."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name.split(".")[0] == "detectron2" else find(name, *more)
     )
-    done = _train(project, "train_detector", "--recipe", "course_det_default", code=1, PYTHONPATH=str(hidden))
+    done = _train(project, "train_detector", "--recipe", "course_det_default", code=1)
     line = error_line(done)
     assert "Detectron2 is not installed" in line
     assert "conda install -c conda-forge detectron2" in line

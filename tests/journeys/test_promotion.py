@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
-
 import pytest
 
 from tests.journeys.conftest import error_line
@@ -59,29 +55,6 @@ def test_the_story_of_an_alias(gated):
     both = next(r for r in refused if r.data.tags["version"] == "gated/3")
     assert both.data.metrics["candidate/IoU"] > both.data.metrics["baseline/IoU"]
     assert "gain" in both.data.tags["reason"]
-
-
-def test_a_version_is_not_promoted_on_images_that_it_was_trained_on(composed, tmp_path):
-    """Nor is a composition whose parts were; what they were trained on travels with the versions."""
-    project, _ = composed
-    data = shutil.copytree(project.data, tmp_path / "airfield")
-    content = json.loads((data / "train_coco.json").read_text())
-    content["images"] = content["images"][:2]
-    kept = {image["id"] for image in content["images"]}
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
-    (data / "train_coco.json").write_text(json.dumps(content))
-    train = ("--data", str(data), "--split", "train", "--alias", "judged")
-    for model in ("planes-det/1", "outliner/1", "planes-inst/1"):
-        done = project.step("promote", "--model", model, *train, code=2)
-        assert re.search(r"FAIL +images +airfield/train +none trained on +2 of 2 \(first: A0000\)", done.stdout), (
-            done.stdout
-        )
-        assert "judged" not in project.client.get_registered_model(model.partition("/")[0]).aliases
-    shown = project.registry("show", "planes-inst/1").stdout
-    assert re.search(r"training images +5\n", shown)
-    project.registry("copy", "planes-inst/1", "other-inst")
-    done = project.step("promote", "--model", "other-inst/1", *train, code=2)
-    assert "2 of 2" in done.stdout
 
 
 def test_mistakes_are_one_line(gated):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+from pathlib import Path
 
+import mlflow
 import pytest
+
+from tests.journeys import commands
 
 pytestmark = pytest.mark.xdist_group("versions")
 
@@ -24,7 +28,7 @@ print("rows", len(one), "code", models.__file__)
 """
 
 
-@pytest.mark.parametrize("name", ["planes-det", "planes-unet"])
+@pytest.mark.parametrize("name", ["planes-det", pytest.param("planes-unet", marks=pytest.mark.soak)])
 def test_loads_in_another_folder_with_its_own_code(project, tmp_path, name):
     image = str(project.data / "test" / "A0005.png")
     store = f"sqlite:///{project.folder / 'mlflow.db'}"
@@ -45,6 +49,8 @@ def test_refuses_where_another_package_models_is_imported(project, tmp_path):
     assert str(tmp_path / "models") in done.stderr
 
 
+# What serves over HTTP in test_serving.py, from a file.
+@pytest.mark.soak
 def test_mlflow_models_predict(project, tmp_path):
     image = project.data / "test" / "A0005.png"
     rows = [[str(image)], [base64.b64encode(image.read_bytes()).decode()]]
@@ -61,23 +67,15 @@ def test_mlflow_models_predict(project, tmp_path):
     assert {"x1", "y1", "x2", "y2", "score"} <= set(by_image["0"][0])
 
 
-def test_the_version_has_signature_example_and_pinned_requirements(project):
-    version = project.client.get_model_version("planes-unet", "1")
-    script = (
-        "import mlflow, sys; mlflow.set_tracking_uri(sys.argv[1]); m = mlflow.models.get_model_info(sys.argv[2]);"
-        "print(m.signature.inputs, m.signature.outputs is not None, m.saved_input_example_info['artifact_path'])"
-    )
-    store = f"sqlite:///{project.folder / 'mlflow.db'}"
-    done = project.run("python", "-c", script, store, f"models:/planes-unet/{version.version}")
-    assert "'image': string" in done.stdout
-    assert "True" in done.stdout
-    folder = (
-        project.run(
-            "mlflow", "artifacts", "download", "-u", f"models:/planes-unet/{version.version}", MLFLOW_TRACKING_URI=store
-        )
-        .stdout.strip()
-        .splitlines()[-1]
-    )
-    names = {p.name for p in __import__("pathlib").Path(folder).rglob("*")}
+def test_the_version_has_signature_example_and_pinned_requirements(project, tmp_path):
+    with commands.working_in(project.folder, project.env(MLFLOW_TRACKING_URI=f"sqlite:///{project.folder / 'mlflow.db'}")):
+        described = mlflow.models.get_model_info("models:/planes-unet/1")
+        folder = Path(mlflow.artifacts.download_artifacts("models:/planes-unet/1", dst_path=str(tmp_path)))
+    assert "'image': string" in str(described.signature.inputs)
+    assert described.signature.outputs is not None
+    assert (folder / described.saved_input_example_info["artifact_path"]).exists()
+    names = {p.name for p in folder.rglob("*")}
     assert {"model.json", "weights.safetensors", "requirements.txt"} <= names
     assert not {n for n in names if n.endswith((".pkl", ".pth", ".pt"))}
+    pinned = (folder / "requirements.txt").read_text().splitlines()
+    assert all("==" in line for line in pinned), pinned

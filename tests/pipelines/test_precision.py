@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from models.errors import ModelError, RecipeError
+from models.runtime import instructions
 from models.runtime.devices import pick_device, pick_precision
 from models.saved.folder import read_weights
 from pipelines.data.readers.opening import open_dataset
@@ -18,6 +19,7 @@ from pipelines.recipes.settings import TrainingSettings
 from pipelines.training.detector import train_detector
 from pipelines.training.loop import CHECKPOINT, pick_workers, run
 from pipelines.training.unet import segmenter_loss, train_unet
+from pipelines.use_cases.training import TrainingRequest, plan_training
 from tests.pipelines.test_gpu_training import MOBILE
 from tests.pipelines.test_loop import _job, _Stop
 
@@ -173,8 +175,39 @@ def test_a_checkpoint_without_a_scale_goes_on(tmp_path):
     assert len(run(_scaled_job(tmp_path, _Counting(None))).history) == 20
 
 
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [("fpu amx_bf16 amx_tile avx512_bf16", "bf16-mixed"), ("fpu avx512_bf16 amx_int8", "32"), ("", "32"), (None, "32")],
+)
+def test_a_cpu_trains_in_bfloat16_where_it_multiplies_matrices_of_it(flags, kind, monkeypatch, tmp_path):
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nvmx flags : amx_bf16\nflags\t\t: {flags}\nbugs : amx_bf16\n")
+    monkeypatch.setattr(instructions, "CPU_INFO", tmp_path / "cpuinfo")
+    instructions.cpu_flags.cache_clear()
+    try:
+        assert pick_precision("cpu", "auto") == kind
+        assert pick_precision("cpu", "32") == "32"
+    finally:
+        instructions.cpu_flags.cache_clear()
+
+
+def test_a_training_of_another_precision_is_another_training(airfield, monkeypatch, tmp_path):
+    def plan(precision="auto"):
+        overrides = ("training.precision=" + precision,)
+        which = {"task": "unet", "recipe": "demo_unet", "register_as": "u", "overrides": overrides}
+        request = TrainingRequest(data=str(airfield), work_dir=str(tmp_path), **which)
+        return plan_training(request).key
+
+    keys = []
+    for flags in ({"amx_bf16"}, set()):
+        monkeypatch.setattr(instructions, "cpu_flags", lambda known=flags: known)
+        keys += [plan(), plan("32")]
+    (with_amx, full), (without, same) = keys[:2], keys[2:]
+    assert full == same
+    assert len({with_amx, without, full}) == 3
+
+
 def test_precision_of_each_device(monkeypatch):
-    assert pick_precision("cpu", "auto") == "32"
     assert pick_precision("cpu", "bf16-mixed") == "bf16-mixed"
     monkeypatch.setattr(torch.version, "hip", None, raising=False)
     for capability, kind in {(7, 0): "16-mixed", (7, 5): "16-mixed", (8, 0): "bf16-mixed", (9, 0): "bf16-mixed"}.items():

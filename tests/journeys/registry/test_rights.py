@@ -81,7 +81,7 @@ def test_who_releases_one_model_needs_that_and_the_journal(team_with_logins):
     assert [e["state"] for e in team.entries(name)] == ["committed"]
 
 
-@pytest.mark.parametrize("right", ["EDIT", "MANAGE"])
+@pytest.mark.parametrize("right", ["EDIT", pytest.param("MANAGE", marks=pytest.mark.soak)])
 def test_who_may_move_but_not_delete_aliases_is_not_stopped_by_that(team_with_logins, right):
     team = team_with_logins
     releaser = team.server.add_user(f"releaser-{right}", registered_model=right, experiment="EDIT")

@@ -1,0 +1,23 @@
+"""What this machine's CPU can compute in."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Names of the CPU's instruction sets as Linux has them (``amx_bf16``, ``avx512_bf16``); empty elsewhere."""
+    try:
+        lines = CPU_INFO.read_text(errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
+
+
+def has_bfloat16_tiles() -> bool:
+    """Whether the CPU multiplies matrices of bfloat16 by itself (Intel AMX)."""
+    return "amx_bf16" in cpu_flags()
