@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -255,9 +256,14 @@ def log_params(params: Mapping[str, Any]) -> None:
 
 def log_environment() -> None:
     """Log interpreter, machine and installed packages as ``environment.txt``."""
-    packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions()}, key=str.lower)
     head = [f"# Python {platform.python_version()}", f"# {platform.platform()}", f"# {os.cpu_count()} logical CPUs"]
-    mlflow.log_text("\n".join([*head, *packages]) + "\n", "environment.txt")
+    mlflow.log_text("\n".join([*head, *_installed()]) + "\n", "environment.txt")
+
+
+@cache
+def _installed() -> list[str]:
+    """``package==version`` of all installed packages; a second to read, and the same as long as this process runs."""
+    return sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions()}, key=str.lower)
 
 
 class MlflowListener:

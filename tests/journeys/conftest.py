@@ -111,9 +111,15 @@ class Project:
 
     def entry_point(self, entry: str, **parameters: str) -> subprocess.CompletedProcess:
         """Run the command that `mlflow run` makes of an entry point of the folder's MLproject in this process."""
+        return self.run(*self._command_of(entry, parameters), MLFLOW_EXPERIMENT_NAME="planes")
+
+    def start_entry_point(self, entry: str, **parameters: str) -> commands.Running:
+        """Start that command in a process of its own."""
+        return self.start(*self._command_of(entry, parameters), MLFLOW_EXPERIMENT_NAME="planes")
+
+    def _command_of(self, entry: str, parameters: Mapping[str, str]) -> list[str]:
         loaded = load_project(str(self.folder)).get_entry_point(entry)
-        command = loaded.compute_command(parameters, storage_dir=None)
-        return self.run(*shlex.split(command), MLFLOW_EXPERIMENT_NAME="planes")
+        return shlex.split(loaded.compute_command(dict(parameters), storage_dir=None))
 
     def train_unet(self, *arguments: str, **options) -> subprocess.CompletedProcess:
         """Train a tiny U-Net."""
@@ -169,7 +175,8 @@ def gated(project: Project) -> Project:
 @pytest.fixture(scope="session")
 def composed(project):
     """planes-inst/1 from planes-det/1 and a U-Net that has learnt a little, and what the command said."""
-    project.train_unet("--name", "outliner", "--steps", "40")
+    rarely = " ".join(("training.evaluate_every=20", "training.checkpoint_every=20"))
+    project.train_unet("--name", "outliner", "--steps", "40", "--set", rarely)
     parts = ("--detector", "planes-det/1", "--segmenter", "outliner/1")
     done = project.step("compose", *parts, "--data", str(project.data))
     return project, done.stdout

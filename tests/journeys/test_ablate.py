@@ -1,12 +1,10 @@
-"""`mlflow run . -e ablate`: one parent, its children, table and chart; killed, it finishes only what is missing."""
+"""The entry point `ablate`: one parent, its children, table and chart; killed, it finishes only what is missing."""
 
 from __future__ import annotations
 
 import csv
 import io
-import os
 import signal
-import subprocess
 import time
 
 import pytest
@@ -19,11 +17,6 @@ pytestmark = [pytest.mark.xdist_group("mlproject"), pytest.mark.slow]
 SMALL = (
     "training.batch_size=2 window=128 training.evaluate_every=10 training.checkpoint_every=2 architecture.max_detections=20"
 )
-
-
-def _command(project, **parameters):
-    flags = [flag for key, value in parameters.items() for flag in ("-P", f"{key}={value}")]
-    return ["mlflow", "run", ".", "-e", "ablate", "--env-manager", "local", "--experiment-name", "planes", *flags]
 
 
 def _runs(project, **tags):
@@ -42,19 +35,16 @@ def _table(project, run):
 def test_killed_in_the_middle_it_finishes_only_the_missing_variant(project_copy):
     parameters = {"data": str(project_copy.data), "grid": "optimizer.lr=0.001,0.0005"}
     parameters["overrides"] = f"training.steps=10 {SMALL}"
-    command = _command(project_copy, **parameters)
-    process = subprocess.Popen(
-        command, cwd=project_copy.folder, env=project_copy.env(), start_new_session=True, stdout=subprocess.DEVNULL
-    )
+    running = project_copy.start_entry_point("ablate", **parameters)
     deadline = time.monotonic() + 300
     folders = project_copy.folder / ".planes" / "training"
     # Looked at only once the second training has begun: by then nobody creates the store any more.
     while len(list(folders.glob("planes-ablation-*/run.json"))) < 2 or not list(folders.glob("*/checkpoint.pt")):
         assert time.monotonic() < deadline, "the second variant never began"
-        assert process.poll() is None, "the ablation ended before it was killed"
+        assert running.process.is_alive(), "the ablation ended before it was killed"
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    running.kill()
+    assert running.wait().returncode == -signal.SIGKILL
     finished, unfinished = sorted(_runs(project_copy, task="detector"), key=lambda r: r.info.start_time)
     assert (finished.info.status, unfinished.info.status) == ("FINISHED", "RUNNING")
 

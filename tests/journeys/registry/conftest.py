@@ -118,8 +118,8 @@ class Team:
         return self.store.s3.get_object(Bucket=BUCKET, Key=key)["Body"].read()
 
 
-# What the database and the logins decide is tried on both stores; the rest on PostgreSQL in `make soak`.
-ON_BOTH = ("test_races", "test_rights", "test_verification")
+# Logins and verification are tried on both stores, the rest on PostgreSQL in `make soak`, races thirty rounds long.
+ON_BOTH = ("test_rights", "test_verification")
 
 
 @pytest.hookimpl(tryfirst=True)
