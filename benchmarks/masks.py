@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from models.engines.composed import ComposedArchitecture, ComposedPredictor
-from models.engines.unet.predictor import CropSegmenter, SegmenterArchitecture, build_segmenter, normalise
+from models.engines.unet.crops import normalise
+from models.engines.unet.predictor import TorchSegmenter, build_segmenter
+from models.engines.unet.settings import SegmenterArchitecture
 from models.geometry.rle import rle_iou
 from models.instances import RLE, Instances
 from models.runtime.devices import pick_device
@@ -50,14 +52,14 @@ def main() -> None:
     detections = Instances.make("0", SIZE, SIZE, boxes, np.linspace(1, 0.5, BOXES))
     torch.manual_seed(0)
     architecture = SegmenterArchitecture(network="unet", encoder="resnet18", crop_size=128)
-    segmenter = CropSegmenter(build_segmenter(architecture), architecture, device)
+    segmenter = TorchSegmenter(build_segmenter(architecture), architecture, device)
     whole = ComposedPredictor(_Known(detections), segmenter, ComposedArchitecture(overlaps="keep"))
     crops = rng.integers(0, 256, (BOXES, 128, 128, 3), dtype=np.uint8)
 
     @torch.inference_mode()
     def bare() -> None:
         for start in range(0, BOXES, segmenter.batch):
-            segmenter.model(normalise(crops[start : start + segmenter.batch]).to(segmenter.device))
+            segmenter.model(torch.from_numpy(normalise(crops[start : start + segmenter.batch])).to(segmenter.device))
 
     def one_by_one() -> list[RLE]:
         return [segmenter.masks_in_boxes([image], [detections.boxes[i : i + 1]])[0][0] for i in range(BOXES)]

@@ -18,13 +18,16 @@ from models.tiling.predictor import by_tiles
 from models.tiling.settings import Tiling
 
 # (kind, engine) -> function that builds a predictor from (spec, weights, device), imported on use;
-# that of a composition takes the folder instead of weights.
+# those of compositions and twins take the folder instead of weights.
 BUILDERS = {
     ("detector", "torchvision"): "models.engines.torchvision.predictor:load_detector",
     ("detector", "detectron2"): "models.engines.detectron2.predictor:load_detectron2",
     ("instance_segmenter", "torchvision"): "models.engines.torchvision.predictor:load_detector",
     ("instance_segmenter", "detectron2"): "models.engines.detectron2.predictor:load_detectron2",
     ("instance_segmenter", "composed"): "models.engines.composed:load_composed",
+    ("detector", "openvino"): "models.engines.openvino.predictor:load_twin",
+    ("instance_segmenter", "openvino"): "models.engines.openvino.predictor:load_twin",
+    ("segmenter", "openvino"): "models.engines.openvino.predictor:load_twin",
     ("segmenter", "smp"): "models.engines.unet.predictor:load_segmenter",
     ("segmenter", "skipnet"): "models.engines.unet.predictor:load_segmenter",
 }
@@ -56,6 +59,10 @@ def load_model(folder: str | Path, device: str = "cpu", tiling: Mapping[str, Any
     if spec.engine == "composed":
         return build(spec, Path(folder), device, tiling, load_model)
     used = retiled(spec, tiling or {})
+    if spec.engine == "openvino":
+        if device not in ("auto", "cpu"):
+            raise ModelError(f"{folder}: a twin for CPUs; use --device cpu, or --runtime torch")
+        return by_tiles(build(spec, Path(folder)), used, "cpu")
     return by_tiles(build(spec, read_weights(folder), device), used, pick_device(device))
 
 

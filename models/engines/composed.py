@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.engines.unet.predictor import CropSegmenter
+from models.engines.unet.crops import CropSegmenter
 from models.errors import ModelError
 from models.geometry.box_pairs import pairs_among
 from models.geometry.rle import CropMask, rle_paste
@@ -145,5 +145,6 @@ def load_composed(
         if kind != role:
             raise ModelError(f"{folder / role}: is a {kind}, a {role} is needed")
     segmenter = load(folder / SEGMENTER, device)
-    assert isinstance(segmenter, CropSegmenter)
+    if not isinstance(segmenter, CropSegmenter):
+        raise ModelError(f"{folder / SEGMENTER}: outlines no crops")
     return ComposedPredictor(load(folder / DETECTOR, device, tiling), segmenter, architecture)

@@ -5,25 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Literal
-
-import torch
-from torch import nn
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
 
 from models.errors import ModelError
 from models.runtime.instructions import has_bfloat16_tiles
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
 
 def pick_device(device: str) -> str:
-    """Turn ``auto`` into ``cuda`` or ``cpu`` and check that a named device exists.
+    """Turn ``auto`` into ``cuda`` or ``cpu`` and check that a named device exists; without torch there is the CPU alone.
 
     Raises:
         ModelError: unknown or absent device.
     """
+    if device == "cpu" or (device == "auto" and find_spec("torch") is None):
+        return "cpu"
+    import torch
+
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        return device
     kind, _, number = device.partition(":")
     if kind != "cuda" or not (number.isdecimal() or device == "cuda"):
         raise ModelError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
@@ -48,6 +52,8 @@ def pick_precision(device: str, requested: Literal["auto", "32", "bf16-mixed", "
         return requested
     if device == "cpu":
         return "bf16-mixed" if has_bfloat16_tiles() else "32"
+    import torch
+
     # torch.cuda.is_bf16_supported() says yes where bfloat16 is emulated too (T4, V100), slower than float32.
     native = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
     return "bf16-mixed" if native else "16-mixed"
@@ -59,6 +65,8 @@ def precision(device: str, kind: Precision) -> Iterator[None]:
     if kind == "32":
         yield
         return
+    import torch
+
     dtype = torch.bfloat16 if kind == "bf16-mixed" else torch.float16
     with torch.autocast(device.partition(":")[0], dtype):
         yield
@@ -75,6 +83,8 @@ def channels_last(model: nn.Module) -> nn.Module:
     Measured on 2 CPU cores: a training step of a ResNet-18 U-Net took 0.84 s this way
     and 1.36 s the other, one of a small Faster R-CNN 0.48 and 0.53 s.
     """
+    import torch
+
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -21,3 +22,11 @@ def cpu_flags() -> frozenset[str]:
 def has_bfloat16_tiles() -> bool:
     """Whether the CPU multiplies matrices of bfloat16 by itself (Intel AMX)."""
     return "amx_bf16" in cpu_flags()
+
+
+def cpu_threads() -> int:
+    """Threads that a network may take: ``OMP_NUM_THREADS``, else one for each CPU that this process may use."""
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if given.isdecimal() and int(given):
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,8 +11,15 @@ from models.errors import ModelError
 
 SPEC_FILE = "model.json"
 WEIGHTS_FILE = "weights.safetensors"
+# Of a twin, in place of the weights: an OpenVINO network.
+NETWORK_FILE, NETWORK_WEIGHTS_FILE = "network.xml", "network.bin"
 COMPONENTS = ("detector", "segmenter")
-MAX_BYTES = {SPEC_FILE: 1_000_000, WEIGHTS_FILE: 8 * 1024**3}
+MAX_BYTES = {
+    SPEC_FILE: 1_000_000,
+    WEIGHTS_FILE: 8 * 1024**3,
+    NETWORK_FILE: 100_000_000,
+    NETWORK_WEIGHTS_FILE: 8 * 1024**3,
+}
 
 
 def check_names(files: Iterable[tuple[str, int]], where: object) -> None:

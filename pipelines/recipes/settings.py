@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from models.engines.torchvision.network import DetectorArchitecture, MaskArchitecture
-from models.engines.unet.predictor import SegmenterArchitecture
+from models.engines.unet.settings import SegmenterArchitecture
 from models.images.rendering import Rendering
 from models.tiling.settings import Tiling
 from pipelines.data.loading.augment import Augmentation

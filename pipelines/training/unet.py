@@ -11,7 +11,8 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 
-from models.engines.unet.predictor import CropSegmenter, build_segmenter, normalise, segmenter_spec
+from models.engines.unet.crops import normalise
+from models.engines.unet.predictor import TorchSegmenter, build_segmenter, segmenter_spec
 from models.runtime.devices import channels_last
 from models.saved.folder import save_model
 from pipelines.data.dataset import Dataset
@@ -52,7 +53,7 @@ def train_unet(
     def validate(network: nn.Module) -> dict[str, float]:
         if not val:
             return {}
-        predictions = predict_dataset(CropSegmenter(network, recipe.architecture, device), val)
+        predictions = predict_dataset(TorchSegmenter(network, recipe.architecture, device), val)
         masks = {f.image_id: f.masks or () for f in predictions.instances}
         metrics = evaluate_masks(val, [masks.get(s.image_id, ()) for s in val.samples]).finite()
         return metrics | failures_of(predictions, val, batches.unreadable)
@@ -85,7 +86,7 @@ def segmenter_loss(
     def loss(model: nn.Module, batch: tuple[np.ndarray, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
         crops, masks = batch
         # Sums over all pixels of a batch are no work for half precision.
-        logits = model(normalise(crops, normalisation).to(device)).float()
+        logits = model(torch.from_numpy(normalise(crops, normalisation)).to(device)).float()
         target = torch.from_numpy(masks)[:, None].to(device)
         losses = {"loss_bce": bce(logits, target)}
         if name == "bce_dice":

@@ -7,7 +7,8 @@ import torch
 from models.engines.composed import ComposedArchitecture, save_composed
 from models.engines.torchvision.network import DetectorArchitecture, MaskArchitecture, build_detector
 from models.engines.torchvision.predictor import detector_spec
-from models.engines.unet.predictor import SegmenterArchitecture, build_segmenter, segmenter_spec
+from models.engines.unet.predictor import build_segmenter, segmenter_spec
+from models.engines.unet.settings import SegmenterArchitecture
 from models.errors import ModelError
 from models.geometry.rle import rle_decode
 from models.loading import load_model

@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from models.engines.unet.predictor import SegmenterArchitecture, build_segmenter, segmenter_spec
+from models.engines.unet.predictor import build_segmenter, segmenter_spec
+from models.engines.unet.settings import SegmenterArchitecture
 from models.errors import ModelError
 from models.loading import load_model
 from models.saved.allowed_files import MAX_BYTES, check_folder, check_names

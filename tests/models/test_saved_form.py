@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from models.engines.composed import ComposedArchitecture, save_composed
-from models.engines.unet.predictor import SegmenterArchitecture, build_segmenter, segmenter_spec
+from models.engines.unet.predictor import build_segmenter, segmenter_spec
+from models.engines.unet.settings import SegmenterArchitecture
 from models.errors import ModelError
 from models.loading import load_model, retiled
 from models.saved.checkpoints import read_checkpoint

@@ -7,7 +7,8 @@ import torchvision
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from models.engines.torchvision.network import DetectorArchitecture, MaskArchitecture, build_detector
-from models.engines.torchvision.predictor import detector_spec, paste_masks
+from models.engines.torchvision.predictor import detector_spec
+from models.geometry.mask_pasting import paste_masks
 from models.geometry.rle import rle_decode
 from models.loading import load_model
 from models.saved.folder import save_model
@@ -38,9 +39,10 @@ def test_masks_are_pasted_as_torchvision_pastes_them():
     boxes = torch.from_numpy(boxes.clip(0, [width, height, width, height]).astype(np.float32))
     masks = torch.from_numpy(rng.random((40, 1, 28, 28)).astype(np.float32))
     reference = paste_masks_in_image(masks, boxes, (height, width))[:, 0].numpy() >= 0.5
-    ours = np.stack([rle_decode(m) for m in paste_masks(masks[:, 0], boxes, height, width)])
+    ours = np.stack([rle_decode(m) for m in paste_masks(masks[:, 0].numpy(), boxes.numpy(), height, width)])
     assert (ours == reference).all()
     assert ours.any()
+    assert paste_masks(masks[:0, 0].numpy(), boxes[:0].numpy(), height, width) == []
 
 
 def test_masks_of_a_huge_image_need_no_dense_memory(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from models.engines.unet.predictor import SegmenterArchitecture
+from models.engines.unet.settings import SegmenterArchitecture
 from models.geometry.boxes import box_iou
 from models.geometry.rle import CropMask, rle_boxes, rle_decode, rle_encode
 from pipelines.data.loading import augment

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from models.engines.unet.predictor import SegmenterArchitecture
+from models.engines.unet.settings import SegmenterArchitecture
 from models.geometry.boxes import xyxy_to_xywh
 from models.geometry.rle import rle_decode, rle_encode
 from models.instances import Instances

@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError
 import numpy as np
 import pytest
 
-from models.engines.unet.predictor import SegmenterArchitecture, build_segmenter, segmenter_spec
+from models.engines.unet.predictor import build_segmenter, segmenter_spec
+from models.engines.unet.settings import SegmenterArchitecture
 from models.errors import DataError
 from models.saved.folder import save_model
 from pipelines.data.readers.opening import open_dataset

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
-from models.engines.unet.predictor import SegmenterArchitecture, build_segmenter, segmenter_spec
+from models.engines.unet.predictor import build_segmenter, segmenter_spec
+from models.engines.unet.settings import SegmenterArchitecture
 from models.errors import RegistryError
 from models.saved.folder import save_model
 from models.saved.spec import read_spec

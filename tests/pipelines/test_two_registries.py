@@ -9,7 +9,8 @@ import mlflow
 import numpy as np
 import pytest
 
-from models.engines.unet.predictor import SegmenterArchitecture, build_segmenter, segmenter_spec
+from models.engines.unet.predictor import build_segmenter, segmenter_spec
+from models.engines.unet.settings import SegmenterArchitecture
 from models.errors import RegistryError
 from models.saved.folder import folder_digest, save_model
 from pipelines.registry import journal, lineage, promotion

@@ -155,7 +155,7 @@ def test_an_unreadable_image_moves_no_other_one_and_is_said_once(tmp_path, caplo
 
 
 def test_crops_of_an_unreadable_image_are_replaced(tmp_path):
-    from models.engines.unet.predictor import SegmenterArchitecture
+    from models.engines.unet.settings import SegmenterArchitecture
 
     folder = _set(tmp_path / "a")
     _end_early(folder / "train" / "s5.png")

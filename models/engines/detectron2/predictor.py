@@ -244,7 +244,7 @@ class Detectron2Predictor:
         self.model = model.eval()
         self.format = cfg.INPUT.FORMAT
         self.masks = has_masks(cfg)
-        self._resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+        self.resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
     @timed("forward")
     @torch.inference_mode()
@@ -257,7 +257,7 @@ class Detectron2Predictor:
 
         height, width = image.shape[:2]
         original = image[:, :, ::-1] if self.format == "BGR" else image
-        resized = self._resize.get_transform(original).apply_image(original)
+        resized = self.resize.get_transform(original).apply_image(original)
         tensor = torch.as_tensor(np.ascontiguousarray(resized.astype("float32").transpose(2, 0, 1)))
         inputs = [{"image": tensor, "height": height, "width": width}]
         if not self.masks:

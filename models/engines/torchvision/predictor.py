@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torchvision.models.detection.roi_heads import expand_boxes, expand_masks, paste_mask_in_image
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.engines.torchvision.network import DetectorArchitecture, MaskArchitecture, build_detector
 from models.geometry.boxes import clip_boxes
-from models.geometry.rle import rle_paste
+from models.geometry.mask_pasting import paste_masks
 from models.images.rendering import DEFAULT, Rendering
-from models.instances import RLE, Instances
+from models.instances import Instances
 from models.runtime.devices import channels_last, library_versions, pick_device, to_device
 from models.runtime.timing import timed
 from models.saved.checkpoints import build_fitting
@@ -120,22 +119,5 @@ class TorchvisionDetector:
         labels = output["labels"].cpu().numpy() - 1
         masks = None
         if "masks" in output:
-            masks = paste_masks(output["masks"][keep, 0].float().cpu(), torch.from_numpy(boxes[keep]), height, width)
+            masks = paste_masks(output["masks"][keep, 0].float().cpu().numpy(), boxes[keep], height, width)
         return Instances.make(image_id, height, width, boxes[keep], scores[keep], labels=labels[keep], masks=masks)
-
-
-def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int) -> list[RLE]:
-    """Masks of boxes, float (N, M, M), to RLE of the image at a threshold of 0.5.
-
-    The same pixels as torchvision's ``paste_masks_in_image``, made window by window:
-    no dense mask of the image is needed.
-    """
-    padded, scale = expand_masks(masks, 1)
-    pasted = []
-    for mask, box in zip(padded, expand_boxes(boxes, scale).to(torch.int64), strict=True):
-        left, top = max(int(box[0]), 0), max(int(box[1]), 0)
-        right, bottom = min(int(box[2]) + 1, width), min(int(box[3]) + 1, height)
-        origin = torch.tensor([left, top, left, top])
-        pixels = paste_mask_in_image(mask[None], box - origin, bottom - top, right - left)
-        pasted.append(rle_paste(pixels.numpy() >= 0.5, left, top, height, width))
-    return pasted

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from models.engines.unet.predictor import SegmenterArchitecture
+from models.engines.unet.settings import SegmenterArchitecture
 from models.errors import DataError
 from models.geometry.boxes import crop_window
 from models.geometry.rle import CropMask, rle_boxes, rle_decode

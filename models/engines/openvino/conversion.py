@@ -1,0 +1,188 @@
+"""A saved model converted to OpenVINO: its twin, a saved folder of its own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torchvision.models.detection.image_list import ImageList
+
+from models.engines.detectron2.predictor import Detectron2Predictor
+from models.engines.openvino.network import require_openvino
+from models.engines.openvino.settings import ImageInput, TwinArchitecture, TwinPrecision
+from models.engines.torchvision.predictor import TorchvisionDetector
+from models.engines.unet.predictor import TorchSegmenter
+from models.engines.unet.settings import CropSettings
+from models.errors import ModelError, one_line
+from models.predictor import Predictor
+from models.saved.allowed_files import NETWORK_FILE
+from models.saved.folder import write_folder
+from models.saved.spec import ModelSpec
+
+# Sides of the image that a detector is traced with; the network that comes of it takes any.
+TRACED = (224, 256)
+
+
+def save_twin(folder: str | Path, predictor: Predictor, spec: ModelSpec, digest: str, precision: TwinPrecision) -> Path:
+    """Convert a loaded model and write its twin, whole or not at all.
+
+    Args:
+        folder: where to; replaced if it is there.
+        predictor: the model on the CPU, of whole images.
+        spec: of the model.
+        digest: of the model's saved folder, 64 hex digits.
+        precision: what the twin computes in; its weights are saved in float32.
+
+    Raises:
+        EngineMissing: OpenVINO is not installed.
+        ModelError: an engine that has no twin, or a network that OpenVINO cannot convert.
+    """
+    openvino = require_openvino()
+    module, example, settings = _parts(predictor, spec)
+    with _quiet(), torch.inference_mode():
+        try:
+            network = openvino.convert_model(module, example_input=example)
+        except Exception as error:
+            raise ModelError(f"{spec.kind}/{spec.engine}: OpenVINO cannot convert it ({one_line(error, 200)})") from error
+    first = network.inputs[0].get_partial_shape()
+    # One image at a time; crops in batches of any size.
+    shape = [1, 3, -1, -1] if settings.image else [-1, *first[1:]]
+    network.reshape({0: shape, **({1: [2]} if settings.image else {})})
+    architecture = TwinArchitecture(
+        precision=precision, parent_engine=spec.engine, parent_digest=digest, image=settings.image, crop=settings.crop
+    )
+    made = spec.model_copy(
+        update={
+            "engine": "openvino",
+            "architecture": architecture.model_dump(),
+            "versions": {**spec.versions, "openvino": version("openvino")},
+        }
+    )
+    # Otherwise weights would be saved as float16.
+    return write_folder(
+        folder, made, lambda into: openvino.save_model(network, str(into / NETWORK_FILE), compress_to_fp16=False)
+    )
+
+
+class _Settings(NamedTuple):
+    """What the twin's architecture says of its input."""
+
+    image: ImageInput | None = None
+    crop: CropSettings | None = None
+
+
+def _parts(predictor: Predictor, spec: ModelSpec) -> tuple[nn.Module, Any, _Settings]:
+    """The network to trace, an example of its input, and its settings."""
+    if isinstance(predictor, TorchSegmenter):
+        size = predictor.settings.crop_size
+        crop = CropSettings(**{name: getattr(predictor.settings, name) for name in CropSettings.model_fields})
+        return _Probabilities(predictor.model), torch.rand(2, 3, size, size), _Settings(crop=crop)
+    if isinstance(predictor, TorchvisionDetector):
+        example = torch.rand(1, 3, *TRACED), torch.tensor([side - 10 for side in TRACED])
+        return _TorchvisionNetwork(predictor.model), example, _Settings(image=_torchvision_input(predictor.model))
+    if isinstance(predictor, Detectron2Predictor):
+        example = torch.rand(1, 3, *TRACED), torch.tensor([side - 10 for side in TRACED])
+        return _Detectron2Network(predictor.model), example, _Settings(image=_detectron2_input(predictor))
+    raise ModelError(f"{spec.kind}/{spec.engine}: has no twin")
+
+
+class _Probabilities(nn.Module):
+    """A segmenter's network, from normalised crops (B, 3, S, S) to probabilities (B, S, S)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, crops: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.network(crops))[:, 0]
+
+
+class _TorchvisionNetwork(nn.Module):
+    """A torchvision detector between its transforms: one image, resized, normalised and padded.
+
+    Takes it (1, 3, H, W) and the height and width of the image in it; gives boxes in these pixels (N, 4), scores (N),
+    labels from 0 (N), and masks of the boxes (N, 1, M, M) where it has them.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        network: Any = self.network
+        images = ImageList(pixels, [(size[0], size[1])])
+        features = network.backbone(pixels)
+        proposals, _ = network.rpn(images, features, None)
+        detections, _ = network.roi_heads(features, proposals, images.image_sizes, None)
+        found = detections[0]
+        masks = (found["masks"],) if "masks" in found else ()
+        return found["boxes"], found["scores"], found["labels"] - 1, *masks
+
+
+def _torchvision_input(network: Any) -> ImageInput:
+    transform = network.transform
+    return ImageInput(
+        zoom=transform.zoom,
+        min_size=transform.min_size[-1],
+        max_size=transform.max_size,
+        resampling="linear" if transform.zoom is None else "antialias",
+        mean=list(transform.image_mean),
+        std=list(transform.image_std),
+        divisor=transform.size_divisible,
+    )
+
+
+class _Detectron2Network(nn.Module):
+    """A Detectron2 network between its transforms; takes and gives what `_TorchvisionNetwork` does."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        from detectron2.export.torchscript_patch import patch_builtin_len
+        from detectron2.structures import ImageList as Images
+
+        network: Any = self.network
+        images = Images(pixels, [(size[0], size[1])])
+        # Otherwise the number of proposals of this image would be that of all.
+        with patch_builtin_len():
+            features = network.backbone(pixels)
+            if hasattr(network, "head_in_features"):
+                maps = [features[name] for name in network.head_in_features]
+                found = network.forward_inference(images, maps, network.head(maps))[0]
+            else:
+                proposals, _ = network.proposal_generator(images, features, None)
+                found = network.roi_heads(images, features, proposals, None)[0][0]
+        masks = (found.pred_masks,) if found.has("pred_masks") else ()
+        return found.pred_boxes.tensor, found.scores, found.pred_classes, *masks
+
+
+def _detectron2_input(predictor: Detectron2Predictor) -> ImageInput:
+    network: Any = predictor.model
+    resize = predictor.resize
+    return ImageInput(
+        min_size=resize.short_edge_length[0],
+        max_size=resize.max_size,
+        resampling="pillow",
+        bgr=predictor.format == "BGR",
+        scale=1.0,
+        mean=network.pixel_mean.flatten().tolist(),
+        std=network.pixel_std.flatten().tolist(),
+        divisor=network.backbone.size_divisibility,
+        masks="detectron2",
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Tracing warns of every shape that it takes for constant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

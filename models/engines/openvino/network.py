@@ -1,0 +1,129 @@
+"""A saved OpenVINO network, compiled for this CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.engines.openvino.settings import TwinPrecision
+from models.errors import EngineMissing, ModelError, one_line
+from models.runtime.instructions import cpu_flags, cpu_threads
+from models.saved.allowed_files import NETWORK_FILE, NETWORK_WEIGHTS_FILE
+
+GET_IT = "OpenVINO is not installed: pip install openvino (the extra 'openvino'), or score with --runtime torch"
+# Instructions without which a precision is emulated, slower than full precision.
+NEEDS: dict[str, tuple[str, ...]] = {"f32": (), "bf16": ("amx_bf16", "avx512_bf16")}
+
+
+def require_openvino() -> Any:
+    """The package, imported.
+
+    Raises:
+        EngineMissing: it is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise EngineMissing(GET_IT) from error
+    return openvino
+
+
+def supports(precision: TwinPrecision) -> bool:
+    """Whether this CPU computes in a precision by itself."""
+    return not NEEDS[precision] or any(flag in cpu_flags() for flag in NEEDS[precision])
+
+
+def compiled_folder() -> Path:
+    """Where compiled networks are kept: ``compiled`` in ``PLANES_CACHE``, or in ``planes`` of the user's cache folder."""
+    given = os.environ.get("PLANES_CACHE")
+    base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "planes"
+    return base / "compiled"
+
+
+@cache
+def _core() -> Any:
+    return require_openvino().Core()
+
+
+class Network:
+    """A network on this CPU: arrays in, arrays out.
+
+    The compiled form is kept on disk, by the digest of the network's files, the CPU and OpenVINO's version.
+    """
+
+    def __init__(self, folder: Path, precision: TwinPrecision, inputs: Sequence[tuple[str, int]], outputs: Sequence[int]):
+        """Read and compile.
+
+        Args:
+            folder: holds network.xml and network.bin.
+            precision: what the network computes in.
+            inputs: element type and rank that each input must have.
+            outputs: ranks of the outputs, all of which must be there; more may follow.
+
+        Raises:
+            EngineMissing: OpenVINO is not installed.
+            ModelError: files that are no such network; a precision that this CPU only emulates.
+        """
+        if not supports(precision):
+            needed = " or ".join(NEEDS[precision])
+            raise ModelError(f"{folder}: computes in {precision}, which needs a CPU with {needed}; use --runtime torch")
+        openvino = require_openvino()
+        files = [folder / NETWORK_FILE, folder / NETWORK_WEIGHTS_FILE]
+        for path in files:
+            if not path.is_file():
+                raise ModelError(f"{folder}: not a saved twin (no {path.name})")
+        try:
+            model = _core().read_model(*map(str, files))
+            given = [(i.get_element_type().get_type_name(), len(i.get_partial_shape())) for i in model.inputs]
+            ranks = [len(o.get_partial_shape()) for o in model.outputs]
+        except RuntimeError as error:
+            raise ModelError(f"{files[0]}: damaged network ({one_line(error, 160)})") from error
+        if given != list(inputs) or ranks[: len(outputs)] != list(outputs):
+            raise ModelError(f"{files[0]}: takes {given} and gives arrays of ranks {ranks}; no network of this kind does")
+        self.outputs = len(ranks)
+        settings = {
+            # On its own OpenVINO takes bfloat16 wherever the CPU has it.
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+            "INFERENCE_NUM_THREADS": cpu_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+            # Two jobs on one machine would be pinned to the same cores.
+            "ENABLE_CPU_PINNING": False,
+            "CACHE_DIR": str(compiled_folder() / _key(files, openvino)),
+        }
+        try:
+            self._compiled = _core().compile_model(model, "CPU", settings)
+        except RuntimeError as error:
+            raise ModelError(f"{files[0]}: OpenVINO cannot compile it ({one_line(error, 160)})") from error
+        self._request = self._compiled.create_infer_request()
+
+    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        """The outputs, in the order of the network.
+
+        Raises:
+            ModelError: OpenVINO cannot run it on these, or a number that is not finite comes out.
+        """
+        try:
+            results = self._request.infer(list(inputs), share_inputs=True)
+        except RuntimeError as error:
+            raise ModelError(f"OpenVINO: {one_line(error, 200)}") from error
+        arrays = [np.array(results[i]) for i in range(self.outputs)]
+        if not all(np.isfinite(a).all() for a in arrays):
+            raise ModelError("the twin's output holds numbers that are not finite; use --runtime torch")
+        return arrays
+
+
+def _key(files: Sequence[Path], openvino: Any) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    where = [platform.machine(), version("openvino"), *sorted(cpu_flags())]
+    return f"{digest.hexdigest()[:16]}-{hashlib.sha256(' '.join(where).encode()).hexdigest()[:16]}"

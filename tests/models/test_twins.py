@@ -1,0 +1,239 @@
+"""Networks converted to OpenVINO: the predictions of what they were converted from; what is broken is refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+
+import numpy as np
+import pytest
+
+pytest.importorskip("openvino", reason="OpenVINO is not installed")
+
+from models.engines.openvino import network
+from models.errors import EngineMissing, ModelError
+from models.geometry.rle import rle_iou
+from models.loading import load_model
+from models.runtime.instructions import cpu_threads
+from models.saved.spec import read_spec
+from models.twins import check_twin, is_twin, make_twin
+from tests.models.test_contract import MAKERS
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("PLANES_CACHE", str(tmp_path_factory.getbasetemp() / "planes-cache"))
+
+
+def _images():
+    rng = np.random.default_rng(3)
+    sizes = [(96, 128), (128, 96), (97, 61), (40, 300)]
+    return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes] + [np.zeros((64, 64, 3), np.uint8)]
+
+
+def _partners(a, b):
+    """For each detection the other's nearest one, each taken once: scores of random networks are next to equal."""
+    distances = np.abs(a.boxes[:, None] - b.boxes[None]).max(axis=2)
+    order = distances.argmin(axis=1) if len(a) else np.zeros(0, np.int64)
+    assert len(set(order.tolist())) == len(order)
+    return order
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_twin_in_full_precision_predicts_what_its_parent_does(maker, tmp_path):
+    parent = MAKERS[maker](tmp_path / "parent")
+    twin = make_twin(parent, tmp_path / "twin", "f32")
+    assert is_twin(twin)
+    assert not is_twin(parent)
+    check_twin(parent, twin)
+    ours, its = load_model(parent), load_model(twin)
+    planes = 0
+    for image in _images():
+        (a,), (b,) = ours.predict([image]), its.predict([image])
+        planes += len(a)
+        assert len(a) == len(b)
+        assert (a.masks is None) == (b.masks is None)
+        order = _partners(a, b)
+        np.testing.assert_allclose(a.boxes, b.boxes[order], atol=0.01)
+        np.testing.assert_allclose(a.scores, b.scores[order], atol=1e-4)
+        assert (a.labels == b.labels[order]).all()
+        if a.masks is not None and len(a):
+            pairs = [(m, b.masks[i]) for m, i in zip(a.masks, order, strict=True)]
+            # Of two empty masks the IoU is 0.
+            assert np.mean([1.0 if m == other else rle_iou([m], [other])[0, 0] for m, other in pairs]) > 0.995
+    assert planes
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A detector and its twin in full precision; tests take copies."""
+    folder = tmp_path_factory.mktemp("pair")
+    parent = MAKERS["detector"](folder / "parent")
+    return parent, make_twin(parent, folder / "twin", "f32")
+
+
+@pytest.fixture
+def copies(pair, tmp_path):
+    return tuple(shutil.copytree(folder, tmp_path / folder.name) for folder in pair)
+
+
+def _cut(path, share):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+def _of_a_segmenter(twin):
+    other = make_twin(MAKERS["unet"](twin.parent / "unet"), twin.parent / "other", "f32")
+    for name in ("network.xml", "network.bin"):
+        shutil.copy(other / name, twin / name)
+
+
+def _changed(twin, **fields):
+    content = json.loads((twin / "model.json").read_text())
+    content["architecture"] |= fields.pop("architecture", {})
+    (twin / "model.json").write_text(json.dumps({**content, **fields}))
+
+
+BROKEN = {
+    "no network": (lambda t: (t / "network.xml").unlink(), r"no network\.xml"),
+    "no weights": (lambda t: (t / "network.bin").unlink(), r"no network\.bin"),
+    "cut network": (lambda t: _cut(t / "network.xml", 0.5), "damaged network"),
+    "cut weights": (lambda t: _cut(t / "network.bin", 0.5), "damaged network|cannot compile"),
+    "empty weights": (lambda t: (t / "network.bin").write_bytes(b""), "damaged network|cannot compile"),
+    "no XML": (lambda t: (t / "network.xml").write_bytes(b"\x00" * 100), "damaged network"),
+    "a segmenter's network": (_of_a_segmenter, "no network of this kind does"),
+    "a pickle beside it": (lambda t: (t / "weights.pkl").write_bytes(b""), "no saved model has"),
+    "masks that it does not give": (lambda t: _changed(t, kind="instance_segmenter"), "no network of this kind does"),
+    "a segmenter without crops": (lambda t: _changed(t, kind="segmenter"), r"architecture\.crop"),
+    "unknown precision": (lambda t: _changed(t, architecture={"precision": "f8"}), r"architecture\.precision"),
+    "no digest": (lambda t: _changed(t, architecture={"parent_digest": "x"}), r"architecture\.parent_digest"),
+    "no input": (lambda t: _changed(t, architecture={"image": None}), "either image or crop"),
+    "a deviation of zero": (lambda t: _changed(t, architecture={"image": {"mean": [0] * 3, "std": [0] * 3}}), "std"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_twin_is_refused_when_it_is_loaded(how, copies):
+    _, twin = copies
+    spoil, message = BROKEN[how]
+    spoil(twin)
+    with pytest.raises(ModelError, match=message) as error:
+        load_model(twin)
+    assert "\n" not in str(error.value)
+
+
+FOREIGN = {
+    "another model's": (lambda p, t: _changed(t, architecture={"parent_digest": "0" * 64}), "twin of another model"),
+    "a changed parent's": (lambda p, t: _changed(p, versions={"torch": "1"}), "twin of another model"),
+    "another engine's": (lambda p, t: _changed(t, architecture={"parent_engine": "detectron2"}), "twin of another model"),
+    "other classes": (lambda p, t: _changed(t, classes=["helicopter"]), "classes is not that of its parent"),
+    "other tiles": (lambda p, t: _changed(t, tiling={"size": 512}), "tiling is not that of its parent"),
+    "other images": (lambda p, t: _changed(t, rendering={"range": "percentile"}), "rendering is not that of its parent"),
+}
+
+
+@pytest.mark.parametrize("how", FOREIGN)
+def test_another_models_twin_is_refused(how, copies):
+    parent, twin = copies
+    spoil, message = FOREIGN[how]
+    check_twin(parent, twin)
+    spoil(parent, twin)
+    with pytest.raises(ModelError, match=message):
+        check_twin(parent, twin)
+
+
+def test_a_model_is_not_its_own_twin(copies, tmp_path):
+    parent, twin = copies
+    with pytest.raises(ModelError, match="is no twin but a torchvision model"):
+        check_twin(parent, parent)
+    with pytest.raises(ModelError, match="is a twin itself"):
+        make_twin(twin, tmp_path / "again", "f32")
+    composition = MAKERS["composed"](tmp_path / "composed" / "model")
+    with pytest.raises(ModelError, match="is no twin of"):
+        check_twin(composition, twin)
+
+
+def test_numbers_that_are_not_finite_are_no_detections(copies):
+    _, twin = copies
+    weights = np.fromfile(twin / "network.bin", np.uint8)
+    floats = weights[: len(weights) // 4 * 4].view(np.float32)
+    floats[(np.abs(floats) > 1e-6) & (np.abs(floats) < 1)] = np.nan
+    weights.tofile(twin / "network.bin")
+    results = []
+    with suppress(ModelError):
+        results = load_model(twin).predict(_images()[:1])
+    assert not sum(map(len, results))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_output_that_is_not_finite_is_an_error(value, copies, monkeypatch):
+    detector = load_model(copies[1])
+    infer = detector.network._request.infer
+
+    class Spoilt:
+        @staticmethod
+        def infer(inputs, **more):
+            results = {i: np.array(array) for i, array in enumerate(infer(inputs, **more).values())}
+            results[0][0, 0] = value
+            return results
+
+    monkeypatch.setattr(detector.network, "_request", Spoilt)
+    with pytest.raises(ModelError, match="not finite; use --runtime torch"):
+        detector.predict(_images()[:1])
+
+
+def test_what_a_cpu_lacks_is_said(copies, monkeypatch, tmp_path):
+    parent, _ = copies
+    twin = make_twin(parent, tmp_path / "half", "bf16")
+    assert read_spec(twin).architecture["precision"] == "bf16"
+    monkeypatch.setattr(network, "cpu_flags", lambda: {"avx2"})
+    with pytest.raises(ModelError, match="needs a CPU with amx_bf16 or avx512_bf16; use --runtime torch"):
+        load_model(twin)
+    with pytest.raises(ModelError, match="a twin for CPUs; use --device cpu"):
+        load_model(twin, "cuda")
+
+
+def test_without_openvino_one_line_says_how_to_get_it(copies, monkeypatch):
+    _, twin = copies
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(EngineMissing, match="pip install openvino"):
+        load_model(twin)
+
+
+def test_a_twin_needs_no_torch(copies, tmp_path):
+    _, twin = copies
+    image = tmp_path / "image.npy"
+    np.save(image, _images()[0])
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'torchvision', 'timm', 'segmentation_models_pytorch', 'detectron2'):\n"
+        "    sys.modules[name] = None\n"
+        "import numpy as np\n"
+        "from models.loading import load_model\n"
+        f"print(len(load_model({str(twin)!r}, 'auto').predict([np.load({str(image)!r})])[0]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == len(load_model(twin).predict(_images()[:1])[0]) > 0
+
+
+def test_it_takes_the_threads_that_it_is_given(copies, monkeypatch):
+    _, twin = copies
+    for given, threads in (("1", 1), ("2,1", 2)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert cpu_threads() == threads
+        compiled = load_model(twin).network._compiled
+        assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert cpu_threads() == len(os.sched_getaffinity(0))
+
+
+def test_a_twin_in_half_precision_computes_in_half_precision(copies, tmp_path):
+    parent, twin = copies
+    half = make_twin(parent, tmp_path / "half", "bf16")
+    if not network.supports("bf16"):
+        pytest.skip("this CPU does not compute in bfloat16")
+    hints = [load_model(folder).network._compiled.get_property("INFERENCE_PRECISION_HINT") for folder in (twin, half)]
+    assert [h.get_type_name() for h in hints] == ["f32", "bf16"]
