@@ -46,6 +46,11 @@ def is_twin(folder: str | Path) -> bool:
     return all(spec.engine == "openvino" for _, spec in _networks(Path(folder)))
 
 
+def precisions_of(twin: str | Path) -> list[TwinPrecision]:
+    """What the networks of a saved twin compute in."""
+    return [parse_architecture(spec, TwinArchitecture).precision for _, spec in _networks(Path(twin))]
+
+
 def check_twin(parent: str | Path, twin: str | Path) -> None:
     """Check that a saved twin was made of this very parent and is used as it is.
 

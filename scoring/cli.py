@@ -41,6 +41,13 @@ CATEGORY = click.option(
     help="Of the networks.",
 )
 @click.option(
+    "--runtime",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "torch", "openvino"]),
+    help="What runs the networks; auto: the fastest approved twin that this CPU can compute, else PyTorch.",
+)
+@click.option(
     "--range", "value_range", default=VERSION, show_default=True, help="Values shown: auto, percentile, depth, or LOW,HIGH."
 )
 @click.option(
@@ -197,6 +204,7 @@ def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str
         device=device,
         settings=settings,
         execution=execution,
+        runtime=options["runtime"],
     )
     jobs = score(Registry.connect(), request, _display())
     worst = max(job.failures / (job.images + job.failures) for job in jobs)

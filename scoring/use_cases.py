@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from models.errors import DataError, RegistryError, one_line
@@ -28,9 +28,10 @@ from scoring.comparison.candidates import data_of, file_of, from_job, gather, is
 from scoring.comparison.compare import Candidate, Scored, compare, comparison_table, render
 from scoring.comparison.evaluate_file import category_of_file
 from scoring.comparison.report import write_report
-from scoring.jobs.job import JobResult, JobSettings, claim_folder, run_job
+from scoring.jobs.job import JobResult, JobSettings, claim_folder, folder_name, run_job
 from scoring.runners.local import auto_batch, auto_workers
 from scoring.runners.runner import Runner
+from scoring.runtimes import Conditions, Runtime, choose_runtime
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,8 @@ class ScoreRequest:
     """What to score, with what, and where to leave it.
 
     models: registered versions or saved folders; data: folder, COCO JSON, list, image or glob; out: folder
-    for the outputs, one inside for each version; device: auto, cpu, cuda or cuda:N.
+    for the outputs, one inside for each version; device: auto, cpu, cuda or cuda:N; runtime: what runs the networks,
+    ``auto`` for the fastest approved twin that this CPU can compute, else PyTorch.
     """
 
     models: tuple[str, ...]
@@ -195,6 +197,7 @@ class ScoreRequest:
     device: str = "auto"
     settings: JobSettings = field(default_factory=JobSettings)
     execution: Execution = LOCAL
+    runtime: Runtime = "auto"
 
 
 def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) -> list[JobResult]:
@@ -221,9 +224,35 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
     datasets = open_for(versions, request.data, request.split, request.scene_pattern)
     for dataset in {id(d): d for d in datasets}.values():
         log.info(dataset.summary())
+    chosen = [
+        choose_runtime(
+            registry,
+            version,
+            folder,
+            request.runtime,
+            Conditions(
+                device=device,
+                precision=request.settings.precision,
+                job=out / folder_name(version.label),
+                elsewhere=bool(execution.address),
+                fresh=request.settings.fresh,
+            ),
+        )
+        for version, folder in versions
+    ]
     runs = [
-        score_version(registry, version, folder, dataset, out, request.settings, device, execution, display)
-        for (version, folder), dataset in zip(versions, datasets, strict=True)
+        score_version(
+            registry,
+            version,
+            one.folder,
+            dataset,
+            out,
+            replace(request.settings, runtime=one.name),
+            device,
+            execution,
+            display,
+        )
+        for (version, _), one, dataset in zip(versions, chosen, datasets, strict=True)
     ]
     _show([scored for scored, _ in runs], out)
     jobs = [job for _, job in runs]
@@ -281,7 +310,7 @@ def score_version(
     execution: Execution = LOCAL,
     display: Display = SILENT,
 ) -> tuple[Scored, JobResult]:
-    """Run one job with the version's saved folder, log it, and say what it left.
+    """Run one job with the version's saved folder, or its twin's, log it, and say what it left.
 
     `check_logged` tells whether the store took it.
 

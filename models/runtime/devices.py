@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -86,6 +87,15 @@ def channels_last(model: nn.Module) -> nn.Module:
     import torch
 
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def set_threads(number: int) -> None:
+    """Let the networks of this process, whatever runs them, take so many threads."""
+    os.environ["OMP_NUM_THREADS"] = str(number)
+    if find_spec("torch") is not None:
+        import torch
+
+        torch.set_num_threads(number)
 
 
 def library_versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ from models.errors import RegistryError
 from pipelines.registry.lineage import read_training_images
 from pipelines.registry.model_versions import DIGEST, Registry, Resolved
 from pipelines.registry.registration import log_and_register
+from pipelines.registry.twins import fetch_twin, twins_of
 from pipelines.registry.verification import read_example
 from pipelines.tracking import mlflow_runs
 from pipelines.tracking.mlflow_runs import store_errors
@@ -61,8 +62,15 @@ def _into(to: Registry, registry: Registry, version: Resolved, name: str, tags: 
     known = _copy_of(to, name, tags)
     if known is not None:
         return known
+    twins = {twin: fetch_twin(registry, version, twin) for twin in twins_of(registry.version_of(version))}
+    tags = {k: v for k, v in tags.items() if k not in {twin.tag for twin in twins}}
     what = {"task": "copy", "copied_from": version.label}
     with mlflow_runs.tracked_run(to.client, f"copy {version.label}", what) as run:
+        for twin, place in twins.items():
+            title = f"{name}-{twin.precision}"
+            _, model_id = log_and_register(to, place, title, example.decoded(), {}, run.info.run_id, register=False)
+            copied = twin.model_copy(update={"model_id": model_id})
+            tags[twin.tag] = copied.model_dump_json()
         made, _ = log_and_register(to, folder, name, example.decoded(), tags, run.info.run_id, trained_on=trained_on)
     assert made is not None
     return to.resolve(f"{name}/{made.version}")

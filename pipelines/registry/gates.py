@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,6 +20,14 @@ from pipelines.evaluation.side_by_side import Measurement, gain_confidence, slow
 from pipelines.registry.training_images import TrainingImages
 
 GATES = Path(__file__).parents[1] / "gates"
+
+
+# Of a metric: scores that differ in their last digits change places.
+ROUNDING = 0.0005
+# A loss is significant where fewer resampled sets of images than this show none.
+SIGNIFICANT = 0.025
+# In full precision a twin's detections are its parent's: this far, in pixels and in score.
+SAME_PIXELS, SAME_SCORE = 0.01, 1e-4
 
 
 class _Settings(BaseModel):
@@ -92,11 +101,27 @@ class RequiredData(_Settings):
     digest: str | None = Field(default=None, description="Digest of its content, wherever it lies; null: any.")
 
 
+class TwinGate(_Settings):
+    """What a twin must show beside its parent before it is used."""
+
+    max_loss: float | None = Field(
+        default=None,
+        ge=0,
+        description="Largest loss of AP, AP50, mask AP and IoU; null: 0.0005 in f32, which is rounding, 0.005 in bf16.",
+    )
+    min_speedup: float = Field(default=1.0, gt=0, description="Least gain in speed: the parent's time over the twin's.")
+
+    def loss(self, precision: str) -> float:
+        """The largest loss in a precision."""
+        return self.max_loss if self.max_loss is not None else {"f32": ROUNDING}.get(precision, 0.005)
+
+
 class GateFile(_Settings):
     """A model's gates by alias; an alias that is not named has those of ``production``."""
 
     data: list[RequiredData] = Field(default=[], description="Data sets to evaluate on.")
     gates: dict[str, Gates] = Field(description="Gates by alias.")
+    accelerate: dict[Literal["f32", "bf16"], TwinGate] = Field(default={}, description="Gates of twins by precision.")
 
     def of(self, alias: str) -> Gates:
         """The gates of an alias.
@@ -196,6 +221,50 @@ def judge(gates: Gates, main: str, candidate: Measurement, baseline: Measurement
         shown = "-" if baseline is None else f"{ratio:.2f} times" if math.isfinite(ratio) else "cannot be measured"
         checks.append(Check("time", where, f"<= {gates.max_slowdown:g} times", shown, "-", ratio <= gates.max_slowdown))
     return checks
+
+
+def judge_twin(gate: TwinGate, precision: str, twin: Measurement, parent: Measurement) -> list[Check]:
+    """The gates of a twin on one data set, its parent measured beside it."""
+    where = f"{twin.dataset.name}/{twin.dataset.split}"
+    failed = [len(m.failed) for m in (twin, parent)]
+    checks = [Check("images that failed", where, "as many", str(failed[0]), str(failed[1]), failed[0] == failed[1])]
+    for metric in ("IoU",) if twin.segmenter else ("AP", "AP50", "mask_AP", "mask_AP50"):
+        if metric not in parent.metrics or not math.isfinite(parent.metrics[metric]):
+            continue
+        least = -gate.loss(precision)
+        check = _against(f"{metric} gain", where, least, twin.metrics.get(metric, math.nan), parent.metrics[metric])
+        checks.append(replace(check, metric=True))
+        share = gain_confidence(metric, -ROUNDING, twin, parent)
+        # Of a single image nothing can be resampled.
+        significant = math.isfinite(share) and share < SIGNIFICANT
+        shown = "cannot be measured" if math.isnan(share) else f"lost on {1 - share:.0%} of resampled sets"
+        checks.append(Check(f"{metric} loss", where, "not significant", shown, "-", not significant))
+    if precision == "f32":
+        checks.append(_same_detections(where, twin, parent))
+    speedup = 1 / slowdown(twin, parent)
+    shown = f"{speedup:.2f} times" if math.isfinite(speedup) else "cannot be measured"
+    checks.append(Check("speed", where, f">= {gate.min_speedup:g} times", shown, "-", speedup >= gate.min_speedup))
+    return checks
+
+
+def _same_detections(where: str, twin: Measurement, parent: Measurement) -> Check:
+    """Whether every detection of the parent is there again, and no other."""
+    required = f"within {SAME_PIXELS:g} pixels, {SAME_SCORE:g} of score"
+    by_id = {p.image_id: p for p in twin.predictions}
+    pixels = score = 0.0
+    for theirs in parent.predictions:
+        ours = by_id.get(theirs.image_id)
+        if ours is None or len(ours) != len(theirs):
+            shown = f"{theirs.image_id}: {0 if ours is None else len(ours)} detections"
+            return Check("detections", where, required, shown, f"{len(theirs)}", False)
+        if not len(theirs):
+            continue
+        distances = np.abs(theirs.boxes[:, None] - ours.boxes[None]).max(axis=2)
+        nearest = distances.argmin(axis=1)
+        pixels = max(pixels, float(distances.min(axis=1).max()))
+        score = max(score, float(np.abs(theirs.scores - ours.scores[nearest]).max()))
+    shown = f"within {pixels:.2g} pixels, {score:.2g} of score"
+    return Check("detections", where, required, shown, "-", pixels <= SAME_PIXELS and score <= SAME_SCORE)
 
 
 def _slice(part: SliceGate, main: str, of: Measurement) -> float:

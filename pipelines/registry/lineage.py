@@ -20,6 +20,7 @@ from models.saved.allowed_files import COMPONENTS
 from pipelines.registry import journal
 from pipelines.registry.model_versions import DIGEST, Registry, Resolved
 from pipelines.registry.training_images import TRAINING_IMAGES_FILE, TrainingImages
+from pipelines.registry.twins import twins_of
 from pipelines.tracking.mlflow_runs import store_errors
 
 # Of a list of training images: some twenty million of them.
@@ -40,8 +41,9 @@ def overview(registry: Registry, names: Iterable[str] | None = None) -> list[dic
         aliases = _by_version(registry.aliases_of(name))
         for version in sorted(versions, key=lambda v: -int(v.version)):
             tags = version.tags
+            twins = " ".join(twin.precision for twin in twins_of(version))
             row = {"version": f"{name}/{version.version}", "aliases": ", ".join(aliases.get(str(version.version), []))}
-            row |= {"made": _date(version.creation_timestamp), "engine": tags.get("engine", "")}
+            row |= {"made": _date(version.creation_timestamp), "engine": tags.get("engine", ""), "twins": twins}
             row |= {
                 "metrics": _main(tags),
                 "data": tags.get("data_digest", "")[:8],
@@ -100,6 +102,7 @@ def lineage(registry: Registry, version: Resolved) -> dict[str, Any]:
     facts["copied from"] = tags.get("copied_from", "")
     facts["metrics"] = _metrics(tags)
     facts["files"] = f"digest {tags.get(DIGEST, 'none')}, weights sha256 {tags.get('weights_sha256', 'unknown')}"
+    facts["twins"] = [str(twin) for twin in twins_of(record)]
     facts["gates"] = _gates(registry, _run(registry, tags.get("last_gates_run")))
     entries = journal.read_journal(registry, str(version.name))
     facts["moves"] = [format_entry(e) for e in entries if str(version.version) in (e.move.to, e.move.origin)]
@@ -182,6 +185,7 @@ def difference(registry: Registry, first: Resolved, second: Resolved) -> list[tu
         "data": [_some(r, ("data", "data_digest", "test_digest")) for r in records],
         "code": [_some(r, ("git_commit", "git_changed", "engine", "recipe", *COMPONENTS)) for r in records],
         "files": [_some(r, (DIGEST, "weights_sha256")) for r in records],
+        "twins": [{twin.precision: f"digest {twin.digest[:16]}" for twin in twins_of(r)} for r in records],
     }
     rows = []
     for section, (ours, theirs) in sections.items():
@@ -246,7 +250,7 @@ def sweep(registry: Registry, name: str, keep_newest: int) -> list[Kept]:
 
 
 def delete(registry: Registry, name: str, version: str, keep_newest: int) -> None:
-    """Delete a version that nothing names, looking once more; its artefacts stay until ``mlflow gc``.
+    """Delete a version that nothing names, looking once more, and its twins; artefacts stay until ``mlflow gc``.
 
     Raises:
         RegistryError: it is named by now, or the store refuses.
@@ -254,5 +258,11 @@ def delete(registry: Registry, name: str, version: str, keep_newest: int) -> Non
     needed = next((k.reason for k in sweep(registry, name, keep_newest) if k.version == version), "")
     if needed:
         raise RegistryError(f"{name}/{version}: is needed by now ({needed})")
+    record = registry.version_of(registry.resolve(f"{name}/{version}"))
+    twins = twins_of(record)
     with store_errors(f"{name}/{version}: cannot be deleted"):
         registry.client.delete_model_version(name, version)
+        for twin in twins:
+            # A copy within the registry names the same ones.
+            if not registry.search_versions(f"tags.{twin.tag} = '{record.tags[twin.tag]}'"):
+                registry.client.delete_logged_model(twin.model_id)

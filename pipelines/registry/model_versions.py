@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -269,21 +269,32 @@ class Registry:
         uri = f"models:/{resolved.name}/{resolved.version}"
         if resolved.digest is not None and not re.fullmatch(r"[0-9a-f]{16,64}", resolved.digest):
             raise RegistryError(f"{uri}: its tag {DIGEST} is no digest ({resolved.digest!r:.80}); do not use it")
-        kept = cache_folder() / resolved.digest if resolved.digest else None
+        return self._fetch(
+            uri,
+            resolved.digest,
+            lambda: self.client.get_model_version_download_uri(str(resolved.name), str(resolved.version)),
+        )
+
+    def fetch_logged(self, model_id: str, digest: str, title: str) -> Path:
+        """As `fetch`, of a model that is logged and not registered; ``title`` begins the error message."""
+        return self._fetch(title, digest, lambda: self.client.get_logged_model(model_id).artifact_location)
+
+    def _fetch(self, uri: str, digest: str | None, find_source: Callable[[], str]) -> Path:
+        kept = cache_folder() / digest if digest else None
         if kept is not None and _is_whole(kept):
             return kept
         with store_errors(f"{uri}: its artefacts cannot be fetched", OSError):
-            source = self.client.get_model_version_download_uri(str(resolved.name), str(resolved.version))
+            source = find_source()
             local = Path(source.removeprefix("file://"))
             if local.is_dir():
-                return _checked(local, uri, resolved.digest)
+                return _checked(local, uri, digest)
             artifacts = self._artifacts(source)
             inside = _saved_folder(artifacts, uri)
             if kept is None:
                 return _checked(Path(artifacts.download_artifacts(inside)), uri, None)
             kept.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".download-") as into:
-                saved = _checked(Path(artifacts.download_artifacts(inside, into)), uri, resolved.digest)
+                saved = _checked(Path(artifacts.download_artifacts(inside, into)), uri, digest)
                 # Another process may have been faster, and be reading it.
                 if not _is_whole(kept):
                     shutil.rmtree(kept, ignore_errors=True)

@@ -27,6 +27,7 @@ from models.errors import RegistryError
 from models.instances import to_rows
 from models.loading import load_model
 from models.saved.folder import folder_digest
+from models.twins import is_twin
 from pipelines.registry.model_versions import DIGEST, JOURNAL, Registry
 from pipelines.registry.training_images import TRAINING_IMAGES_FILE, TrainingImages
 from pipelines.tracking.mlflow_runs import store_errors
@@ -37,7 +38,7 @@ PACKAGE = Path(models.__file__).parent
 EXAMPLE_FILE = "example.json"
 
 # What a version needs to run by itself; the rest of the project is not in it.
-SERVING_REQUIREMENTS = (
+SERVED = (
     "mlflow",
     "numpy",
     "opencv-python",
@@ -47,11 +48,8 @@ SERVING_REQUIREMENTS = (
     "pydantic",
     "rasterio",
     "safetensors",
-    "segmentation-models-pytorch",
-    "timm",
-    "torch",
-    "torchvision",
 )
+TORCH = ("segmentation-models-pytorch", "timm", "torch", "torchvision")
 
 # All of them are the module cv2, and one of them is installed.
 OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
@@ -119,11 +117,16 @@ def log_and_register(
                 code_paths=[str(PACKAGE)],
                 signature=SIGNATURE,
                 input_example=pd.DataFrame({"image": [_encoded(example)]}),
-                pip_requirements=[_requirement(p) for p in SERVING_REQUIREMENTS],
+                pip_requirements=[_requirement(p) for p in _required(folder)],
             )
         tags = {DIGEST: folder_digest(folder), **tags}
         version = mlflow.register_model(info.model_uri, name, tags=tags) if register else None
     return version, str(info.model_id)
+
+
+def _required(folder: Path) -> tuple[str, ...]:
+    """Packages that a saved folder needs to be served; a twin needs OpenVINO in place of torch."""
+    return (*SERVED, "openvino") if is_twin(folder) else (*SERVED, *TORCH)
 
 
 def _requirement(package: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.errors import DataError, PlanesError, one_line
+from models.errors import DataError, PlanesError, RegistryError, one_line
 from models.geometry.rle import checked_rle, rle_iou
 from models.images.decoding import read_image
 from models.instances import RLE, Instances, from_rows
@@ -18,6 +18,7 @@ from models.loading import load_model
 from models.saved.folder import folder_digest
 from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.registry.registration import EXAMPLE_FILE
+from pipelines.registry.twins import fetch_twin, twins_of, usable
 
 MOST_BYTES = 200_000_000
 # Other CPUs and numbers of threads change the last bits of a float; nothing changes this much.
@@ -113,6 +114,30 @@ def verify(registry: Registry, version: Resolved) -> list[Finding]:
     except PlanesError as error:
         step = ("files", "model", "example")[min(len(findings), 2)]
         findings.append(Finding(step, False, one_line(error)))
+    return [*findings, *_verify_twins(registry, version)]
+
+
+def _verify_twins(registry: Registry, version: Resolved) -> list[Finding]:
+    """Whether each twin is what was measured, is this version's, and loads where this machine can use it."""
+    if version.name is None:
+        return []
+    findings = []
+    try:
+        twins = twins_of(registry.version_of(version))
+    except RegistryError as error:
+        return [Finding("twins", False, one_line(error))]
+    for twin in twins:
+        what = f"twin {twin.precision}"
+        try:
+            folder = fetch_twin(registry, version, twin)
+            missing = usable(twin)
+            if missing is None:
+                load_model(folder, "cpu")
+            files = f"files are those of digest {twin.digest[:16]}, made of this version"
+            result = "loads" if missing is None else f"not loaded: {missing}"
+            findings.append(Finding(what, True if missing is None else None, f"{files}; {result}"))
+        except PlanesError as error:
+            findings.append(Finding(what, False, one_line(error)))
     return findings
 
 

@@ -11,11 +11,25 @@ from dataclasses import asdict
 import click
 from tabulate import tabulate
 
+from models.engines.openvino.settings import TwinPrecision
 from models.errors import RegistryError
 from pipelines.registry import journal, promotion
 from pipelines.registry.model_versions import Registry
 from pipelines.steps.cli_support import TERMINAL
 from pipelines.use_cases.rollback import rollback
+
+
+def accelerate_version(
+    model: str, *, precisions: tuple[TwinPrecision, ...], gates: str | None, data: tuple[str, ...], split: str | None
+) -> bool:
+    """Make and measure twins. False where one was not approved."""
+    from pipelines.registry.twins import PRECISIONS
+    from pipelines.use_cases.accelerate import AccelerateRequest, accelerate
+
+    chosen = tuple(dict.fromkeys(precisions)) or PRECISIONS
+    request = AccelerateRequest(model=model, precisions=chosen, gates=gates, data=data, split=split)
+    result = accelerate(Registry.connect(), request, TERMINAL)
+    return len(result.twins) == len(result.checks)
 
 
 def promote_version(

@@ -77,6 +77,28 @@ def promote(model: str, version: str | None, target: str, force: bool, reason: s
 
 @main.command()
 @click.argument("model")
+@click.argument("version", required=False)
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(["f32", "bf16"]),
+    help="What the twin computes in; repeatable; both without it.",
+)
+@click.option("--gates", default=None, help="YAML file; without it gates/MODEL.yaml, else the project's own.")
+@click.option("--data", multiple=True, help="Data sets to measure on instead of those of the gates; repeatable.")
+@click.option("--split", default=None, help="Split of data folders, instead of that of the gates.")
+def accelerate(model: str, version: str | None, **options: Any) -> None:
+    """Convert MODEL VERSION to OpenVINO, measure both side by side, and name as its twins what passes the gates.
+
+    `score` takes the fastest twin that this CPU can compute. Exit code 0: each precision was approved; 2: one was not.
+    """
+    if not _run("pipelines.steps.alias_commands:accelerate_version", _named(model, version), **options):
+        raise SystemExit(2)
+
+
+@main.command()
+@click.argument("model")
 @ALIAS
 @click.option("--version", default=None, help="Version to go to, instead of the one that was there before.")
 @click.option("--reason", default="rolled back", show_default=True, help="Why, for the history.")

@@ -140,11 +140,17 @@ def _held_against(registry: Registry, at: AliasState, gates: Gates, candidate: R
     return None if number in (None, candidate.version) else registry.resolve(f"{at.name}/{number}")
 
 
-def _datasets(request: PromotionRequest, file: GateFile, category: str) -> list[Dataset]:
-    wanted = [RequiredData(path=p, split=request.split or "test") for p in request.data] or file.data
+def open_gate_data(model: str, data: Sequence[str], split: str | None, file: GateFile, category: str) -> list[Dataset]:
+    """The data sets that gates are evaluated on: ``data`` in place of the file's, and ``split`` of theirs.
+
+    Raises:
+        RegistryError: there are none.
+        DataError: one cannot be opened.
+    """
+    wanted = [RequiredData(path=p, split=split or "test") for p in data] or file.data
     if not wanted:
-        raise RegistryError(f"{request.model}: its gates name no data; give --data, a data set with ground truth")
-    datasets = [open_dataset(d.path, request.split or d.split, category, keep=True) for d in wanted]
+        raise RegistryError(f"{model}: its gates name no data; give --data, a data set with ground truth")
+    datasets = [open_dataset(d.path, split or d.split, category, keep=True) for d in wanted]
     for dataset in datasets:
         log.info(dataset.summary())
     return datasets
@@ -179,7 +185,11 @@ def _check(
     device = pick_device(request.device)
     folders = {v.label: registry.fetch(v) for v in ([candidate] if baseline is None else [candidate, baseline])}
     category = common_category({k: category_of(f, k, measured=gates.need_data) for k, f in folders.items()}, "promote")
-    datasets = _datasets(request, file, category) if gates.need_data or any(d.digest for d in file.data) else []
+    datasets = (
+        open_gate_data(request.model, request.data, request.split, file, category)
+        if gates.need_data or any(d.digest for d in file.data)
+        else []
+    )
     versions = [candidate] if baseline is None else [candidate, baseline]
     sizes = [sum(p.stat().st_size for p in folders[v.label].rglob(WEIGHTS_FILE)) / 1e6 for v in versions]
     trained_on = registry.version_of(candidate).tags.get("data_digest", "unknown")

@@ -26,7 +26,7 @@ from pipelines.evaluation.metrics import Evaluation
 from pipelines.files import write_text
 from pipelines.progress import Progress
 from scoring.jobs.export import FORMATS, export
-from scoring.jobs.manifest import Manifest, claimed, make_manifest
+from scoring.jobs.manifest import TORCH, Manifest, claimed, make_manifest
 from scoring.jobs.retry import can_be_tried_again, failed_before, replace_in_shard, split_into_shards
 from scoring.jobs.shards import ERRORS, INSTANCES, finished, join_shards, totals_of, write_shard
 from scoring.reader import Failure
@@ -44,7 +44,8 @@ class JobSettings:
     tiling: settings of `models.tiling.settings.Tiling` instead of the version's, ``{"size": 0}`` for whole
     images; shard_size: images that are written, and after a stop lost, together; workers: threads
     that decode, None to leave it to us; fresh: throw away what is in the folder; precision: of
-    the networks, as `models.runtime.devices.precision` takes it; value_range and bands: how image files
+    the networks, as `models.runtime.devices.precision` takes it; runtime: what runs them, as
+    `scoring.runtimes` names it; value_range and bands: how image files
     are read, as `models.images.rendering.parse_rendering` takes them, None to leave it to the version.
     """
 
@@ -57,6 +58,7 @@ class JobSettings:
     workers: int | None = None
     fresh: bool = False
     precision: Precision = "32"
+    runtime: str = TORCH
     value_range: str | None = None
     bands: str | None = None
 
@@ -207,6 +209,7 @@ def _decisive(predictor: Predictor, dataset: Dataset, settings: JobSettings, dev
         "tiling": tiling.model_dump() if tiling else None,
         "device": device.partition(":")[0],
         "precision": settings.precision,
+        "runtime": settings.runtime,
         "rendering": dataset.rendering.model_dump(mode="json"),
     }
 

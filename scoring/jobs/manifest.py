@@ -35,6 +35,7 @@ WRITTEN = (
     DONE,
     INPUTS,
 )
+TORCH = "torch"
 PICTURES = {"overlays": ".jpg", "geojson": ".geojson"}
 
 INPUT_SCHEMA = pa.schema(
@@ -165,7 +166,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         held = Manifest.model_validate_json((folder / MANIFEST).read_text())
         # Releases before 0.6.1 had no other way to read image files.
-        return held.model_copy(update={"settings": {"rendering": DEFAULT.model_dump(mode="json"), **held.settings}})
+        # And none to run a network but torch.
+        default = {"rendering": DEFAULT.model_dump(mode="json"), "runtime": TORCH}
+        return held.model_copy(update={"settings": {**default, **held.settings}})
     except FileNotFoundError as error:
         raise DataError(f"{folder}: not the folder of a scoring (no {MANIFEST})") from error
     except (OSError, ValidationError, ValueError) as error:

@@ -22,7 +22,7 @@ from typing import Any
 from models.errors import EngineMissing, ModelError, PlanesError, one_line
 from models.instances import Instances
 from models.loading import load_model
-from models.runtime.devices import Precision
+from models.runtime.devices import Precision, set_threads
 from pipelines.data.dataset import Sample
 from pipelines.data.remote import absolute
 from scoring.reader import Failure
@@ -141,9 +141,8 @@ class _Actor:
 
     def __init__(self, packed: bytes, settings: RaySettings, threads: int) -> None:
         import ray
-        import torch
 
-        torch.set_num_threads(threads)
+        set_threads(threads)
         with tempfile.TemporaryDirectory(prefix="planes-model-") as folder:
             for name, content in ray.get(ray.cloudpickle.loads(packed)).items():
                 path = Path(folder) / name

