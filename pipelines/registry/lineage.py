@@ -161,7 +161,9 @@ def users(registry: Registry, version: Resolved) -> list[str]:
         for other in registry.search_versions(f"tags.{role} = '{version.label}'"):
             uses.append(f"{role} of {other.name}/{other.version}")
     for other in registry.search_versions(f"tags.copied_from = '{version.label}'"):
-        uses.append(f"copied to {other.name}/{other.version}")
+        # A copy from another server may have the very name that it had there.
+        if f"{other.name}/{other.version}" != version.label:
+            uses.append(f"copied to {other.name}/{other.version}")
     experiments = [e.experiment_id for e in client.search_experiments(max_results=1000)]
     quoted = version.label.replace("'", "")
     runs = client.search_runs(experiments, f"tags.task = 'score' and tags.version = '{quoted}'", max_results=1000)

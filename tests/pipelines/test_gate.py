@@ -9,12 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.errors import RecipeError
+from models.errors import DataError, RecipeError
 from models.geometry.rle import rle_encode
 from models.instances import Instances
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.evaluation.side_by_side import Measurement, all_metrics, gain_confidence, measure, slowdown
-from pipelines.registry.gates import GATES, Gates, RequiredData, find_gates, judge, judge_data, judge_size, parse_gates
+from pipelines.registry.gates import (
+    GATES,
+    Gates,
+    RequiredData,
+    TwinGate,
+    find_gates,
+    judge,
+    judge_data,
+    judge_size,
+    judge_twin,
+    parse_gates,
+)
 
 SIDE = 200
 
@@ -105,6 +116,66 @@ def test_the_confidence_is_the_share_of_resamples_that_gain(dataset):
     assert gain_confidence("AP", 0, ours, ours) == 0
     with pytest.raises(RecipeError, match="no confidence can be computed"):
         gain_confidence("APs", 0, ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("twin", "precision", "gate", "failed"),
+    [
+        ({}, "f32", {}, []),
+        ({}, "bf16", {}, []),
+        ({"small": [1, 2, 3, 4, 5]}, "bf16", {}, ["AP gain", "AP50 gain", "mask_AP gain", "mask_AP50 gain"]),
+        ({"small": [1, 2, 3, 4, 5]}, "bf16", {"max_loss": 0.3}, []),
+        # On all but a handful of resampled sets something is lost.
+        ({"small": [0]}, "bf16", {"max_loss": 1.0}, ["AP loss", "AP50 loss", "mask_AP loss", "mask_AP50 loss"]),
+        ({"seconds": 1.01}, "bf16", {}, ["speed"]),
+        ({"seconds": 1.01}, "bf16", {"min_speedup": 0.9}, []),
+        ({"seconds": 0.26}, "bf16", {"min_speedup": 4}, ["speed"]),
+        ({"seconds": 0.24}, "bf16", {"min_speedup": 4}, []),
+    ],
+)
+def test_a_twin_is_held_against_its_parent(dataset, twin, precision, gate, failed):
+    parent = _finds(dataset, ALL, ALL)
+    checks = judge_twin(TwinGate(**gate), precision, _finds(dataset, **{"small": ALL, "large": ALL, **twin}), parent)
+    assert [c.gate for c in checks if not c.passed] == failed
+
+
+@pytest.mark.parametrize(
+    ("pixels", "score", "passed"),
+    [(0.009, 0, True), (0.011, 0, False), (0, 9e-5, True), (0, 1.1e-4, False), (0, -1.1e-4, False)],
+)
+def test_in_full_precision_a_twins_detections_are_its_parents(dataset, pixels, score, passed):
+    parent = _finds(dataset, ALL, ALL)
+    first = parent.predictions[-1]
+    moved = Instances.make(
+        first.image_id, SIDE, SIDE, first.boxes + np.float32(pixels), [0.9, 0.9 + score], masks=list(first.masks)
+    )
+    twin = replace(parent, predictions=[*parent.predictions[:-1], moved])
+    checks = judge_twin(TwinGate(), "f32", twin, parent)
+    assert [c.gate for c in checks if not c.passed] == ([] if passed else ["detections"])
+    assert not [c for c in judge_twin(TwinGate(), "bf16", twin, parent) if not c.passed]
+    fewer = replace(parent, predictions=[*parent.predictions[:-1], first.take(np.array([0]))])
+    assert "detections" in [c.gate for c in judge_twin(TwinGate(max_loss=1), "f32", fewer, parent) if not c.passed]
+
+
+def test_a_twin_that_cannot_predict_what_its_parent_can_is_refused(dataset):
+    parent = _finds(dataset, ALL, ALL)
+    lost = {"A0": DataError("A0: lost")}
+    twin = replace(parent, predictions=parent.predictions[1:], failed=lost, seconds=[math.nan, *parent.seconds[1:]])
+    assert "images that failed" in [c.gate for c in judge_twin(TwinGate(max_loss=1), "bf16", twin, parent) if not c.passed]
+    # What both cannot predict says nothing of the twin.
+    both = replace(parent, failed=lost)
+    assert not [c for c in judge_twin(TwinGate(), "bf16", both, both) if not c.passed and c.gate != "speed"]
+    nothing = replace(parent, seconds=[math.nan] * 6)
+    assert [c.gate for c in judge_twin(TwinGate(), "bf16", nothing, parent) if not c.passed] == ["speed"]
+
+
+def test_what_a_twin_may_lose_is_said_by_precision():
+    assert (TwinGate().loss("f32"), TwinGate().loss("bf16"), TwinGate(max_loss=0.02).loss("f32")) == (0.0005, 0.005, 0.02)
+    file = parse_gates({"gates": {}, "accelerate": {"bf16": {"max_loss": 0.01, "min_speedup": 2}}}, "g")
+    assert file.accelerate["bf16"] == TwinGate(max_loss=0.01, min_speedup=2)
+    for wrong in ({"int4": {}}, {"bf16": {"max_los": 1}}, {"bf16": {"min_speedup": 0}}):
+        with pytest.raises(RecipeError, match="accelerate"):
+            parse_gates({"gates": {}, "accelerate": wrong}, "g")
 
 
 def test_a_slice_must_not_get_worse(dataset):

@@ -1,0 +1,207 @@
+"""Twins through the commands: approved by `planes-registry accelerate`, used by `score`, carried with their version."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("openvino", reason="OpenVINO is not installed")
+
+from mlflow import MlflowException
+
+from models.engines.openvino import network
+from pipelines.registry import lineage
+from pipelines.registry.model_versions import Registry
+from pipelines.registry.twins import twins_of
+from tests.journeys.conftest import error_line
+
+pytestmark = pytest.mark.xdist_group("versions")
+
+
+def _saved(project):
+    return next((project.folder / ".planes" / "training").glob("planes-det-*/model"))
+
+
+def _version(project, number="1", name="fast"):
+    return project.client.get_model_version(name, number)
+
+
+@pytest.fixture(scope="module")
+def twins(project, tmp_path_factory):
+    """fast/1 with its twins, its table scored before them, and what the command said."""
+    before = tmp_path_factory.mktemp("before")
+    project.register(_saved(project), "fast")
+    arguments = ("--model", "fast/1", "--data", str(project.data), "--overlays", "0", "--out")
+    scored = project.score(*arguments, str(before))
+    assert "fast/1: runs on PyTorch (no twin is approved; planes-registry accelerate fast/1 makes them)" in scored.stdout
+    gates = project.folder / "fast.yaml"
+    gates.write_text(yaml.safe_dump({"data": [{"path": str(project.data)}], "gates": {}}))
+    known = _version(project).tags
+    done = project.registry("accelerate", "fast", "1", "--gates", str(gates), code=None)
+    return project, arguments, before / "fast-1", known, done
+
+
+def _table(folder):
+    return (folder / "instances.parquet").read_bytes()
+
+
+def test_what_passes_is_named_by_tags_and_changes_nothing_else(twins):
+    project, _, _, known, done = twins
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = _version(project)
+    made = {twin.precision: twin for twin in twins_of(record)}
+    assert set(made) == ({"f32", "bf16"} if network.supports("bf16") else {"f32"})
+    assert {k: v for k, v in record.tags.items() if not k.startswith("twin_")} == known
+    for precision, twin in made.items():
+        assert f"twin {precision}: approved" in done.stdout
+        assert project.client.get_run(twin.run_id).data.tags["approved"]
+    run = project.client.get_run(made["f32"].run_id)
+    assert run.data.metrics["f32/airfield/AP"] == pytest.approx(run.data.metrics["parent/airfield/AP"], abs=5e-4)
+    assert re.search(r"pass +detections +airfield/test +within 0.01 pixels", done.stdout)
+    assert "twins" in project.registry("show", "fast/1").stdout
+    assert re.search(r"fast/1 .* (bf16 f32|f32 bf16|f32)\s", project.registry("list", "fast").stdout)
+    verified = project.registry("verify", "fast/1").stdout
+    assert all(re.search(rf"ok +twin {precision}", verified) for precision in made)
+
+
+def test_score_takes_the_fastest_and_a_job_keeps_what_it_began_with(twins, tmp_path):
+    project, arguments, before, _, _ = twins
+    fastest = twins_of(_version(project))[0]
+    done = project.score(*arguments, str(tmp_path / "auto"))
+    assert f"fast/1: runs as its twin, openvino {fastest.precision}, " in done.stdout
+    manifest = json.loads((tmp_path / "auto" / "fast-1" / "manifest.json").read_text())
+    assert manifest["settings"]["runtime"] == f"openvino {fastest.precision}"
+    assert manifest["model"] == fastest.digest[:16]
+    again = project.score(*arguments, str(tmp_path / "auto"))
+    assert "2 of them scored before" in again.stdout
+    refused = error_line(project.score(*arguments, str(tmp_path / "auto"), "--runtime", "torch", code=1))
+    assert f"holds a scoring with runtime openvino {fastest.precision}, not torch" in refused
+    # The version itself predicts what it did before it had twins; a job of that time is gone on with.
+    project.score(*arguments, str(tmp_path / "torch"), "--runtime", "torch")
+    assert _table(tmp_path / "torch" / "fast-1") == _table(before)
+    old = project.score(*arguments, str(before.parent))
+    assert "runs on PyTorch (as the scoring in the folder began)" in old.stdout
+    assert "2 of them scored before" in old.stdout
+    # The first one is that which measured the twin.
+    run = re.findall(r"run ([0-9a-f]{32})", done.stdout)[-1]
+    assert project.client.get_run(run).data.params["runtime"] == f"openvino {fastest.precision}"
+    half = error_line(
+        project.score(*arguments, str(tmp_path / "no"), "--runtime", "openvino", "--precision", "bf16-mixed", code=1)
+    )
+    assert "--precision bf16-mixed is PyTorch's" in half
+    tiles = project.score(*arguments, str(tmp_path / "tiles"), "--tile", "256", "--batch", "3")
+    assert "runs as its twin" in tiles.stdout
+
+
+def test_a_cpu_without_bfloat16_takes_the_twin_in_full_precision(twins, tmp_path, monkeypatch):
+    project, arguments, *_ = twins
+    monkeypatch.setattr(network, "cpu_flags", lambda: frozenset({"avx2"}))
+    assert "runs as its twin, openvino f32" in project.score(*arguments, str(tmp_path / "a")).stdout
+    monkeypatch.setattr("pipelines.registry.twins.find_spec", lambda name: None)
+    done = project.score(*arguments, str(tmp_path / "b"))
+    assert "runs on PyTorch (" in done.stdout
+    assert "OpenVINO is not installed" in done.stdout
+    refused = project.score(*arguments, str(tmp_path / "c"), "--runtime", "openvino", code=1)
+    assert "OpenVINO is not installed" in error_line(refused)
+
+
+def test_a_job_of_a_twin_that_is_killed_ends_the_same(twins, tmp_path):
+    project, arguments, *_ = twins
+    shards = ("--shard", "1", "--data", str(project.data), "--split", "train+test")
+    project.score(*arguments, str(tmp_path / "whole"), *shards)
+    running = project.start("score", *arguments, str(tmp_path / "killed"), *shards)
+    folder = tmp_path / "killed" / "fast-1"
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("shards/[0-9]*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    running.kill()
+    assert running.wait().returncode == -signal.SIGKILL
+    project.score(*arguments, str(tmp_path / "killed"), *shards)
+    for name in ("instances.parquet", "manifest.json", "coco_results.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / "fast-1" / name).read_bytes(), name
+
+
+def test_what_fails_its_gates_is_not_used(twins, tmp_path):
+    project, arguments, *_ = twins
+    project.register(_saved(project), "slow")
+    gates = tmp_path / "slow.yaml"
+    content = {"data": [{"path": str(project.data)}], "gates": {}, "accelerate": {"f32": {"min_speedup": 1000}}}
+    gates.write_text(yaml.safe_dump(content))
+    project.client.set_model_version_tag("slow", "1", "twin_f32", _version(project).tags["twin_f32"])
+    done = project.registry("accelerate", "slow/1", "--gates", str(gates), "--precision", "f32", code=2)
+    assert re.search(r"FAIL +speed +airfield/test +>= 1000 times", done.stdout)
+    assert "twin f32: not approved" in done.stdout
+    assert "twin_f32" not in _version(project, name="slow").tags
+    again = project.score("--model", "slow/1", *arguments[2:], str(tmp_path / "out"))
+    assert "runs on PyTorch" in again.stdout
+    gates.write_text(yaml.safe_dump({**content, "accelerate": {"int4": {}}}))
+    wrong = project.registry("accelerate", "slow/1", "--gates", str(gates), code=1)
+    assert "accelerate" in error_line(wrong)
+
+
+def test_another_versions_twin_and_a_tag_that_names_none_are_refused(twins, tmp_path):
+    project, arguments, *_ = twins
+    unet = next((project.folder / ".planes" / "training").glob("planes-unet-*/model"))
+    project.register(unet, "odd")
+    out = ("--model", "odd/1", *arguments[2:], str(tmp_path / "out"))
+    for tag, message in (
+        (_version(project).tags["twin_f32"], "is the twin of another model"),
+        ("{}", "its tag twin_f32 names no twin; planes-registry accelerate odd/1 makes it again"),
+        ("openvino", "names no twin"),
+        (_version(project).tags["twin_f32"].replace("m-", "m-0"), "cannot be fetched"),
+    ):
+        project.client.set_model_version_tag("odd", "1", "twin_f32", tag)
+        assert message in error_line(project.score(*out, code=1))
+        assert "FAIL" in project.registry("verify", "odd/1", code=1).stdout
+    project.score(*out, "--runtime", "torch")
+
+
+def test_a_twin_goes_where_its_version_is_copied(twins, tmp_path):
+    project, *_ = twins
+    here = project.registry("copy", "fast/1", "faster").stdout
+    assert "fast/1 is faster/1" in here
+    assert _version(project, name="faster").tags["twin_f32"] == _version(project).tags["twin_f32"]
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    project.registry("copy", "fast/1", "fast", "--to-server", other)
+    registry = Registry.connect(other)
+    copied, ours = (r.client.get_model_version("fast", "1") for r in (registry, Registry(project.client)))
+    assert [t.digest for t in twins_of(copied)] == [t.digest for t in twins_of(ours)]
+    assert not {t.model_id for t in twins_of(copied)} & {t.model_id for t in twins_of(ours)}
+    verified = project.registry("verify", "fast/1", MLFLOW_TRACKING_URI=other).stdout
+    assert re.search(r"ok +twin f32", verified)
+    # Swept with the last version that names it.
+    project.register(_saved(project), "fast", MLFLOW_TRACKING_URI=other)
+    lineage.delete(registry, "fast", "1", 1)
+    for twin in twins_of(copied):
+        with pytest.raises(MlflowException):
+            registry.client.get_logged_model(twin.model_id)
+
+
+def test_a_twin_stays_while_another_version_names_it(twins):
+    project, *_ = twins
+    project.registry("copy", "fast/1", "swept")
+    project.register(_saved(project), "swept")
+    lineage.delete(Registry(project.client), "swept", "1", 1)
+    for twin in twins_of(_version(project)):
+        assert project.client.get_logged_model(twin.model_id)
+
+
+def test_a_changed_twin_is_refused(twins, tmp_path):
+    """Last of all: it stays changed."""
+    project, arguments, *_ = twins
+    fastest = twins_of(_version(project))[0]
+    where = Path(project.client.get_logged_model(fastest.model_id).artifact_location.removeprefix("file://"))
+    weights = next(where.rglob("network.bin"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(bytes(content))
+    done = project.score(*arguments, str(tmp_path / "out"), code=1)
+    assert "its files are not those that were registered" in error_line(done)
+    assert re.search(rf"FAIL +twin {fastest.precision}", project.registry("verify", "fast/1", code=1).stdout)
+    project.score(*arguments, str(tmp_path / "out"), "--runtime", "torch")
