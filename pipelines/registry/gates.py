@@ -239,6 +239,8 @@ def judge_twin(gate: TwinGate, precision: str, twin: Measurement, parent: Measur
         significant = math.isfinite(share) and share < SIGNIFICANT
         shown = "cannot be measured" if math.isnan(share) else f"lost on {1 - share:.0%} of resampled sets"
         checks.append(Check(f"{metric} loss", where, "not significant", shown, "-", not significant))
+    if len(checks) == 1:
+        checks.append(Check("metrics", where, "at least one", "none: no annotated planes", "-", False))
     if precision == "f32":
         checks.append(_same_detections(where, twin, parent))
     speedup = 1 / slowdown(twin, parent)

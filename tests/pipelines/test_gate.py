@@ -169,6 +169,11 @@ def test_a_twin_that_cannot_predict_what_its_parent_can_is_refused(dataset):
     assert [c.gate for c in judge_twin(TwinGate(), "bf16", nothing, parent) if not c.passed] == ["speed"]
 
 
+def test_a_twin_is_not_approved_on_images_without_planes(dataset):
+    blank = replace(_finds(dataset, ALL, ALL), metrics={"AP": math.nan, "AP50": math.nan})
+    assert [c.gate for c in judge_twin(TwinGate(), "bf16", blank, blank) if not c.passed] == ["metrics"]
+
+
 def test_what_a_twin_may_lose_is_said_by_precision():
     assert (TwinGate().loss("f32"), TwinGate().loss("bf16"), TwinGate(max_loss=0.02).loss("f32")) == (0.0005, 0.005, 0.02)
     file = parse_gates({"gates": {}, "accelerate": {"bf16": {"max_loss": 0.01, "min_speedup": 2}}}, "g")
