@@ -36,7 +36,7 @@ def write_folder(folder: str | Path, spec: ModelSpec, fill: Callable[[Path], Non
     Raises:
         ModelError: the folder cannot be written.
     """
-    folder = Path(folder)
+    folder, temporary = Path(folder), None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -53,6 +53,9 @@ def write_folder(folder: str | Path, spec: ModelSpec, fill: Callable[[Path], Non
         os.rename(temporary, folder)
     except OSError as error:
         raise ModelError(f"{folder}: cannot save the model ({one_line(error)})") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -8,7 +8,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from models.engines.torchvision.network import DetectorArchitecture, MaskArchitecture, build_detector
 from models.engines.torchvision.predictor import detector_spec
-from models.geometry.mask_pasting import paste_masks
+from models.geometry.mask_pasting import paste_masks, sample_masks
 from models.geometry.rle import rle_decode
 from models.loading import load_model
 from models.saved.folder import save_model
@@ -43,6 +43,24 @@ def test_masks_are_pasted_as_torchvision_pastes_them():
     assert (ours == reference).all()
     assert ours.any()
     assert paste_masks(masks[:0, 0].numpy(), boxes[:0].numpy(), height, width) == []
+
+
+def test_masks_are_sampled_at_the_centres_of_pixels():
+    """What Detectron2 does with torch's grid_sample over the whole image."""
+    rng = np.random.default_rng(0)
+    height, width = 50, 64
+    corners = rng.uniform(0, [[width - 8, height - 8]], (30, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(0.6, 40, (30, 2))], 1).clip(0, [width, height, width, height])
+    boxes = boxes.astype(np.float32)
+    masks = rng.random((30, 28, 28)).astype(np.float32)
+    ours = [rle_decode(m) for m in sample_masks(masks, boxes, height, width)]
+    for mask, box, drawn in zip(masks, boxes.astype(np.float64), ours, strict=True):
+        y = (torch.arange(height, dtype=torch.float64) + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
+        x = (torch.arange(width, dtype=torch.float64) + 0.5 - box[0]) / (box[2] - box[0]) * 2 - 1
+        grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None]
+        sampled = torch.nn.functional.grid_sample(torch.from_numpy(mask).double()[None, None], grid, align_corners=False)
+        assert (drawn == (sampled[0, 0].numpy() >= 0.5)).all()
+    assert sum(drawn.any() for drawn in ours) > 20
 
 
 def test_masks_of_a_huge_image_need_no_dense_memory(tmp_path):

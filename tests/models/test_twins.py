@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -232,6 +233,32 @@ def test_it_takes_the_threads_that_it_is_given(copies, monkeypatch):
         assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert cpu_threads() == len(os.sched_getaffinity(0))
+
+
+def test_the_geometry_of_boxes_stays_in_full_precision(copies, tmp_path):
+    """In bfloat16 what is pooled from a box is of another place; of the layers with the work none is kept back."""
+    parent, full = copies
+    half = make_twin(parent, tmp_path / "half", "bf16")
+    kept = {}
+    for folder in (full, half):
+        layers = ElementTree.parse(folder / "network.xml").iterfind("layers/layer")
+        kept[folder] = {
+            (layer.get("type"), layer.find("rt_info/attribute[@name='precise']") is not None) for layer in layers
+        }
+    dense = ("Convolution", "MatMul")
+    assert not any(marked for _, marked in kept[full])
+    assert {marked for kind, marked in kept[half] if kind == "ROIAlign"} == {True}
+    assert {marked for kind, marked in kept[half] if kind in dense} == {False}
+    assert not any(marked for kind, marked in kept[half] if kind == "Relu")
+
+
+def test_marks_that_openvino_reads_no_more_are_an_error(copies, tmp_path, monkeypatch):
+    from models.engines.openvino import conversion
+
+    monkeypatch.setattr(conversion, "MARK", "AnotherName")
+    with pytest.raises(ModelError, match="keeps no layer in full precision; make the twin in f32"):
+        make_twin(copies[0], tmp_path / "half", "bf16")
+    assert not list(tmp_path.glob("*half*"))
 
 
 def test_a_twin_in_half_precision_computes_in_half_precision(copies, tmp_path):
