@@ -217,7 +217,7 @@ def test_every_evaluation_opens_its_data_with_the_lost_images(tmp_path, monkeypa
 
     from pipelines.registry.gates import GateFile
     from pipelines.registry.model_versions import Registry
-    from pipelines.use_cases.promote import PromotionRequest, _datasets
+    from pipelines.use_cases.promote import open_gate_data
     from pipelines.use_cases.training import open_test
     from scoring import use_cases
     from scoring.cli import main
@@ -226,9 +226,7 @@ def test_every_evaluation_opens_its_data_with_the_lost_images(tmp_path, monkeypa
     jobs = [_score(folder, tmp_path / "out", Finder(), label) for label in ("a/1", "b/2")]
     (folder / "test" / "1.png").unlink()
     assert len(open_test(str(folder), "plane", None)) == 5
-    assert (
-        len(_datasets(PromotionRequest(model="m/1", alias="x", data=(str(folder),)), GateFile(gates={}), "plane")[0]) == 5
-    )
+    assert len(open_gate_data("m/1", [str(folder)], None, GateFile(gates={}), "plane")[0]) == 5
     done = CliRunner().invoke(main, ["evaluate", str(jobs[0].folder / "instances.parquet"), "--data", str(folder)])
     assert done.exit_code == 0, done.output
     assert "5 images" in done.output
