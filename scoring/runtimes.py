@@ -52,23 +52,27 @@ def choose_runtime(registry: Registry, version: Resolved, parent: Path, runtime:
         ModelError: a twin of another model.
     """
     if version.name is None and is_twin(parent):
-        if runtime == "torch":
-            raise RegistryError(f"{version.text}: is a twin, which PyTorch does not run; name its parent")
+        why = "it is a twin, name its parent" if runtime == "torch" else _why_torch(now)
+        if why is not None:
+            raise RegistryError(f"{version.text}: a twin, which OpenVINO alone runs ({why})")
         return Chosen(parent, _name_of_folder(parent))
     if runtime == "torch":
         return Chosen(parent)
     twins = twins_of(registry.version_of(version)) if version.name else []
     unusable = {twin.precision: usable(twin) for twin in twins}
     ready = [twin for twin in twins if unusable[twin.precision] is None]
-    why = _why_torch(version, now) or _why_none(version, twins, unusable)
+    why = _why_torch(now) or _why_none(version, twins, unusable)
     held = _held(now)
     if runtime == "auto" and held is not None:
         ready = [twin for twin in ready if _name(twin) == held]
-        why = "as the scoring in the folder began" if held == TORCH else why
+        if held == TORCH:
+            why = "as the scoring in the folder began"
+        elif not ready:
+            why = why or f"the scoring in the folder began as {held}, which this version has no more"
     if why is None and ready:
         chosen = ready[0]
         log.info(f"{version.label}: runs as its twin, {chosen}")
-        return Chosen(fetch_twin(registry, version, chosen), _name(chosen))
+        return Chosen(fetch_twin(registry, version, parent, chosen), _name(chosen))
     if runtime == "openvino":
         raise RegistryError(f"{version.label}: --runtime openvino: {why}")
     log.info(f"{version.label}: runs on PyTorch ({why})")
@@ -94,7 +98,7 @@ def _held(now: Conditions) -> str | None:
         return None
 
 
-def _why_torch(version: Resolved, now: Conditions) -> str | None:
+def _why_torch(now: Conditions) -> str | None:
     if now.elsewhere:
         return "of the cluster's CPUs nothing is known here"
     if now.device != "cpu":

@@ -25,6 +25,8 @@ def pick_device(device: str) -> str:
     """
     if device == "cpu" or (device == "auto" and find_spec("torch") is None):
         return "cpu"
+    if find_spec("torch") is None:
+        raise ModelError(f"device {device!r}: PyTorch is not installed, there is the CPU alone; use --device cpu or auto")
     import torch
 
     if device == "auto":

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 from models.errors import RegistryError
 from pipelines.registry.lineage import read_training_images
 from pipelines.registry.model_versions import DIGEST, Registry, Resolved
 from pipelines.registry.registration import log_and_register
-from pipelines.registry.twins import fetch_twin, twins_of
+from pipelines.registry.twins import fetch_twin, twins_of, usable
 from pipelines.registry.verification import read_example
 from pipelines.tracking import mlflow_runs
 from pipelines.tracking.mlflow_runs import store_errors
+
+log = logging.getLogger(__name__)
 
 # What a copy does not inherit: it was neither promoted nor judged where it comes to.
 LEFT = ("promoted_to_", "last_gates_run", "training_key")
@@ -62,15 +66,21 @@ def _into(to: Registry, registry: Registry, version: Resolved, name: str, tags: 
     known = _copy_of(to, name, tags)
     if known is not None:
         return known
-    twins = {twin: fetch_twin(registry, version, twin) for twin in twins_of(registry.version_of(version))}
-    tags = {k: v for k, v in tags.items() if k not in {twin.tag for twin in twins}}
+    named = twins_of(registry.version_of(version))
+    tags = {k: v for k, v in tags.items() if k not in {twin.tag for twin in named}}
+    twins = {}
+    for twin in named:
+        missing = usable(twin)
+        if missing is None:
+            twins[twin] = fetch_twin(registry, version, folder, twin)
+        else:
+            log.warning(f"{version.label}: its twin {twin.precision} is not copied ({missing})")
     what = {"task": "copy", "copied_from": version.label}
     with mlflow_runs.tracked_run(to.client, f"copy {version.label}", what) as run:
         for twin, place in twins.items():
             title = f"{name}-{twin.precision}"
             _, model_id = log_and_register(to, place, title, example.decoded(), {}, run.info.run_id, register=False)
-            copied = twin.model_copy(update={"model_id": model_id})
-            tags[twin.tag] = copied.model_dump_json()
+            tags[twin.tag] = twin.model_copy(update={"model_id": model_id}).model_dump_json()
         made, _ = log_and_register(to, folder, name, example.decoded(), tags, run.info.run_id, trained_on=trained_on)
     assert made is not None
     return to.resolve(f"{name}/{made.version}")

@@ -263,7 +263,8 @@ def _same_detections(where: str, twin: Measurement, parent: Measurement) -> Chec
             continue
         distances = np.abs(theirs.boxes[:, None] - ours.boxes[None]).max(axis=2)
         nearest = distances.argmin(axis=1)
-        pixels = max(pixels, float(distances.min(axis=1).max()))
+        # Of both, so that none stands for two.
+        pixels = max(pixels, float(distances.min(axis=1).max()), float(distances.min(axis=0).max()))
         score = max(score, float(np.abs(theirs.scores - ours.scores[nearest]).max()))
     shown = f"within {pixels:.2g} pixels, {score:.2g} of score"
     return Check("detections", where, required, shown, "-", pixels <= SAME_PIXELS and score <= SAME_SCORE)

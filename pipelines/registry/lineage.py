@@ -41,7 +41,7 @@ def overview(registry: Registry, names: Iterable[str] | None = None) -> list[dic
         aliases = _by_version(registry.aliases_of(name))
         for version in sorted(versions, key=lambda v: -int(v.version)):
             tags = version.tags
-            twins = " ".join(twin.precision for twin in twins_of(version))
+            twins = " ".join(_twins(version))
             row = {"version": f"{name}/{version.version}", "aliases": ", ".join(aliases.get(str(version.version), []))}
             row |= {"made": _date(version.creation_timestamp), "engine": tags.get("engine", ""), "twins": twins}
             row |= {
@@ -73,6 +73,14 @@ def _metrics(tags: Mapping[str, str]) -> dict[str, float]:
     return {k: v for k, v in content.items() if isinstance(v, (int, float))} if isinstance(content, dict) else {}
 
 
+def _twins(record: ModelVersion) -> dict[str, str]:
+    """A version's twins by precision, the fastest first; a tag that names none is shown, and hinders no look at others."""
+    try:
+        return {twin.precision: f"{twin}, digest {twin.digest[:16]}" for twin in twins_of(record)}
+    except RegistryError as error:
+        return {"damaged": str(error)}
+
+
 def _date(milliseconds: int | None) -> str:
     return datetime.fromtimestamp((milliseconds or 0) / 1000, UTC).strftime("%Y-%m-%d %H:%MZ")
 
@@ -102,7 +110,7 @@ def lineage(registry: Registry, version: Resolved) -> dict[str, Any]:
     facts["copied from"] = tags.get("copied_from", "")
     facts["metrics"] = _metrics(tags)
     facts["files"] = f"digest {tags.get(DIGEST, 'none')}, weights sha256 {tags.get('weights_sha256', 'unknown')}"
-    facts["twins"] = [str(twin) for twin in twins_of(record)]
+    facts["twins"] = list(_twins(record).values())
     facts["gates"] = _gates(registry, _run(registry, tags.get("last_gates_run")))
     entries = journal.read_journal(registry, str(version.name))
     facts["moves"] = [format_entry(e) for e in entries if str(version.version) in (e.move.to, e.move.origin)]
@@ -187,7 +195,7 @@ def difference(registry: Registry, first: Resolved, second: Resolved) -> list[tu
         "data": [_some(r, ("data", "data_digest", "test_digest")) for r in records],
         "code": [_some(r, ("git_commit", "git_changed", "engine", "recipe", *COMPONENTS)) for r in records],
         "files": [_some(r, (DIGEST, "weights_sha256")) for r in records],
-        "twins": [{twin.precision: f"digest {twin.digest[:16]}" for twin in twins_of(r)} for r in records],
+        "twins": [_twins(r) for r in records],
     }
     rows = []
     for section, (ours, theirs) in sections.items():
@@ -261,7 +269,11 @@ def delete(registry: Registry, name: str, version: str, keep_newest: int) -> Non
     if needed:
         raise RegistryError(f"{name}/{version}: is needed by now ({needed})")
     record = registry.version_of(registry.resolve(f"{name}/{version}"))
-    twins = twins_of(record)
+    try:
+        twins = twins_of(record)
+    except RegistryError:
+        # A tag that names none holds nothing that could be deleted with it.
+        twins = []
     with store_errors(f"{name}/{version}: cannot be deleted"):
         registry.client.delete_model_version(name, version)
         for twin in twins:

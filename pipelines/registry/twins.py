@@ -75,15 +75,15 @@ def usable(twin: Twin) -> str | None:
     return None
 
 
-def fetch_twin(registry: Registry, version: Resolved, twin: Twin) -> Path:
-    """Local saved folder of a twin, checked against its digest and against its parent.
+def fetch_twin(registry: Registry, version: Resolved, parent: Path, twin: Twin) -> Path:
+    """Local saved folder of a version's twin, checked against its digest and against the version's folder.
 
     Raises:
         RegistryError: its files are gone, or not those that were measured.
         ModelError: it is of another model.
     """
     folder = registry.fetch_logged(twin.model_id, twin.digest, f"{version.label}, {twin.tag}")
-    check_twin(registry.fetch(version), folder)
+    check_twin(parent, folder)
     return folder
 
 

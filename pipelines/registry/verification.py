@@ -6,6 +6,7 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -95,7 +96,7 @@ def read_example(registry: Registry, version: Resolved) -> Example | None:
 
 def verify(registry: Registry, version: Resolved) -> list[Finding]:
     """Hash the files again, load the model, predict the example on the CPU and hold it against what was logged."""
-    findings = []
+    findings, folder = [], None
     try:
         folder = registry.fetch(version)
         if version.digest is None:
@@ -114,10 +115,10 @@ def verify(registry: Registry, version: Resolved) -> list[Finding]:
     except PlanesError as error:
         step = ("files", "model", "example")[min(len(findings), 2)]
         findings.append(Finding(step, False, one_line(error)))
-    return [*findings, *_verify_twins(registry, version)]
+    return findings if folder is None else [*findings, *_verify_twins(registry, version, folder)]
 
 
-def _verify_twins(registry: Registry, version: Resolved) -> list[Finding]:
+def _verify_twins(registry: Registry, version: Resolved, parent: Path) -> list[Finding]:
     """Whether each twin is what was measured, is this version's, and loads where this machine can use it."""
     if version.name is None:
         return []
@@ -129,7 +130,7 @@ def _verify_twins(registry: Registry, version: Resolved) -> list[Finding]:
     for twin in twins:
         what = f"twin {twin.precision}"
         try:
-            folder = fetch_twin(registry, version, twin)
+            folder = fetch_twin(registry, version, parent, twin)
             missing = usable(twin)
             if missing is None:
                 load_model(folder, "cpu")

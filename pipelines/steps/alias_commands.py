@@ -1,4 +1,4 @@
-"""Commands of ``planes-registry`` that move aliases, and the one that tells what was moved.
+"""Commands of ``planes-registry`` that judge by gates or move aliases, and the one that tells what was moved.
 
 What loads networks is imported on use: a rollback, or a look at the history, should not wait for it.
 """

@@ -165,8 +165,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     try:
         held = Manifest.model_validate_json((folder / MANIFEST).read_text())
-        # Releases before 0.6.1 had no other way to read image files.
-        # And none to run a network but torch.
+        # Releases before 0.6.1 had no other way to read image files, and up to it none but torch to run a network.
         default = {"rendering": DEFAULT.model_dump(mode="json"), "runtime": TORCH}
         return held.model_copy(update={"settings": {**default, **held.settings}})
     except FileNotFoundError as error:

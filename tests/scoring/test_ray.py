@@ -17,6 +17,7 @@ from models.engines.torchvision.network import DetectorArchitecture, build_detec
 from models.engines.torchvision.predictor import detector_spec
 from models.loading import load_model
 from models.saved.folder import save_model
+from models.twins import make_twin
 from pipelines.data.readers.opening import open_dataset
 from scoring.jobs.job import JobSettings, run_job
 from scoring.jobs.shards import finished
@@ -126,6 +127,17 @@ def test_one_runner_ends_what_the_other_began(model, images, tmp_path):
     assert job.timings["forward"] > 0
     assert job.peaks["memory"] > 0
     assert _digests(tmp_path / "both") == _digests(tmp_path / "local")
+
+
+@pytest.mark.soak
+def test_a_twin_scores_on_ray_as_here(model, images, tmp_path, monkeypatch):
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    monkeypatch.setenv("PLANES_CACHE", str(tmp_path / "cache"))
+    twin = make_twin(model, tmp_path / "twin", "f32")
+    local = _score(twin, images, tmp_path / "local")
+    job = _score(twin, images, tmp_path / "ray", runner=RayRunner(twin, RaySettings(actors=1)))
+    assert (job.images, job.instances, job.failures) == (local.images, local.instances, local.failures)
+    assert _digests(tmp_path / "ray") == _digests(tmp_path / "local")
 
 
 def test_a_job_that_fails_ends_the_pipeline_before_the_cluster_and_at_once(model, images, tmp_path, monkeypatch):

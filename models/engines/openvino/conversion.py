@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +57,9 @@ def save_twin(folder: str | Path, predictor: Predictor, spec: ModelSpec, digest:
     """
     openvino = require_openvino()
     module, example, settings = _parts(predictor, spec)
-    with _quiet(), torch.inference_mode():
+    with warnings.catch_warnings(), torch.inference_mode():
+        # Tracing warns of every shape that it takes for constant.
+        warnings.simplefilter("ignore")
         try:
             network = openvino.convert_model(module, example_input=example)
         except Exception as error:
@@ -122,43 +122,44 @@ class _Settings(NamedTuple):
 
 def _parts(predictor: Predictor, spec: ModelSpec) -> tuple[nn.Module, Any, _Settings]:
     """The network to trace, an example of its input, and its settings."""
+    # Numbers of its own: those of whoever calls stay as they are.
+    own = torch.Generator().manual_seed(0)
     if isinstance(predictor, TorchSegmenter):
         size = predictor.settings.crop_size
         crop = CropSettings(**{name: getattr(predictor.settings, name) for name in CropSettings.model_fields})
-        return _Probabilities(predictor.model), torch.rand(2, 3, size, size), _Settings(crop=crop)
+        return _Probabilities(predictor.model), torch.rand(2, 3, size, size, generator=own), _Settings(crop=crop)
+    example = torch.rand(1, 3, *TRACED, generator=own), torch.tensor([side - 10 for side in TRACED])
     if isinstance(predictor, TorchvisionDetector):
-        example = torch.rand(1, 3, *TRACED), torch.tensor([side - 10 for side in TRACED])
         return _TorchvisionNetwork(predictor.model), example, _Settings(image=_torchvision_input(predictor.model))
     if isinstance(predictor, Detectron2Predictor):
-        example = torch.rand(1, 3, *TRACED), torch.tensor([side - 10 for side in TRACED])
         return _Detectron2Network(predictor.model), example, _Settings(image=_detectron2_input(predictor))
     raise ModelError(f"{spec.kind}/{spec.engine}: has no twin")
 
 
-class _Probabilities(nn.Module):
-    """A segmenter's network, from normalised crops (B, 3, S, S) to probabilities (B, S, S)."""
+class _Wrapped(nn.Module):
+    """A network between what its twin does without torch."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = network
+        self.network: Any = network
+
+
+class _Probabilities(_Wrapped):
+    """A segmenter's network, from normalised crops (B, 3, S, S) to probabilities (B, S, S)."""
 
     def forward(self, crops: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(self.network(crops))[:, 0]
 
 
-class _TorchvisionNetwork(nn.Module):
+class _TorchvisionNetwork(_Wrapped):
     """A torchvision detector between its transforms: one image, resized, normalised and padded.
 
     Takes it (1, 3, H, W) and the height and width of the image in it; gives boxes in these pixels (N, 4), scores (N),
     labels from 0 (N), and masks of the boxes (N, 1, M, M) where it has them.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
     def forward(self, pixels: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        network: Any = self.network
+        network = self.network
         images = ImageList(pixels, [(size[0], size[1])])
         features = network.backbone(pixels)
         proposals, _ = network.rpn(images, features, None)
@@ -181,18 +182,14 @@ def _torchvision_input(network: Any) -> ImageInput:
     )
 
 
-class _Detectron2Network(nn.Module):
+class _Detectron2Network(_Wrapped):
     """A Detectron2 network between its transforms; takes and gives what `_TorchvisionNetwork` does."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
 
     def forward(self, pixels: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, ...]:
         from detectron2.export.torchscript_patch import patch_builtin_len
         from detectron2.structures import ImageList as Images
 
-        network: Any = self.network
+        network = self.network
         images = Images(pixels, [(size[0], size[1])])
         # Otherwise the number of proposals of this image would be that of all.
         with patch_builtin_len():
@@ -221,11 +218,3 @@ def _detectron2_input(predictor: Detectron2Predictor) -> ImageInput:
         divisor=network.backbone.size_divisibility,
         masks="detectron2",
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Tracing warns of every shape that it takes for constant."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

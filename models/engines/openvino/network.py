@@ -66,7 +66,7 @@ class Network:
             folder: holds network.xml and network.bin.
             precision: what the network computes in.
             inputs: element type and rank that each input must have.
-            outputs: ranks of the outputs, all of which must be there; more may follow.
+            outputs: ranks of the outputs.
 
         Raises:
             EngineMissing: OpenVINO is not installed.
@@ -86,9 +86,8 @@ class Network:
             ranks = [len(o.get_partial_shape()) for o in model.outputs]
         except RuntimeError as error:
             raise ModelError(f"{files[0]}: damaged network ({one_line(error, 160)})") from error
-        if given != list(inputs) or ranks[: len(outputs)] != list(outputs):
+        if given != list(inputs) or ranks != list(outputs):
             raise ModelError(f"{files[0]}: takes {given} and gives arrays of ranks {ranks}; no network of this kind does")
-        self.outputs = len(ranks)
         settings = {
             # On its own OpenVINO takes bfloat16 wherever the CPU has it.
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
@@ -114,7 +113,7 @@ class Network:
             results = self._request.infer(list(inputs), share_inputs=True)
         except RuntimeError as error:
             raise ModelError(f"OpenVINO: {one_line(error, 200)}") from error
-        arrays = [np.array(results[i]) for i in range(self.outputs)]
+        arrays = [np.array(results[i]) for i in range(len(results))]
         if not all(np.isfinite(a).all() for a in arrays):
             raise ModelError("the twin's output holds numbers that are not finite; use --runtime torch")
         return arrays

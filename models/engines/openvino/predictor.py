@@ -75,7 +75,7 @@ class TwinSegmenter(CropSegmenter):
 
     def forward(self, batch: np.ndarray) -> np.ndarray:
         """See `CropSegmenter`."""
-        (total, *_) = self.network(batch)
+        (total,) = self.network(batch)
         if self.settings.flips:
             # Rows and columns are the last two axes, of the batch and of the probabilities alike.
             for axes in ((-2,), (-1,), (-2, -1)):

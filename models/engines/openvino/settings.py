@@ -16,7 +16,7 @@ class ImageInput(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    zoom: float | None = Field(default=None, gt=0, description="Factor of the size; null: by min_size and max_size.")
+    zoom: float | None = Field(default=None, gt=0, le=8, description="Factor of the size; null: by min_size and max_size.")
     min_size: int = Field(default=800, ge=0, le=100_000, description="Length of the shorter side; 0: as it is.")
     max_size: int = Field(default=1333, ge=1, le=100_000, description="Largest length of the longer side.")
     resampling: Literal["linear", "antialias", "pillow"] = Field(

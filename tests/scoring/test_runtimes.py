@@ -1,0 +1,135 @@
+"""What runs a version: every reason for PyTorch, and what a job in the folder began with."""
+
+from __future__ import annotations
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from models.errors import ModelError, RegistryError
+from models.runtime import devices
+from pipelines.registry.model_versions import Resolved
+from pipelines.registry.twins import Twin
+from scoring import runtimes
+from scoring.jobs.manifest import MANIFEST, Manifest
+from scoring.runtimes import Chosen, Conditions, choose_runtime
+
+VERSION = Resolved("det/1", "det", "1")
+
+
+def _twin(precision, speedup):
+    named = {"model_id": f"m-{precision}", "digest": "0" * 64, "run_id": "a"}
+    return Twin(precision=precision, speedup=speedup, **named)
+
+
+def _registry(*twins):
+    tags = {twin.tag: twin.model_dump_json() for twin in twins}
+    return SimpleNamespace(version_of=lambda version: SimpleNamespace(name="det", version="1", tags=tags))
+
+
+BOTH = _registry(_twin("f32", 2), _twin("bf16", 5))
+
+
+@pytest.fixture(autouse=True)
+def fetched(monkeypatch, tmp_path):
+    """Every twin can be used, and lies in a folder of its precision's name."""
+    monkeypatch.setattr(runtimes, "usable", lambda twin: None)
+    monkeypatch.setattr(runtimes, "fetch_twin", lambda registry, version, parent, twin: tmp_path / twin.precision)
+    monkeypatch.setattr(runtimes, "is_twin", lambda folder: folder.name == "twin")
+    monkeypatch.setattr(runtimes, "precisions_of", lambda folder: ["bf16", "bf16"])
+
+
+@pytest.fixture
+def conditions(tmp_path):
+    return {"device": "cpu", "precision": "32", "job": tmp_path / "job"}
+
+
+def _holds(job, runtime):
+    job.mkdir()
+    rest = {"label": "det/1", "model": "0", "data": "d", "split": "test", "category_id": 1, "inputs": "0"}
+    settings = {} if runtime is None else {"runtime": runtime}
+    (job / MANIFEST).write_text(Manifest(**rest, settings=settings, images=1, shard_size=1).model_dump_json())
+
+
+@pytest.mark.parametrize(
+    ("registry", "change", "reason"),
+    [
+        (BOTH, {"device": "cuda:0"}, "twins are for CPUs, the device is cuda:0"),
+        (BOTH, {"precision": "bf16-mixed"}, "--precision bf16-mixed is PyTorch's"),
+        (BOTH, {"elsewhere": True}, "of the cluster's CPUs nothing is known here"),
+        (_registry(), {}, "no twin is approved; planes-registry accelerate det/1 makes them"),
+    ],
+)
+def test_where_no_twin_can_run_pytorch_does_and_why_is_said(registry, change, reason, conditions, tmp_path, caplog):
+    now = Conditions(**{**conditions, **change})
+    with caplog.at_level("INFO", "scoring"):
+        assert choose_runtime(registry, VERSION, tmp_path, "auto", now) == Chosen(tmp_path, "torch")
+    assert caplog.messages == [f"det/1: runs on PyTorch ({reason})"]
+    with pytest.raises(RegistryError, match="--runtime openvino: ") as error:
+        choose_runtime(registry, VERSION, tmp_path, "openvino", now)
+    assert reason in str(error.value)
+    assert choose_runtime(registry, VERSION, tmp_path, "torch", now) == Chosen(tmp_path, "torch")
+
+
+@pytest.mark.parametrize("runtime", ["auto", "openvino"])
+def test_the_fastest_that_can_be_used_is_taken(runtime, conditions, tmp_path, monkeypatch):
+    now = Conditions(**conditions)
+    assert choose_runtime(BOTH, VERSION, tmp_path, runtime, now) == Chosen(tmp_path / "bf16", "openvino bf16")
+    monkeypatch.setattr(runtimes, "usable", lambda twin: "no AMX" if twin.precision == "bf16" else None)
+    assert choose_runtime(BOTH, VERSION, tmp_path, runtime, now) == Chosen(tmp_path / "f32", "openvino f32")
+
+
+@pytest.mark.parametrize(
+    ("held", "name"),
+    [(None, "torch"), ("torch", "torch"), ("openvino f32", "openvino f32"), ("openvino bf16", "openvino bf16")],
+)
+def test_a_job_keeps_what_it_began_with_but_a_fresh_one(held, name, conditions, tmp_path):
+    _holds(conditions["job"], held)
+    assert choose_runtime(BOTH, VERSION, tmp_path, "auto", Conditions(**conditions)).name == name
+    assert choose_runtime(BOTH, VERSION, tmp_path, "auto", Conditions(**conditions, fresh=True)).name == "openvino bf16"
+
+
+def test_a_job_of_a_twin_that_is_gone_is_not_said_to_be_without_reason(conditions, tmp_path, caplog):
+    _holds(conditions["job"], "openvino bf16")
+    with caplog.at_level("INFO", "scoring"):
+        chosen = choose_runtime(_registry(_twin("f32", 2)), VERSION, tmp_path, "auto", Conditions(**conditions))
+    # The manifest then refuses it.
+    assert chosen.name == "torch"
+    assert "the scoring in the folder began as openvino bf16, which this version has no more" in caplog.text
+
+
+def test_a_damaged_manifest_is_said_where_the_folder_is_claimed(conditions, tmp_path):
+    conditions["job"].mkdir()
+    (conditions["job"] / MANIFEST).write_text(json.dumps({"format": 9}))
+    assert choose_runtime(BOTH, VERSION, tmp_path, "auto", Conditions(**conditions)).name == "openvino bf16"
+
+
+def test_the_saved_folder_of_a_twin_runs_as_it_is(conditions, tmp_path):
+    folder = tmp_path / "twin"
+    version = Resolved(str(folder), folder=folder)
+    assert choose_runtime(BOTH, version, folder, "auto", Conditions(**conditions)) == Chosen(folder, "openvino bf16")
+    for runtime, change in (("torch", {}), ("auto", {"precision": "16-mixed"}), ("auto", {"device": "cuda"})):
+        with pytest.raises(RegistryError, match="a twin, which OpenVINO alone runs"):
+            choose_runtime(BOTH, version, folder, runtime, Conditions(**{**conditions, **change}))
+    with pytest.raises(RegistryError, match="a saved folder has no twins"):
+        choose_runtime(BOTH, Resolved("m", folder=tmp_path), tmp_path, "openvino", Conditions(**conditions))
+
+
+def test_threads_are_those_of_torch_and_of_what_reads_the_environment(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    try:
+        devices.set_threads(2)
+        assert (os.environ["OMP_NUM_THREADS"], torch.get_num_threads()) == ("2", 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_torch_there_is_the_cpu_alone(monkeypatch):
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
+    assert [devices.pick_device(d) for d in ("auto", "cpu")] == ["cpu", "cpu"]
+    with pytest.raises(ModelError, match="PyTorch is not installed"):
+        devices.pick_device("cuda")
