@@ -20,7 +20,7 @@ SMALL = ["training.steps=2", "training.epochs=null", "training.checkpoint_every=
 # Most CPUs have no instructions for float16: a step of a ResNet takes a quarter of a minute.
 MOBILE = ["window=128", "architecture.backbone=mobilenet_v3_small", "architecture.norm=batch"]
 RECIPES = {
-    "demo_unet": ["architecture.crop_size=32"],
+    "demo_unet": ["architecture.crop_size=32", "training.precision=auto"],
     "demo_detector": MOBILE,
     "demo_maskrcnn": [*MOBILE, "architecture.mask_channels=16"],
 }
