@@ -4,7 +4,7 @@ PlanesError
 ├── DataError      an image, annotation file or data set that cannot be used
 ├── RecipeError    a setting that is unknown or out of range
 ├── ModelError     a saved model that cannot be built, saved or loaded
-│   └── EngineMissing   the detection library that a model needs is not installed
+│   └── EngineMissing   a library that a model needs is not installed
 ├── RegistryError  a name, version, alias or stage that cannot be resolved or moved
 └── OutputError    a result that cannot be written
 """
@@ -38,7 +38,7 @@ class ModelError(PlanesError):
 
 
 class EngineMissing(ModelError):
-    """The detection library that a model needs is not installed."""
+    """A library that a model needs is not installed."""
 
 
 class RegistryError(PlanesError):

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from models.errors import ModelError, invalid_field
+from models.errors import EngineMissing, ModelError, invalid_field
 from models.predictor import Predictor
 from models.saved.allowed_files import check_folder
 from models.saved.folder import read_weights
@@ -43,7 +43,7 @@ def load_model(folder: str | Path, device: str = "cpu", tiling: Mapping[str, Any
     Raises:
         ModelError: not a saved model, files that do not belong there, an unknown kind, settings
             or weights that do not fit.
-        EngineMissing: the detection library it needs is not installed.
+        EngineMissing: a library it needs is not installed.
     """
     from models.runtime.devices import pick_device
 
@@ -54,7 +54,13 @@ def load_model(folder: str | Path, device: str = "cpu", tiling: Mapping[str, Any
         known = ", ".join("/".join(key) for key in BUILDERS)
         raise ModelError(f"{folder}: unknown model {spec.kind}/{spec.engine}; known: {known}")
     module, function = target.split(":")
-    build = getattr(importlib.import_module(module), function)
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        raise EngineMissing(
+            f"{folder}: a {spec.engine} model needs {error.name}, which is not installed: install requirements.txt, "
+            "or score a version that has a twin (planes-registry accelerate makes it)"
+        ) from error
     # A composition has no weights of its own; its components are folders like this one.
     if spec.engine == "composed":
         return build(spec, Path(folder), device, tiling, load_model)

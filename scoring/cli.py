@@ -178,15 +178,18 @@ def compare(targets: tuple[str, ...], **options: Any) -> None:
 
 
 def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str, **options: Any) -> None:
-    from pipelines.data.readers.opening import check_exists
-    from scoring.jobs.job import JobSettings, claim_folder
+    from pipelines.start_up import importing
 
-    # A mistake in a name is reported before the libraries are loaded.
-    check_exists(data)
-    claim_folder(Path(out))
+    with importing():
+        from pipelines.data.readers.opening import check_exists
+        from scoring.jobs.job import JobSettings, claim_folder
 
-    from pipelines.registry.model_versions import Registry
-    from scoring.use_cases import Execution, ScoreRequest, score
+        # A mistake in a name is reported before the libraries are loaded.
+        check_exists(data)
+        claim_folder(Path(out))
+
+        from pipelines.registry.model_versions import Registry
+        from scoring.use_cases import Execution, ScoreRequest, score
 
     address = None if options["ray_address"] == "none" else options["ray_address"]
     execution = Execution(options["runner"], address, _auto("actors", options))

@@ -119,5 +119,6 @@ def log_comparison(client: MlflowClient, folder: Path, comparison: Comparison, d
             if pair.interval is not None:
                 mlflow.log_metrics({f"{name}_low": pair.interval[0], f"{name}_high": pair.interval[1]})
         for name in ("report.html", "comparison.csv"):
-            mlflow.log_artifact(str(folder / name))
+            if (folder / name).exists():
+                mlflow.log_artifact(str(folder / name))
         return run.info.run_id

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -75,6 +76,8 @@ def choose_runtime(registry: Registry, version: Resolved, parent: Path, runtime:
         return Chosen(fetch_twin(registry, version, parent, chosen), _name(chosen))
     if runtime == "openvino":
         raise RegistryError(f"{version.label}: --runtime openvino: {why}")
+    if find_spec("torch") is None:
+        raise RegistryError(f"{version.label}: PyTorch is not installed here, and a twin cannot stand in: {why}")
     log.info(f"{version.label}: runs on PyTorch ({why})")
     return Chosen(parent)
 

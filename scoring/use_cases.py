@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from models.errors import DataError, RegistryError, one_line
@@ -25,9 +26,8 @@ from pipelines.tracking import mlflow_runs
 from pipelines.use_cases.display import SILENT, Display, pass_through
 from scoring import mlflow_log
 from scoring.comparison.candidates import data_of, file_of, from_job, gather, is_file_of_predictions, is_run
-from scoring.comparison.compare import Candidate, Scored, compare, comparison_table, render
+from scoring.comparison.compare import Candidate, Comparison, Scored, compare, comparison_table, render
 from scoring.comparison.evaluate_file import category_of_file
-from scoring.comparison.report import write_report
 from scoring.jobs.job import JobResult, JobSettings, claim_folder, folder_name, run_job
 from scoring.runners.local import auto_batch, auto_workers
 from scoring.runners.runner import Runner
@@ -288,7 +288,7 @@ def finish(registry: Registry, candidates: Sequence[Candidate], dataset: Dataset
     comparison = compare(dataset, candidates)
     table = comparison.table(candidates)
     table.to_csv(out / "comparison.csv", index=False)
-    report = write_report(comparison, candidates, dataset, out / "report.html")
+    report = _report(comparison, candidates, dataset, out)
     log.info(render(table[[name for name in SHOWN if name in table]]))
     for pair in comparison.pairs:
         interval = f" (95 % interval {pair.interval[0]:+.3f} to {pair.interval[1]:+.3f})" if pair.interval else ""
@@ -296,7 +296,16 @@ def finish(registry: Registry, candidates: Sequence[Candidate], dataset: Dataset
         against = f"{pair.label} against {comparison.labels[0]}"
         log.info(f"{against}, {what}: AP {pair.difference:+.3f}{interval}: {pair.verdict}")
     run_id = mlflow_log.log_comparison(registry.client, out, comparison, dataset)
-    log.info(f"report: {report} (run {run_id})")
+    log.info(f"report: {report or 'none, matplotlib is not installed'} (run {run_id})")
+
+
+def _report(comparison: Comparison, candidates: Sequence[Candidate], dataset: Dataset, out: Path) -> Path | None:
+    """The page; None where there is nothing to draw curves with, as in a scorer's environment."""
+    if find_spec("matplotlib") is None:
+        return None
+    from scoring.comparison.report import write_report
+
+    return write_report(comparison, candidates, dataset, out / "report.html")
 
 
 def score_version(

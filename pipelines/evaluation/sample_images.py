@@ -12,7 +12,7 @@ from models.instances import Instances
 from models.loading import load_model
 from models.saved.spec import read_spec
 from pipelines.data.dataset import Dataset, Sample
-from pipelines.evaluation import figures
+from pipelines.evaluation.drawing import crop_sheet, image_sheet
 from pipelines.evaluation.inference import evaluate_predictions, is_segmenter, predict_dataset
 from pipelines.evaluation.metrics import Evaluation, instance_ious
 
@@ -48,7 +48,7 @@ def evaluate_with_sheet(
         # The number of failed images stands in the first evaluations.
         again = evaluate_predictions(predictions.instances, dataset, segmenter, score_threshold=COURSE_THRESHOLD)
         evaluations += [(f"at_{COURSE_THRESHOLD:g}_{prefix}", e) for prefix, e in again]
-    sheet = _crops(shown) if segmenter else figures.image_sheet(shown) if shown else None
+    sheet = _crops(shown) if segmenter else image_sheet(shown) if shown else None
     return evaluations, sheet
 
 
@@ -60,4 +60,4 @@ def _crops(shown: Sequence[tuple[np.ndarray, Sample, Instances]], most: int = 12
         one = Dataset("", sample.path, "", "", (sample,))
         for i, iou in zip(sample.outlined.tolist(), instance_ious(one, [instances.masks]), strict=True):
             rows.append((image, sample.boxes[i], sample.masks[i], instances.masks[i], float(iou)))
-    return figures.crop_sheet(rows[:most]) if rows else None
+    return crop_sheet(rows[:most]) if rows else None

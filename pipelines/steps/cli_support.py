@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from models.errors import PlanesError, one_line
+from pipelines.start_up import prepare_command
 from pipelines.use_cases.display import Display
 
 T = TypeVar("T")
@@ -26,6 +27,7 @@ def friendly(command: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> T:
+        prepare_command()
         with printed_logs():
             return run(*arguments, **options)
 

@@ -28,12 +28,14 @@ def _run(function: str, *arguments: Any, **options: Any) -> Any:
     """Call a function of our steps (``module:name``) with our errors as one line."""
     import importlib
 
+    from pipelines.start_up import importing
     from pipelines.steps.cli_support import friendly
 
     module, name = function.split(":")
 
     def call() -> Any:
-        target: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        with importing():
+            target: Callable[..., Any] = getattr(importlib.import_module(module), name)
         return target(*arguments, **options)
 
     return friendly(call)()

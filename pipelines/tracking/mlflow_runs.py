@@ -31,6 +31,7 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 from models.errors import RegistryError, one_line  # noqa: E402
 from pipelines.data.dataset import Dataset  # noqa: E402
 from pipelines.evaluation.metrics import Evaluation  # noqa: E402
+from pipelines.start_up import importing  # noqa: E402
 from pipelines.tracking.moved_store import follow_move  # noqa: E402
 
 EXPERIMENT = "planes"
@@ -57,8 +58,9 @@ def connect(given: str | None = None) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
-        client = MlflowClient(uri)
-        with _store_lock(uri):
+        # The libraries of a store are imported when it is opened.
+        with importing(), _store_lock(uri):
+            client = MlflowClient(uri)
             client.search_experiments(max_results=1)
             if uri.startswith("sqlite:///"):
                 for left in follow_move(Path(uri.removeprefix("sqlite:///"))):

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from models.instances import Instances
 from pipelines.data.dataset import Dataset, Sample
-from pipelines.evaluation.figures import draw_instances, draw_truth
+from pipelines.evaluation.drawing import draw_instances, draw_truth
 from pipelines.evaluation.matching import ERRORS, RECALLS
 from pipelines.evaluation.metrics import COCO_METRICS
 from pipelines.files import write_text

@@ -13,7 +13,7 @@ from models.geometry.rescaling import rescaled, rescaled_mask
 from models.images.windows import open_image, shrunk
 from models.instances import Instances
 from pipelines.data.dataset import Dataset, Sample
-from pipelines.evaluation.figures import draw_instances, draw_truth
+from pipelines.evaluation.drawing import draw_instances, draw_truth
 from scoring.writers.walk import file_stem, remove_earlier
 
 SHOWN_SCORE = 0.5

@@ -90,6 +90,20 @@ def test_dependencies_agree(root):
     assert all("==" in pin for pin in _pins((root / "requirements-dev.txt").read_text()))
 
 
+def test_a_scorer_has_the_versions_of_the_whole_environment(root):
+    lines = _pins((root / "requirements-scorer.txt").read_text())
+    assert "-c requirements.txt" in lines
+    required = dict(pin.split("==") for pin in _pins((root / "requirements.txt").read_text()))
+    own = dict(line.split("==") for line in lines if "==" in line)
+    names = {line for line in lines if not line.startswith("-c") and "==" not in line}
+    assert names <= set(required)
+    assert own["mlflow-skinny"] == required["mlflow"]
+    assert own["opencv-python-headless"] == required["opencv-python"]
+    assert f"openvino=={own['openvino']}" in (root / "requirements-dev.txt").read_text()
+    # A store in a SQL database needs them, which mlflow-skinny does not bring.
+    assert set(own) == {"mlflow-skinny", "opencv-python-headless", "openvino", "alembic", "sqlalchemy"}
+
+
 def test_imports_are_declared(root):
     names = {
         "cv2": "opencv-python",

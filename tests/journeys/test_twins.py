@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -112,6 +114,55 @@ def test_a_cpu_without_bfloat16_takes_the_twin_in_full_precision(twins, tmp_path
     assert "OpenVINO is not installed" in done.stdout
     refused = project.score(*arguments, str(tmp_path / "c"), "--runtime", "openvino", code=1)
     assert "OpenVINO is not installed" in error_line(refused)
+
+
+# What an environment of requirements-scorer.txt lacks.
+ABSENT = ("torch", "torchvision", "timm", "segmentation_models_pytorch", "detectron2", "lightning_fabric", "safetensors")
+WITHOUT = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Lacking(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *more):
+        return None if name.partition(".")[0] in {(*ABSENT, "matplotlib")} else super().find_spec(name, *more)
+
+sys.meta_path = [Lacking if finder is PathFinder else finder for finder in sys.meta_path]
+from scoring.cli import main
+main()
+"""
+
+
+def _without(project, *arguments):
+    """`score` in a Python in which those packages cannot be imported."""
+    program = [sys.executable, "-c", WITHOUT, *arguments]
+    return subprocess.run(
+        program, cwd=project.folder, env=project.env(), capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def test_a_twin_is_scored_without_torch(twins, tmp_path):
+    project, arguments, *_ = twins
+    project.score(*arguments, str(tmp_path / "with"))
+    done = _without(project, *arguments, str(tmp_path / "without"))
+    assert done.returncode == 0, done.stderr
+    assert "runs as its twin" in done.stdout
+    for name in ("instances.parquet", "manifest.json", "coco_results.json"):
+        files = [tmp_path / out / "fast-1" / name for out in ("with", "without")]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+    run = re.findall(r"run ([0-9a-f]{32})", done.stdout)[-1]
+    metrics = project.client.get_run(run).data.metrics
+    assert {"test/AP", "images_per_second"} <= set(metrics)
+
+
+def test_what_needs_torch_says_so_where_there_is_none(twins, tmp_path):
+    project, arguments, *_ = twins
+    project.register(_saved(project), "plain")
+    out = (*arguments[2:], str(tmp_path / "out"))
+    said = error_line(_without(project, "--model", "plain/1", *out))
+    assert "plain/1: PyTorch is not installed here, and a twin cannot stand in: no twin is approved" in said
+    said = error_line(_without(project, *arguments, str(tmp_path / "out"), "--runtime", "torch"))
+    assert "a torchvision model needs torch, which is not installed: install requirements.txt" in said
 
 
 def test_a_job_of_a_twin_that_is_killed_ends_the_same(twins, tmp_path):
