@@ -35,13 +35,14 @@ from pipelines.recipes.settings import DetectorRecipe
 THRESHOLD = 0.05
 
 
-def random_model(folder: Path) -> Path:
+def random_model(folder: Path, tiled: bool = False) -> Path:
     """A saved detector of the recipe detector_scratch with random weights, which finds something everywhere."""
     torch.manual_seed(0)
     recipe = load_recipe("detector_scratch")
     assert isinstance(recipe, DetectorRecipe)
     network = build_detector(recipe.architecture, 1)
-    return save_model(folder, detector_spec(recipe.architecture, ["plane"]), network.state_dict())
+    tiling = recipe.tiling if tiled else None
+    return save_model(folder, detector_spec(recipe.architecture, ["plane"], tiling), network.state_dict())
 
 
 def plain_network(folder: Path) -> torch.nn.Module:

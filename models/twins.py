@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from models.engines.composed import ComposedArchitecture, save_composed
 from models.engines.openvino.settings import TwinArchitecture, TwinPrecision
@@ -13,18 +15,29 @@ from models.saved.allowed_files import COMPONENTS
 from models.saved.folder import folder_digest
 from models.saved.spec import ModelSpec, parse_architecture, read_spec
 
+if TYPE_CHECKING:
+    from models.engines.openvino.quantization import Example
 
-def make_twin(parent: str | Path, into: str | Path, precision: TwinPrecision) -> Path:
+    Calibration = Callable[[], Iterable[Example]]
+
+
+def make_twin(
+    parent: str | Path,
+    into: str | Path,
+    precision: TwinPrecision,
+    calibration: Calibration | None = None,
+) -> Path:
     """Convert a saved model; of a composition both components.
 
     Args:
         parent: saved folder of the model, which is not changed.
         into: where the twin's saved folder is written, whole or not at all.
         precision: what the twin computes in.
+        calibration: gives the images, each with its planes' boxes, that ``int8`` takes its ranges from.
 
     Raises:
-        EngineMissing: OpenVINO, or the library of the model's engine, is not installed.
-        ModelError: no saved model, a twin itself, or a network that OpenVINO cannot convert.
+        EngineMissing: OpenVINO, NNCF for ``int8``, or the library of the model's engine, is not installed.
+        ModelError: no saved model, a twin itself, a network that cannot be converted, or nothing to calibrate on.
     """
     from models.engines.openvino.conversion import save_twin
 
@@ -32,13 +45,26 @@ def make_twin(parent: str | Path, into: str | Path, precision: TwinPrecision) ->
     spec = read_spec(parent)
     if spec.engine == "openvino":
         raise ModelError(f"{parent}: is a twin itself; name the version that it was made of")
+    if precision == "int8" and spec.engine != "composed":
+        return _quantised(parent, into, calibration)
     if spec.engine != "composed":
         whole_images = load_model(parent, "cpu", {"size": 0})
         return save_twin(into, whole_images, spec, folder_digest(parent), precision)
     components = {role: spec.versions.get(f"{role}.version", "") for role in COMPONENTS}
     with tempfile.TemporaryDirectory() as work:
-        detector, segmenter = (make_twin(parent / role, Path(work) / role, precision) for role in COMPONENTS)
+        detector, segmenter = (make_twin(parent / role, Path(work) / role, precision, calibration) for role in COMPONENTS)
         return save_composed(into, detector, segmenter, parse_architecture(spec, ComposedArchitecture), components)
+
+
+def _quantised(parent: Path, into: str | Path, calibration: Calibration | None) -> Path:
+    from models.engines.openvino.quantization import quantise_twin, require_nncf
+
+    if calibration is None:
+        raise ModelError(f"{parent}: int8 takes its ranges from images; give data to calibrate on")
+    require_nncf()
+    with tempfile.TemporaryDirectory() as work:
+        exact = make_twin(parent, Path(work) / "f32", "f32")
+        return quantise_twin(exact, into, load_model(exact, "cpu"), calibration())
 
 
 def is_twin(folder: str | Path) -> bool:

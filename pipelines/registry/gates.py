@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from models.engines.openvino.settings import TwinPrecision
 from models.errors import RecipeError, invalid_field, one_line
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation.metrics import SIZE_CLASSES
@@ -107,13 +108,14 @@ class TwinGate(_Settings):
     max_loss: float | None = Field(
         default=None,
         ge=0,
-        description="Largest loss of AP, AP50, mask AP and IoU; null: 0.0005 in f32, which is rounding, 0.005 in bf16.",
+        description="Largest loss of AP, AP50, mask AP and IoU; null: 0.0005 in f32, which is rounding, "
+        "0.005 in bf16, 0.01 in int8.",
     )
     min_speedup: float = Field(default=1.0, gt=0, description="Least gain in speed: the parent's time over the twin's.")
 
-    def loss(self, precision: str) -> float:
+    def loss(self, precision: TwinPrecision) -> float:
         """The largest loss in a precision."""
-        return self.max_loss if self.max_loss is not None else {"f32": ROUNDING}.get(precision, 0.005)
+        return self.max_loss if self.max_loss is not None else {"f32": ROUNDING, "bf16": 0.005, "int8": 0.01}[precision]
 
 
 class GateFile(_Settings):
@@ -121,7 +123,7 @@ class GateFile(_Settings):
 
     data: list[RequiredData] = Field(default=[], description="Data sets to evaluate on.")
     gates: dict[str, Gates] = Field(description="Gates by alias.")
-    accelerate: dict[Literal["f32", "bf16"], TwinGate] = Field(default={}, description="Gates of twins by precision.")
+    accelerate: dict[TwinPrecision, TwinGate] = Field(default={}, description="Gates of twins by precision.")
 
     def of(self, alias: str) -> Gates:
         """The gates of an alias.
@@ -223,7 +225,7 @@ def judge(gates: Gates, main: str, candidate: Measurement, baseline: Measurement
     return checks
 
 
-def judge_twin(gate: TwinGate, precision: str, twin: Measurement, parent: Measurement) -> list[Check]:
+def judge_twin(gate: TwinGate, precision: TwinPrecision, twin: Measurement, parent: Measurement) -> list[Check]:
     """The gates of a twin on one data set, its parent measured beside it."""
     where = f"{twin.dataset.name}/{twin.dataset.split}"
     failed = [len(m.failed) for m in (twin, parent)]
@@ -249,25 +251,42 @@ def judge_twin(gate: TwinGate, precision: str, twin: Measurement, parent: Measur
     return checks
 
 
-def _same_detections(where: str, twin: Measurement, parent: Measurement) -> Check:
-    """Whether every detection of the parent is there again, and no other."""
-    required = f"within {SAME_PIXELS:g} pixels, {SAME_SCORE:g} of score"
+@dataclass(frozen=True)
+class Differences:
+    """How far detections of the same images differ: the largest over matched ones, and images with another number."""
+
+    pixels: float = 0.0
+    score: float = 0.0
+    unequal: int = 0
+    first_unequal: str | None = None
+
+
+def largest_differences(twin: Measurement, parent: Measurement) -> Differences:
+    """Match every detection of the parent with the nearest of the twin, and the other way, image by image."""
     by_id = {p.image_id: p for p in twin.predictions}
     pixels = score = 0.0
+    unequal = []
     for theirs in parent.predictions:
         ours = by_id.get(theirs.image_id)
         if ours is None or len(ours) != len(theirs):
-            shown = f"{theirs.image_id}: {0 if ours is None else len(ours)} detections"
-            return Check("detections", where, required, shown, f"{len(theirs)}", False)
-        if not len(theirs):
-            continue
-        distances = np.abs(theirs.boxes[:, None] - ours.boxes[None]).max(axis=2)
-        nearest = distances.argmin(axis=1)
-        # Of both, so that none stands for two.
-        pixels = max(pixels, float(distances.min(axis=1).max()), float(distances.min(axis=0).max()))
-        score = max(score, float(np.abs(theirs.scores - ours.scores[nearest]).max()))
-    shown = f"within {pixels:.2g} pixels, {score:.2g} of score"
-    return Check("detections", where, required, shown, "-", pixels <= SAME_PIXELS and score <= SAME_SCORE)
+            unequal.append(f"{theirs.image_id}: {0 if ours is None else len(ours)} detections, not {len(theirs)}")
+        elif len(theirs):
+            distances = np.abs(theirs.boxes[:, None] - ours.boxes[None]).max(axis=2)
+            nearest = distances.argmin(axis=1)
+            # Of both, so that none stands for two.
+            pixels = max(pixels, float(distances.min(axis=1).max()), float(distances.min(axis=0).max()))
+            score = max(score, float(np.abs(theirs.scores - ours.scores[nearest]).max()))
+    return Differences(pixels, score, len(unequal), unequal[0] if unequal else None)
+
+
+def _same_detections(where: str, twin: Measurement, parent: Measurement) -> Check:
+    """Whether every detection of the parent is there again, and no other."""
+    required = f"within {SAME_PIXELS:g} pixels, {SAME_SCORE:g} of score"
+    found = largest_differences(twin, parent)
+    if found.first_unequal:
+        return Check("detections", where, required, found.first_unequal, "-", False)
+    shown = f"within {found.pixels:.2g} pixels, {found.score:.2g} of score"
+    return Check("detections", where, required, shown, "-", found.pixels <= SAME_PIXELS and found.score <= SAME_SCORE)
 
 
 def _slice(part: SliceGate, main: str, of: Measurement) -> float:

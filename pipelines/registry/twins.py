@@ -1,7 +1,7 @@
 """Twins of registered versions: OpenVINO networks that were measured beside their parent, named by tags of it.
 
 A twin is a logged model of its own, with a digest. Its parent version is not changed but for the
-tag ``twin_f32`` or ``twin_bf16`` that names it, and works as before without it.
+tag ``twin_f32``, ``twin_bf16`` or ``twin_int8`` that names it, and works as before without it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.tracking.mlflow_runs import store_errors
 
 TAG = "twin_"
-PRECISIONS: tuple[TwinPrecision, ...] = ("f32", "bf16")
+PRECISIONS: tuple[TwinPrecision, ...] = ("f32", "bf16", "int8")
 
 
 class Twin(BaseModel):

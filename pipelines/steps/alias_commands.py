@@ -20,14 +20,25 @@ from pipelines.use_cases.rollback import rollback
 
 
 def accelerate_version(
-    model: str, *, precisions: tuple[TwinPrecision, ...], gates: str | None, data: tuple[str, ...], split: str | None
+    model: str,
+    *,
+    precisions: tuple[TwinPrecision, ...],
+    gates: str | None,
+    data: tuple[str, ...],
+    split: str | None,
+    calibration: str | None,
 ) -> bool:
     """Make and measure twins. False where one was not approved."""
-    from pipelines.registry.twins import PRECISIONS
     from pipelines.use_cases.accelerate import AccelerateRequest, accelerate
 
-    chosen = tuple(dict.fromkeys(precisions)) or PRECISIONS
-    request = AccelerateRequest(model=model, precisions=chosen, gates=gates, data=data, split=split)
+    request = AccelerateRequest(
+        model=model,
+        precisions=tuple(dict.fromkeys(precisions)) or None,
+        gates=gates,
+        data=data,
+        split=split,
+        calibration=calibration,
+    )
     result = accelerate(Registry.connect(), request, TERMINAL)
     return len(result.twins) == len(result.checks)
 

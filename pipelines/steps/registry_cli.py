@@ -84,12 +84,13 @@ def promote(model: str, version: str | None, target: str, force: bool, reason: s
     "--precision",
     "precisions",
     multiple=True,
-    type=click.Choice(["f32", "bf16"]),
+    type=click.Choice(["f32", "bf16", "int8"]),
     help="What the twin computes in; repeatable; both without it.",
 )
 @click.option("--gates", default=None, help="YAML file; without it gates/MODEL.yaml, else the project's own.")
 @click.option("--data", multiple=True, help="Data sets to measure on instead of those of the gates; repeatable.")
 @click.option("--split", default=None, help="Split of data folders, instead of that of the gates.")
+@click.option("--calibration", default=None, help="Data set whose training split calibrates int8; without it no int8.")
 def accelerate(model: str, version: str | None, **options: Any) -> None:
     """Convert MODEL VERSION to OpenVINO, measure both side by side, and name as its twins what passes the gates.
 

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import mlflow
+import numpy as np
 
 from models.engines.openvino.network import supports
 from models.engines.openvino.settings import TwinPrecision
-from models.errors import RegistryError
+from models.errors import DataError, RegistryError, one_line
+from models.images.rendering import Rendering
 from models.loading import load_model
 from models.saved.folder import folder_digest
 from models.saved.spec import read_spec
 from models.twins import check_twin, make_twin
 from pipelines.data.dataset import Dataset
+from pipelines.data.readers.opening import open_dataset
 from pipelines.evaluation.categories import category_of
 from pipelines.evaluation.side_by_side import Measurement, measure, slowdown
 from pipelines.registry.gates import Check, GateFile, TwinGate, find_gates, judge_twin
 from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.registry.registration import log_and_register
+from pipelines.registry.training_images import images_of
 from pipelines.registry.twins import PRECISIONS, Twin, forget_twin, name_twin
 from pipelines.registry.verification import read_example
 from pipelines.tracking import mlflow_runs
@@ -31,19 +37,24 @@ from pipelines.use_cases.promote import open_gate_data, registered, show_checks
 
 log = logging.getLogger(__name__)
 
+CALIBRATION_IMAGES = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class AccelerateRequest:
     """Of what to make twins, in which precisions, and what to measure them on.
 
     ``gates``, ``data`` and ``split`` as of a promotion. A precision that this CPU lacks is left out.
+    precisions: None for all that can be made; calibration: data set whose training split ``int8`` takes its
+    ranges from.
     """
 
     model: str
-    precisions: tuple[TwinPrecision, ...] = PRECISIONS
+    precisions: tuple[TwinPrecision, ...] | None = None
     gates: str | None = None
     data: tuple[str, ...] = ()
     split: str | None = None
+    calibration: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,17 +72,14 @@ def accelerate(registry: Registry, request: AccelerateRequest, display: Display 
         PlanesError: model, data, gates or store that cannot be used; a network that cannot be converted.
     """
     version = registered(registry, request.model)
-    precisions = [p for p in request.precisions if supports(p)]
-    for left in (p for p in request.precisions if p not in precisions):
-        log.info(f"{left}: left out, this CPU does not compute in it")
-    if not precisions:
-        raise RegistryError(f"{version.label}: this CPU computes in none of {', '.join(request.precisions)}")
+    precisions = _precisions(version, request)
     parent, example = registry.fetch(version), read_example(registry, version)
     if example is None:
         raise RegistryError(f"{version.label}: has no example (registered before 0.6); train or copy it anew")
     file, source = find_gates(str(version.name), request.gates)
     category = category_of(parent, version.label)
     datasets = open_gate_data(request.model, request.data, request.split, file, category)
+    calibration = _calibration(request, category, datasets) if "int8" in precisions else None
     tags = {"task": "accelerate", "version": version.label}
     with (
         tempfile.TemporaryDirectory() as work,
@@ -79,10 +87,14 @@ def accelerate(registry: Registry, request: AccelerateRequest, display: Display 
     ):
         mlflow_runs.log_params({"version": version.label, "precisions": " ".join(precisions), "gates": source})
         mlflow.log_dict(file.model_dump(), "gates.yaml")
+        if calibration is not None:
+            mlflow_runs.log_dataset(calibration, "calibration")
         folders: dict[TwinPrecision, Path] = {}
         for precision in precisions:
             log.info(f"converting {version.label} to OpenVINO {precision}")
-            folders[precision] = make_twin(parent, Path(work) / precision, precision)
+            folders[precision] = make_twin(
+                parent, Path(work) / precision, precision, partial(_examples, calibration, read_spec(parent).rendering)
+            )
             check_twin(parent, folders[precision])
         measured = [_measure(version, parent, folders, dataset, display) for dataset in datasets]
         result = Accelerated()
@@ -113,6 +125,55 @@ def accelerate(registry: Registry, request: AccelerateRequest, display: Display 
         mlflow.set_tag("approved", " ".join(twin.precision for twin in result.twins) or "none")
         log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client, run.info.run_id)}")
     return result
+
+
+def _precisions(version: Resolved, request: AccelerateRequest) -> list[TwinPrecision]:
+    """Those that can be made here; says which are left out, and why."""
+    wanted = request.precisions or PRECISIONS
+    missing = "--calibration names no data set" if request.calibration is None else None
+    if missing is None and find_spec("nncf") is None:
+        missing = "NNCF is not installed (pip install nncf)"
+    if missing and request.precisions and "int8" in wanted:
+        raise RegistryError(f"{version.label}: int8: {missing}")
+    precisions: list[TwinPrecision] = []
+    for precision in wanted:
+        why = missing if precision == "int8" else None
+        why = why if supports(precision) else "this CPU does not compute in it"
+        if why:
+            log.info(f"{precision}: left out, {why}")
+        else:
+            precisions.append(precision)
+    if not precisions:
+        raise RegistryError(f"{version.label}: this CPU computes in none of {', '.join(wanted)}")
+    return precisions
+
+
+def _calibration(request: AccelerateRequest, category: str, measured_on: Sequence[Dataset]) -> Dataset:
+    """The images that int8 takes its ranges from.
+
+    Raises:
+        DataError: no such data.
+        RegistryError: they are measured on too.
+    """
+    dataset = open_dataset(str(request.calibration), "train", category, keep=True)
+    known = images_of(dataset)
+    for other in measured_on:
+        if shared := known.shared_with(other):
+            raise RegistryError(
+                f"{request.calibration}: {len(shared)} of its images are measured on too (first: {shared[0]}); "
+                "calibrate on others"
+            )
+    return dataset
+
+
+def _examples(dataset: Dataset | None, rendering: Rendering) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images with their boxes, spread over the data set; those that cannot be read are left out."""
+    samples = dataset.rendered(rendering).samples if dataset is not None else ()
+    for sample in samples[:: max(1, len(samples) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]:
+        try:
+            yield sample.read(), sample.boxes
+        except DataError as error:
+            log.warning(f"calibration: {one_line(error)}")
 
 
 def _measure(

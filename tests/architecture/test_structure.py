@@ -132,7 +132,7 @@ def test_extras_are_imported_on_use_alone(root):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             if any(
-                n.split(".")[0] in ("detectron2", "openvino", "rasterio", "ray", "s3fs")
+                n.split(".")[0] in ("detectron2", "nncf", "openvino", "rasterio", "ray", "s3fs")
                 or n.startswith(("pipelines.training.detectron2.hooks", "pipelines.training.detectron2.precision"))
                 for n in names
             ):

@@ -61,6 +61,7 @@ def test_what_passes_is_named_by_tags_and_changes_nothing_else(twins):
     assert done.returncode == 0, done.stdout + done.stderr
     record = _version(project)
     made = {twin.precision: twin for twin in twins_of(record)}
+    assert "int8: left out, --calibration names no data set" in done.stdout
     assert set(made) == ({"f32", "bf16"} if network.supports("bf16") else {"f32"})
     assert {k: v for k, v in record.tags.items() if not k.startswith("twin_")} == known
     for precision, twin in made.items():
@@ -197,6 +198,32 @@ def test_what_fails_its_gates_is_not_used(twins, tmp_path):
     gates.write_text(yaml.safe_dump({**content, "accelerate": {"int4": {}}}))
     wrong = project.registry("accelerate", "slow/1", "--gates", str(gates), code=1)
     assert "accelerate" in error_line(wrong)
+
+
+@pytest.mark.skipif(not network.supports("int8"), reason="this CPU does not compute in int8")
+def test_a_twin_in_eight_bits_is_calibrated_on_what_it_is_not_measured_on(twins, tmp_path):
+    pytest.importorskip("nncf", reason="NNCF is not installed")
+    project, arguments, *_ = twins
+    project.register(_saved(project), "eight")
+    gates = tmp_path / "eight.yaml"
+    content = {"data": [{"path": str(project.data)}], "gates": {}, "accelerate": {"int8": {"min_speedup": 1e-6}}}
+    gates.write_text(yaml.safe_dump(content))
+    command = ("accelerate", "eight/1", "--gates", str(gates), "--precision", "int8")
+    assert "--calibration names no data set" in error_line(project.registry(*command, code=1))
+    on_itself = project.registry(*command, "--calibration", str(project.data), "--split", "train", code=1)
+    assert "of its images are measured on too (first: A0" in error_line(on_itself)
+    nowhere = project.registry(*command, "--calibration", str(tmp_path / "none"), code=1)
+    assert str(tmp_path / "none") in error_line(nowhere)
+    done = project.registry(*command, "--calibration", str(project.data))
+    assert "twin int8: approved" in done.stdout
+    (twin,) = twins_of(_version(project, name="eight"))
+    logged = {i.dataset.name for i in project.client.get_run(twin.run_id).inputs.dataset_inputs}
+    assert "airfield/train" in logged
+    scored = project.score("--model", "eight/1", *arguments[2:], str(tmp_path / "out"))
+    assert "eight/1: runs as its twin, openvino int8" in scored.stdout
+    assert (
+        json.loads((tmp_path / "out" / "eight-1" / "manifest.json").read_text())["settings"]["runtime"] == "openvino int8"
+    )
 
 
 def test_another_versions_twin_and_a_tag_that_names_none_are_refused(twins, tmp_path):

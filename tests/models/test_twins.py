@@ -88,6 +88,92 @@ def half(pair, tmp_path_factory):
     return make_twin(pair[0], tmp_path_factory.mktemp("half") / "half", "bf16")
 
 
+needs_int8 = pytest.mark.skipif(not network.supports("int8"), reason="this CPU does not compute in int8")
+
+
+def _drawn(count=3, side=160):
+    """Images with shapes in them, and the boxes of the shapes."""
+    rng = np.random.default_rng(1)
+    for _ in range(count):
+        image = rng.integers(60, 120, (side, side, 3), dtype=np.uint8)
+        boxes = rng.integers(4, side // 2, (3, 2)).repeat(2, axis=0).reshape(3, 4) + np.array([0, 0, 40, 32])
+        for x1, y1, x2, y2 in boxes:
+            image[y1:y2, x1:x2] += 100
+        yield image, boxes.astype(np.float32)
+
+
+def _quantised_types(folder):
+    """The types of the layers that numbers of eight bits go into."""
+    root = ElementTree.parse(folder / "network.xml").getroot()
+    kinds = {layer.get("id"): layer.get("type") for layer in root.iterfind("layers/layer")}
+    pairs = [(edge.get("from-layer"), edge.get("to-layer")) for edge in root.iterfind("edges/edge")]
+    return {kinds[to] for start, to in pairs if kinds[start] == "FakeQuantize"}
+
+
+@needs_int8
+def test_a_twin_in_eight_bits_keeps_the_geometry_of_boxes_exact(pair, tmp_path):
+    pytest.importorskip("nncf", reason="NNCF is not installed")
+    parent, exact = pair
+    twin = make_twin(parent, tmp_path / "int8", "int8", _drawn)
+    check_twin(parent, twin)
+    assert read_spec(twin).architecture["precision"] == "int8"
+    assert read_spec(exact).architecture["precision"] == "f32"
+    kinds = _quantised_types(twin)
+    assert "Convolution" in kinds
+    assert not kinds & {"NonMaxSuppression", "ROIAlign", "Gather", "Concat", "Exp", "Subtract", "TopK"}
+    for image, _ in _drawn():
+        a, b = (load_model(folder).predict([image])[0] for folder in (exact, twin))
+        assert len(b)
+        # Of random weights all scores are near each other.
+        assert abs(float(a.scores.max()) - float(b.scores.max())) < 0.05
+
+
+@needs_int8
+def test_a_segmenter_in_eight_bits_gives_nearly_the_same_probabilities(tmp_path):
+    pytest.importorskip("nncf", reason="NNCF is not installed")
+    parent = MAKERS["unet flips"](tmp_path / "parent")
+    twin = make_twin(parent, tmp_path / "int8", "int8", _drawn)
+    assert "Convolution" in _quantised_types(twin)
+    ours, its = load_model(parent), load_model(twin)
+    for image, boxes in _drawn(2):
+        crops = [image[int(y1) : int(y2), int(x1) : int(x2)] for x1, y1, x2, y2 in boxes]
+        for a, b in zip(ours.segment(crops), its.segment(crops), strict=True):
+            assert np.abs(a - b).mean() < 0.02
+            assert a.std() > 1e-4
+
+
+@needs_int8
+def test_what_cannot_be_calibrated_says_so(pair, tmp_path, monkeypatch):
+    parent, _ = pair
+    with pytest.raises(ModelError, match="give data to calibrate on"):
+        make_twin(parent, tmp_path / "a", "int8")
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "nncf", None)
+        with pytest.raises(EngineMissing, match="NNCF, which quantises networks, is not installed"):
+            make_twin(parent, tmp_path / "b", "int8", _drawn)
+    pytest.importorskip("nncf", reason="NNCF is not installed")
+    with pytest.raises(ModelError, match="nothing to calibrate on"):
+        make_twin(parent, tmp_path / "c", "int8", list)
+    unet = MAKERS["unet"](tmp_path / "unet")
+    with pytest.raises(ModelError, match="nothing to calibrate on"):
+        make_twin(unet, tmp_path / "d", "int8", lambda: [(image, np.zeros((0, 4))) for image, _ in _drawn()])
+    assert not {"a", "b", "c", "d"} & {p.name for p in tmp_path.iterdir()}
+
+
+def test_calibration_is_spread_over_the_images(pair, monkeypatch):
+    from models.engines.openvino import quantization
+
+    predictor = load_model(pair[1], "cpu", {"size": 64, "overlap": 0.0})
+    monkeypatch.setattr(quantization, "MOST_INPUTS", 8)
+    inputs = quantization.recorded_inputs(predictor, _drawn(4))
+    assert len(inputs) == 8
+    tiles = {int(pixels.sum()) for pixels, _ in inputs}
+    assert len(tiles) == 8
+    assert not hasattr(predictor.predictor.network, "inputs")
+    # More images than inputs: one of each until there are enough.
+    assert len(quantization.recorded_inputs(predictor, _drawn(9))) == 8
+
+
 @pytest.fixture
 def copies(pair, tmp_path):
     return tuple(shutil.copytree(folder, tmp_path / folder.name) for folder in pair)

@@ -56,7 +56,7 @@ def save_twin(folder: str | Path, predictor: Predictor, spec: ModelSpec, digest:
         ModelError: an engine that has no twin, or a network that OpenVINO cannot convert.
     """
     openvino = require_openvino()
-    module, example, settings = _parts(predictor, spec)
+    module, example, settings = parts_of(predictor, spec)
     with warnings.catch_warnings(), torch.inference_mode():
         # Tracing warns of every shape that it takes for constant.
         warnings.simplefilter("ignore")
@@ -113,26 +113,26 @@ def _keep_geometry_exact(openvino: Any, path: Path) -> None:
         raise ModelError(f"OpenVINO {version('openvino')} keeps no layer in full precision; make the twin in f32")
 
 
-class _Settings(NamedTuple):
+class InputSettings(NamedTuple):
     """What the twin's architecture says of its input."""
 
     image: ImageInput | None = None
     crop: CropSettings | None = None
 
 
-def _parts(predictor: Predictor, spec: ModelSpec) -> tuple[nn.Module, Any, _Settings]:
+def parts_of(predictor: Predictor, spec: ModelSpec) -> tuple[nn.Module, Any, InputSettings]:
     """The network to trace, an example of its input, and its settings."""
     # Numbers of its own: those of whoever calls stay as they are.
     own = torch.Generator().manual_seed(0)
     if isinstance(predictor, TorchSegmenter):
         size = predictor.settings.crop_size
         crop = CropSettings(**{name: getattr(predictor.settings, name) for name in CropSettings.model_fields})
-        return _Probabilities(predictor.model), torch.rand(2, 3, size, size, generator=own), _Settings(crop=crop)
+        return _Probabilities(predictor.model), torch.rand(2, 3, size, size, generator=own), InputSettings(crop=crop)
     example = torch.rand(1, 3, *TRACED, generator=own), torch.tensor([side - 10 for side in TRACED])
     if isinstance(predictor, TorchvisionDetector):
-        return _TorchvisionNetwork(predictor.model), example, _Settings(image=_torchvision_input(predictor.model))
+        return _TorchvisionNetwork(predictor.model), example, InputSettings(image=_torchvision_input(predictor.model))
     if isinstance(predictor, Detectron2Predictor):
-        return _Detectron2Network(predictor.model), example, _Settings(image=_detectron2_input(predictor))
+        return _Detectron2Network(predictor.model), example, InputSettings(image=_detectron2_input(predictor))
     raise ModelError(f"{spec.kind}/{spec.engine}: has no twin")
 
 

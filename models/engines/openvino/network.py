@@ -20,7 +20,11 @@ from models.saved.allowed_files import NETWORK_FILE, NETWORK_WEIGHTS_FILE
 
 GET_IT = "OpenVINO is not installed: pip install openvino (the extra 'openvino'), or score with --runtime torch"
 # Instructions without which a precision is emulated, slower than full precision.
-NEEDS: dict[str, tuple[str, ...]] = {"f32": (), "bf16": ("amx_bf16", "avx512_bf16")}
+NEEDS: dict[str, tuple[str, ...]] = {
+    "f32": (),
+    "bf16": ("amx_bf16", "avx512_bf16"),
+    "int8": ("amx_int8", "avx512_vnni", "avx_vnni"),
+}
 
 
 def require_openvino() -> Any:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.engines.unet.settings import CropSettings
 
-TwinPrecision = Literal["f32", "bf16"]
+TwinPrecision = Literal["f32", "bf16", "int8"]
 
 
 class ImageInput(BaseModel):
@@ -38,7 +38,7 @@ class TwinArchitecture(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    precision: TwinPrecision = Field(description="What it computes in; its weights are saved in float32.")
+    precision: TwinPrecision = Field(description="What it computes in; the geometry of boxes in float32.")
     parent_engine: str = Field(max_length=64, description="Engine of the model that it was converted from.")
     parent_digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="Digest of that model's saved folder.")
     image: ImageInput | None = Field(default=None, description="Of a detector: its input.")

@@ -1,0 +1,81 @@
+"""What twins and half precision cost: metrics of a version and its twins over data sets, and where detections differ."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tabulate import tabulate
+
+from models.engines.openvino.network import supports
+from models.instances import Instances
+from models.loading import load_model
+from models.predictor import Predictor
+from models.runtime.devices import precision
+from models.saved.spec import read_spec
+from models.twins import make_twin
+from pipelines.data.readers.opening import open_dataset
+from pipelines.evaluation.side_by_side import Measurement, measure
+from pipelines.registry.gates import largest_differences
+from pipelines.registry.twins import PRECISIONS
+from pipelines.steps.cli_support import show_progress
+
+METRICS = ("AP", "AP50", "mask_AP", "mask_AP50", "IoU")
+
+
+class HalfPrecision:
+    """A predictor of PyTorch under bfloat16 autocast."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+
+    def predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
+        """See `Predictor`."""
+        with precision("cpu", "bf16-mixed"):
+            return self.predictor.predict(images)
+
+
+def differences(ours: Measurement, theirs: Measurement) -> str:
+    """Images with another number of detections, and the largest differences of boxes and scores over all others."""
+    compared = largest_differences(ours, theirs)
+    other = f"{compared.unequal} of {len(theirs.predictions)} images have another number; " if compared.unequal else ""
+    return f"{other}{compared.pixels:.2g} pixels, {compared.score:.2g} of score"
+
+
+def main() -> None:
+    """Print a table for each data set."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="saved folder of a version")
+    parser.add_argument("data", nargs="+", help="data sets with truth, each with its split: FOLDER:test")
+    parser.add_argument("--images", type=int, default=None, help="so many images of each")
+    options = parser.parse_args()
+    folder = Path(options.model)
+    with tempfile.TemporaryDirectory() as work:
+        predictors: dict[str, Predictor] = {"PyTorch float32": load_model(folder, "cpu")}
+        if read_spec(folder).kind != "segmenter":
+            predictors["PyTorch bfloat16"] = HalfPrecision(predictors["PyTorch float32"])
+        for kind in (p for p in PRECISIONS if supports(p)):
+            predictors[f"twin {kind}"] = load_model(make_twin(folder, Path(work) / kind, kind), "cpu")
+        for text in options.data:
+            path, _, split = text.rpartition(":")
+            dataset = open_dataset(path, split, keep=True)
+            if options.images:
+                dataset = dataset.subset([s.image_id for s in dataset.samples[: options.images]], split)
+            rendering = read_spec(folder).rendering
+            measured = measure(predictors, dataset, show_progress, renderings=dict.fromkeys(predictors, rendering))
+            parent = measured["PyTorch float32"]
+            shown = [m for m in METRICS if math.isfinite(parent.metrics.get(m, math.nan))]
+            rows = []
+            for name, of in measured.items():
+                values = [f"{of.metrics[m]:.4f} ({of.metrics[m] - parent.metrics[m]:+.4f})" for m in shown]
+                rows.append([name, *values, "" if of is parent or parent.segmenter else differences(of, parent)])
+            print(f"{dataset.name}/{split}: {len(dataset)} images, {dataset.planes} planes")
+            print(tabulate(rows, headers=["", *shown, "detections"], disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()

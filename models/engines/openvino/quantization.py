@@ -1,0 +1,143 @@
+"""A twin in eight bits: post-training quantisation of the dense layers of one in full precision."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.engines.openvino.conversion import DENSE, DENSE_TYPES
+from models.engines.openvino.network import require_openvino
+from models.engines.openvino.predictor import TwinDetector, TwinSegmenter
+from models.engines.openvino.settings import TwinArchitecture
+from models.errors import EngineMissing, ModelError, one_line
+from models.predictor import Predictor
+from models.saved.allowed_files import NETWORK_FILE
+from models.saved.folder import write_folder
+from models.saved.spec import parse_architecture, read_spec
+from models.tiling.predictor import Tiled
+
+GET_IT = "NNCF, which quantises networks, is not installed: pip install nncf (the extra 'openvino')"
+# Inputs of the network that ranges are taken from; at 800 x 1333 pixels each has 13 MB.
+MOST_INPUTS = 64
+
+# An RGB uint8 image (H, W, 3) and its planes' boxes, xyxy (N, 4).
+Example = tuple[np.ndarray, np.ndarray]
+
+
+def quantise_twin(twin: str | Path, into: str | Path, predictor: Predictor, examples: Iterable[Example]) -> Path:
+    """Write a twin whose dense layers compute in int8, whole or not at all; all else stays in float32.
+
+    Weights by channel, activations by the ranges that they take on the examples (NNCF, mixed preset, with bias
+    correction).
+
+    Args:
+        twin: saved folder of the twin in full precision.
+        into: where the new twin's saved folder is written.
+        predictor: that twin, loaded; it predicts the examples, by tiles where the version does.
+        examples: images like those that will be scored, never those that the twin is measured on.
+
+    Raises:
+        EngineMissing: OpenVINO or NNCF is not installed.
+        ModelError: no example has anything to compute on, or the network cannot be quantised.
+    """
+    openvino, nncf = require_openvino(), require_nncf()
+    spec = read_spec(twin)
+    inputs = recorded_inputs(predictor, examples)
+    if not inputs:
+        raise ModelError(f"{twin}: nothing to calibrate on: the data have no image, or no plane to segment")
+    network = openvino.Core().read_model(str(Path(twin) / NETWORK_FILE))
+    # Layers of one module share a name, and NNCF knows them by it.
+    for number, layer in enumerate(network.get_ops()):
+        layer.set_friendly_name(f"{layer.get_friendly_name()}#{number}")
+    kept = [] if spec.kind == "segmenter" else [layer.get_friendly_name() for layer in network.get_ops() if _exact(layer)]
+    data = nncf.Dataset(inputs, lambda arrays: dict(enumerate(arrays)))
+    nncf.set_log_level(40)
+    try:
+        # Its bars are lines where there is no terminal.
+        with contextlib.redirect_stdout(io.StringIO()):
+            quantised = nncf.quantize(
+                network,
+                data,
+                preset=nncf.QuantizationPreset.MIXED,
+                subset_size=len(inputs),
+                ignored_scope=nncf.IgnoredScope(names=kept, validate=False),
+            )
+    except Exception as error:
+        raise ModelError(f"{twin}: NNCF cannot quantise it ({one_line(error, 200)})") from error
+    architecture = parse_architecture(spec, TwinArchitecture).model_copy(update={"precision": "int8"})
+    made = spec.model_copy(update={"architecture": architecture.model_dump()})
+    return write_folder(
+        into, made, lambda folder: openvino.save_model(quantised, str(folder / NETWORK_FILE), compress_to_fp16=False)
+    )
+
+
+def require_nncf() -> Any:
+    """The package, imported.
+
+    Raises:
+        EngineMissing: it is not installed.
+    """
+    try:
+        import nncf
+    except ImportError as error:
+        raise EngineMissing(GET_IT) from error
+    return nncf
+
+
+def recorded_inputs(predictor: Predictor, examples: Iterable[Example]) -> list[list[np.ndarray]]:
+    """What a twin's network is given when it predicts examples: `MOST_INPUTS` at most, spread over them."""
+    inner: Any = predictor.predictor if isinstance(predictor, Tiled) else predictor
+    by_example = [_recorded(predictor, inner, *example) for example in examples]
+    by_example = [inputs for inputs in by_example if inputs]
+    if not by_example:
+        return []
+    each = max(1, MOST_INPUTS // len(by_example))
+    return [one for inputs in by_example for one in _spread(inputs, each)][:MOST_INPUTS]
+
+
+def _recorded(predictor: Predictor, inner: TwinDetector | TwinSegmenter, image: np.ndarray, boxes: np.ndarray) -> Any:
+    with _recording(inner) as recorder:
+        if isinstance(inner, TwinSegmenter):
+            inner.crop_masks([image], [boxes])
+        else:
+            predictor.predict([image])
+    return recorder.inputs
+
+
+class _Recorder:
+    """A network that keeps what it is given."""
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+        self.inputs: list[list[np.ndarray]] = []
+
+    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        self.inputs.append([np.array(i) for i in inputs])
+        return list(self.network(*inputs))
+
+
+@contextlib.contextmanager
+def _recording(inner: Any) -> Iterator[_Recorder]:
+    network = inner.network
+    inner.network = _Recorder(network)
+    try:
+        yield inner.network
+    finally:
+        inner.network = network
+
+
+def _spread(inputs: Sequence[list[np.ndarray]], most: int) -> list[list[np.ndarray]]:
+    chosen = np.unique(np.linspace(0, len(inputs) - 1, min(most, len(inputs))).round().astype(int))
+    return [inputs[i] for i in chosen]
+
+
+def _exact(layer: Any) -> bool:
+    """Whether a layer of a detector stays as it is: the geometry of boxes, and what is no layer."""
+    if layer.get_type_name() in ("Constant", "Parameter", "Result"):
+        return False
+    return not (DENSE.match(layer.get_friendly_name()) or layer.get_type_name() in DENSE_TYPES)
