@@ -128,6 +128,7 @@ def test_a_twin_in_eight_bits_keeps_the_geometry_of_boxes_exact(pair, tmp_path):
         assert abs(float(a.scores.max()) - float(b.scores.max())) < 0.05
 
 
+@pytest.mark.soak
 @needs_int8
 def test_a_segmenter_in_eight_bits_gives_nearly_the_same_probabilities(tmp_path):
     pytest.importorskip("nncf", reason="NNCF is not installed")
@@ -158,6 +159,38 @@ def test_what_cannot_be_calibrated_says_so(pair, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="nothing to calibrate on"):
         make_twin(unet, tmp_path / "d", "int8", lambda: [(image, np.zeros((0, 4))) for image, _ in _drawn()])
     assert not {"a", "b", "c", "d"} & {p.name for p in tmp_path.iterdir()}
+
+
+@pytest.mark.soak
+@needs_int8
+def test_a_crash_of_the_quantising_process_costs_a_try(pair, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("nncf", reason="NNCF is not installed")
+    from models.engines.openvino import quantization
+
+    run, crashed = subprocess.run, []
+
+    def crash(times):
+        def call(program, **options):
+            if len(crashed) < times:
+                crashed.append(program)
+                program = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"]
+            return run(program, **options)
+
+        crashed.clear()
+        monkeypatch.setattr(quantization.subprocess, "run", call)
+
+    crash(2)
+    assert is_twin(make_twin(pair[0], tmp_path / "a", "int8", lambda: list(_drawn(1))))
+    assert "ended by signal 11, attempt 2 of 4" in caplog.text
+    crash(9)
+    with pytest.raises(ModelError, match="its process crashed 4 times"):
+        make_twin(pair[0], tmp_path / "b", "int8", lambda: list(_drawn(1)))
+    assert len(crashed) == 4
+    monkeypatch.setattr(quantization, "PROCESS", "models.engines.openvino.no_such_module")
+    crash(0)
+    with pytest.raises(ModelError, match=r"NNCF cannot quantise it .*no_such_module"):
+        make_twin(pair[0], tmp_path / "c", "int8", lambda: list(_drawn(1)))
+    assert not {"b", "c"} & {p.name for p in tmp_path.iterdir()}
 
 
 def test_calibration_is_spread_over_the_images(pair, monkeypatch):

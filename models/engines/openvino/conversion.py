@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 from torchvision.models.detection.image_list import ImageList
 
 from models.engines.detectron2.predictor import Detectron2Predictor
+from models.engines.openvino.dense import is_dense
 from models.engines.openvino.network import require_openvino
 from models.engines.openvino.settings import ImageInput, TwinArchitecture, TwinPrecision
 from models.engines.torchvision.predictor import TorchvisionDetector
@@ -25,15 +25,6 @@ from models.saved.allowed_files import NETWORK_FILE
 from models.saved.folder import write_folder
 from models.saved.spec import ModelSpec
 
-# Layers that may compute in half precision: those with most of the work.
-DENSE = re.compile(
-    r"__module\.network\.("
-    r"backbone|rpn\.head|roi_heads\.(box|mask)_(head|predictor)"  # torchvision
-    r"|proposal_generator\.rpn_head|head"  # Detectron2
-    r")[./]"
-)
-# Of whatever name: OpenVINO calls a convolution that a norm was folded into otherwise.
-DENSE_TYPES = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul")
 # What OpenVINO calls the mark of a layer that keeps its precision.
 MARK = "DisablePrecisionConversion"
 
@@ -98,7 +89,8 @@ def _keep_geometry_exact(openvino: Any, path: Path) -> None:
     marked = []
     for layer in tree.iterfind("layers/layer"):
         name = layer.get("name", "")
-        if DENSE.match(name) or layer.get("type") in (*DENSE_TYPES, "Const", "Parameter", "Result"):
+        kind = layer.get("type", "")
+        if kind in ("Const", "Parameter", "Result") or is_dense(name, kind):
             continue
         info = layer.find("rt_info")
         if info is None:

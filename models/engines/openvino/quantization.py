@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import logging
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from models.engines.openvino.conversion import DENSE, DENSE_TYPES
-from models.engines.openvino.network import require_openvino
 from models.engines.openvino.predictor import TwinDetector, TwinSegmenter
 from models.engines.openvino.settings import TwinArchitecture
-from models.errors import EngineMissing, ModelError, one_line
+from models.errors import EngineMissing, ModelError
 from models.predictor import Predictor
 from models.saved.allowed_files import NETWORK_FILE
 from models.saved.folder import write_folder
@@ -24,6 +27,11 @@ from models.tiling.predictor import Tiled
 GET_IT = "NNCF, which quantises networks, is not installed: pip install nncf (the extra 'openvino')"
 # Inputs of the network that ranges are taken from; at 800 x 1333 pixels each has 13 MB.
 MOST_INPUTS = 64
+
+PROCESS = "models.engines.openvino.quantize_process"
+TRIES = 4
+
+log = logging.getLogger(__name__)
 
 # An RGB uint8 image (H, W, 3) and its planes' boxes, xyxy (N, 4).
 Example = tuple[np.ndarray, np.ndarray]
@@ -42,51 +50,50 @@ def quantise_twin(twin: str | Path, into: str | Path, predictor: Predictor, exam
         examples: images like those that will be scored, never those that the twin is measured on.
 
     Raises:
-        EngineMissing: OpenVINO or NNCF is not installed.
+        EngineMissing: NNCF is not installed.
         ModelError: no example has anything to compute on, or the network cannot be quantised.
     """
-    openvino, nncf = require_openvino(), require_nncf()
+    require_nncf()
     spec = read_spec(twin)
     inputs = recorded_inputs(predictor, examples)
     if not inputs:
         raise ModelError(f"{twin}: nothing to calibrate on: the data have no image, or no plane to segment")
-    network = openvino.Core().read_model(str(Path(twin) / NETWORK_FILE))
-    # Layers of one module share a name, and NNCF knows them by it.
-    for number, layer in enumerate(network.get_ops()):
-        layer.set_friendly_name(f"{layer.get_friendly_name()}#{number}")
-    kept = [] if spec.kind == "segmenter" else [layer.get_friendly_name() for layer in network.get_ops() if _exact(layer)]
-    data = nncf.Dataset(inputs, lambda arrays: dict(enumerate(arrays)))
-    nncf.set_log_level(40)
-    try:
-        # Its bars are lines where there is no terminal.
-        with contextlib.redirect_stdout(io.StringIO()):
-            quantised = nncf.quantize(
-                network,
-                data,
-                preset=nncf.QuantizationPreset.MIXED,
-                subset_size=len(inputs),
-                ignored_scope=nncf.IgnoredScope(names=kept, validate=False),
-            )
-    except Exception as error:
-        raise ModelError(f"{twin}: NNCF cannot quantise it ({one_line(error, 200)})") from error
-    architecture = parse_architecture(spec, TwinArchitecture).model_copy(update={"precision": "int8"})
-    made = spec.model_copy(update={"architecture": architecture.model_dump()})
-    return write_folder(
-        into, made, lambda folder: openvino.save_model(quantised, str(folder / NETWORK_FILE), compress_to_fp16=False)
-    )
+    with tempfile.TemporaryDirectory() as work:
+        for number, arrays in enumerate(inputs):
+            np.savez(Path(work) / f"{number:04}.npz", *arrays)
+
+        def fill(folder: Path) -> None:
+            _quantise(spec.kind, Path(twin) / NETWORK_FILE, Path(work), folder / NETWORK_FILE)
+
+        architecture = parse_architecture(spec, TwinArchitecture).model_copy(update={"precision": "int8"})
+        made = spec.model_copy(update={"architecture": architecture.model_dump()})
+        return write_folder(into, made, fill)
 
 
-def require_nncf() -> Any:
-    """The package, imported.
+def _quantise(kind: str, network: Path, inputs: Path, into: Path) -> None:
+    """Run `quantize_process`, again where it crashes."""
+    package = Path(__file__).parents[3]
+    path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
+    program = [sys.executable, "-m", PROCESS, kind, str(network), str(inputs), str(into)]
+    for attempt in range(1, TRIES + 1):
+        done = subprocess.run(program, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+        if done.returncode > 0:
+            said = done.stderr.strip().splitlines() or ["no reason was given"]
+            raise ModelError(f"{network.parent}: NNCF cannot quantise it ({said[-1][:300]})")
+        log.warning(f"NNCF's process ended by signal {-done.returncode}, attempt {attempt} of {TRIES}")
+    raise ModelError(f"{network.parent}: NNCF cannot quantise it (its process crashed {TRIES} times)")
+
+
+def require_nncf() -> None:
+    """Check that the package is there, without importing it.
 
     Raises:
         EngineMissing: it is not installed.
     """
-    try:
-        import nncf
-    except ImportError as error:
-        raise EngineMissing(GET_IT) from error
-    return nncf
+    if find_spec("nncf") is None:
+        raise EngineMissing(GET_IT)
 
 
 def recorded_inputs(predictor: Predictor, examples: Iterable[Example]) -> list[list[np.ndarray]]:
@@ -134,10 +141,3 @@ def _recording(inner: Any) -> Iterator[_Recorder]:
 def _spread(inputs: Sequence[list[np.ndarray]], most: int) -> list[list[np.ndarray]]:
     chosen = np.unique(np.linspace(0, len(inputs) - 1, min(most, len(inputs))).round().astype(int))
     return [inputs[i] for i in chosen]
-
-
-def _exact(layer: Any) -> bool:
-    """Whether a layer of a detector stays as it is: the geometry of boxes, and what is no layer."""
-    if layer.get_type_name() in ("Constant", "Parameter", "Result"):
-        return False
-    return not (DENSE.match(layer.get_friendly_name()) or layer.get_type_name() in DENSE_TYPES)
