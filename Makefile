@@ -31,6 +31,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.field
 	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/python -m benchmarks.actors
+	$(BIN)/python -m benchmarks.speed
 
 clean:
 	rm -rf $(VENV)

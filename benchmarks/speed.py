@@ -10,6 +10,7 @@ import argparse
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,10 +41,11 @@ from models.twins import make_twin
 from pipelines.data.dataset import Dataset
 from pipelines.data.readers.opening import open_dataset
 from pipelines.data.synthetic.scenes import AirfieldSettings, prepare_airfield
+from pipelines.registry.twins import PRECISIONS
 from scoring.jobs.job import JobSettings, run_job
 
-PRECISIONS: tuple[TwinPrecision, ...] = ("f32", "bf16")
 CHUNKS = 4
+CALIBRATION = 2
 # Side of the square input on which a network alone is measured.
 SIDES = {"detector_scratch": 640, "faster_rcnn": 800, "mask_rcnn": 800}
 UNET_CROPS = 12
@@ -89,7 +91,10 @@ class OnnxNetwork:
         module, _, _ = parts_of(predictor, read_spec(folder))
         given = tuple(torch.from_numpy(i) for i in inputs)
         names = ["pixels", "size"][: len(given)]
-        torch.onnx.export(module.eval(), given, str(path), dynamo=False, opset_version=17, input_names=names)
+        with warnings.catch_warnings():
+            # Tracing warns of every shape that it takes for constant.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(module.eval(), given, str(path), dynamo=False, opset_version=17, input_names=names)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
@@ -237,6 +242,31 @@ def whole_jobs(models: Mapping[str, Path], twins: Twins, dataset: Dataset, work:
             )
 
 
+def all_twins(models: Mapping[str, Path], kinds: Sequence[TwinPrecision], examples: Any, work: Path) -> Twins:
+    """Twins of each model; of a composition those of its parts, composed."""
+    twins: dict[str, dict[TwinPrecision, Path]] = {}
+    for case, folder in models.items():
+        parts = [twins[role] for role in ("detector_scratch", "unet") if role in twins]
+        twins[case] = {}
+        for kind in kinds:
+            if case == "composed" and len(parts) == 2:
+                detector, segmenter = (part[kind] for part in parts)
+                twins[case][kind] = save_composed(work / case / kind, detector, segmenter, ComposedArchitecture(), {})
+            else:
+                twins[case][kind] = make_twin(folder, work / case / kind, kind, examples)
+    return twins
+
+
+def data_set(data: str | None, split: str, images: int | None, work: Path) -> Dataset:
+    """The images to score: so many of a data set, spread over it, or drawn ones."""
+    if data is None:
+        prepare_airfield(work / "airfield", AirfieldSettings(train=10, test=2))
+    dataset = open_dataset(data or work / "airfield", split, keep=True)
+    if images is None:
+        return dataset
+    return dataset.subset([s.image_id for s in dataset.samples[:: max(1, len(dataset) // images)][:images]], split)
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -254,18 +284,15 @@ def main() -> None:
         wanted = options.cases.split(",")
         models = {k: v for k, v in saved_models(work, options.detector, options.segmenter).items() if k in wanted}
         kinds = [p for p in PRECISIONS if supports(p)]
-        twins = {c: {p: make_twin(f, work / "twins" / c / p, p) for p in kinds} for c, f in models.items()}
+        dataset = data_set(options.data, options.split, options.images, work)
+        # What is calibrated on the images of a benchmark says nothing about accuracy: see twin_accuracy.
+        few = dataset.samples[:CALIBRATION]
+        twins = all_twins(models, kinds, lambda: ((s.read(), s.boxes) for s in few), work / "twins")
         print(f"{torch.get_num_threads()} threads; a ratio is {TORCH}'s seconds over a way's")
         parts = options.parts.split(",")
         if "networks" in parts:
             networks_alone(models, twins, options.rounds, work)
         if "jobs" in parts:
-            if options.data is None:
-                prepare_airfield(work / "airfield", AirfieldSettings(train=10, test=2))
-            dataset = open_dataset(options.data or work / "airfield", options.split, keep=True)
-            if options.images:
-                step = max(1, len(dataset) // options.images)
-                dataset = dataset.subset([s.image_id for s in dataset.samples[::step][: options.images]], dataset.split)
             whole_jobs(models, twins, dataset, work)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from pipelines.evaluation.side_by_side import Measurement, measure
 from pipelines.registry.gates import largest_differences
 from pipelines.registry.twins import PRECISIONS
 from pipelines.steps.cli_support import show_progress
+from pipelines.use_cases.accelerate import CALIBRATION_IMAGES
 
 METRICS = ("AP", "AP50", "mask_AP", "mask_AP50", "IoU")
 
@@ -46,11 +47,19 @@ def differences(ours: Measurement, theirs: Measurement) -> str:
     return f"{other}{compared.pixels:.2g} pixels, {compared.score:.2g} of score"
 
 
+def examples(data: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images that int8 takes its ranges from, spread over the training split."""
+    samples = open_dataset(data, "train", keep=True).samples
+    for sample in samples[:: max(1, len(samples) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]:
+        yield sample.read(), sample.boxes
+
+
 def main() -> None:
     """Print a table for each data set."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="saved folder of a version")
     parser.add_argument("data", nargs="+", help="data sets with truth, each with its split: FOLDER:test")
+    parser.add_argument("--calibration", default=None, help="data set whose training split calibrates int8")
     parser.add_argument("--images", type=int, default=None, help="so many images of each")
     options = parser.parse_args()
     folder = Path(options.model)
@@ -58,8 +67,10 @@ def main() -> None:
         predictors: dict[str, Predictor] = {"PyTorch float32": load_model(folder, "cpu")}
         if read_spec(folder).kind != "segmenter":
             predictors["PyTorch bfloat16"] = HalfPrecision(predictors["PyTorch float32"])
-        for kind in (p for p in PRECISIONS if supports(p)):
-            predictors[f"twin {kind}"] = load_model(make_twin(folder, Path(work) / kind, kind), "cpu")
+        kinds = [p for p in PRECISIONS if supports(p) and (p != "int8" or options.calibration)]
+        for kind in kinds:
+            twin = make_twin(folder, Path(work) / kind, kind, lambda: examples(options.calibration))
+            predictors[f"twin {kind}"] = load_model(twin, "cpu")
         for text in options.data:
             path, _, split = text.rpartition(":")
             dataset = open_dataset(path, split, keep=True)

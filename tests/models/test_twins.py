@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,6 +15,8 @@ import pytest
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 
 from models.engines.openvino import network
+from models.engines.openvino.inputs import prepared
+from models.engines.openvino.settings import ImageInput
 from models.errors import EngineMissing, ModelError
 from models.geometry.rle import rle_iou
 from models.loading import load_model
@@ -86,6 +89,23 @@ def pair(tmp_path_factory):
 def half(pair, tmp_path_factory):
     """Its twin in bfloat16."""
     return make_twin(pair[0], tmp_path_factory.mktemp("half") / "half", "bf16")
+
+
+@pytest.mark.parametrize("bgr", [False, True])
+def test_bytes_are_looked_up_as_they_would_be_computed(bgr):
+    image = np.arange(256 * 3, dtype=np.int64).reshape(16, 16, 3).astype(np.uint8)
+    settings = ImageInput(zoom=1.0, bgr=bgr, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], divisor=32)
+    pixels, size = prepared(image, settings)
+    assert size == (16, 16)
+    assert pixels.shape == (1, 3, 32, 32)
+    expected = (image[:, :, ::-1] if bgr else image).astype(np.float32) / np.float32(255)
+    expected = (expected - np.array(settings.mean, np.float32)) / np.array(settings.std, np.float32)
+    assert (pixels[0, :, :16, :16] == expected.transpose(2, 0, 1)).all()
+    assert not pixels[0, :, 16:].any()
+    assert not pixels[0, :, :, 16:].any()
+    # A zoom that changes nothing is another way to the same numbers.
+    zoomed, _ = prepared(np.repeat(np.repeat(image, 2, 0), 2, 1), settings.model_copy(update={"zoom": 0.5}))
+    np.testing.assert_allclose(zoomed, pixels, atol=1e-5)
 
 
 needs_int8 = pytest.mark.skipif(not network.supports("int8"), reason="this CPU does not compute in int8")
@@ -196,15 +216,21 @@ def test_a_crash_of_the_quantising_process_costs_a_try(pair, tmp_path, monkeypat
 def test_calibration_is_spread_over_the_images(pair, monkeypatch):
     from models.engines.openvino import quantization
 
+    def tiles(count):
+        return [int(pixels.sum() * 1000) for pixels, _ in quantization.recorded_inputs(predictor, _drawn(count))]
+
     predictor = load_model(pair[1], "cpu", {"size": 64, "overlap": 0.0})
+    of_one = [set(tiles(n)) for n in range(1, 5)]
+    # Nine tiles, of which eight are drawn; the drawing is the same each time.
+    assert [len(chosen) for chosen in of_one] == [8, 16, 24, 32]
+    assert all(before < after for before, after in pairwise(of_one))
     monkeypatch.setattr(quantization, "MOST_INPUTS", 8)
-    inputs = quantization.recorded_inputs(predictor, _drawn(4))
-    assert len(inputs) == 8
-    tiles = {int(pixels.sum()) for pixels, _ in inputs}
-    assert len(tiles) == 8
+    spread = tiles(4)
+    own = [chosen - before for before, chosen in pairwise([set(), *of_one])]
+    assert [len(tiles_of_one & set(spread)) for tiles_of_one in own] == [2] * 4
     assert not hasattr(predictor.predictor.network, "inputs")
-    # More images than inputs: one of each until there are enough.
-    assert len(quantization.recorded_inputs(predictor, _drawn(9))) == 8
+    # More images than inputs: of some none.
+    assert len(tiles(9)) == 8
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from models.tiling.predictor import Tiled
 GET_IT = "NNCF, which quantises networks, is not installed: pip install nncf (the extra 'openvino')"
 # Inputs of the network that ranges are taken from; at 800 x 1333 pixels each has 13 MB.
 MOST_INPUTS = 64
+INPUTS_OF_AN_IMAGE = 8
 
 PROCESS = "models.engines.openvino.quantize_process"
 TRIES = 4
@@ -97,47 +99,48 @@ def require_nncf() -> None:
 
 
 def recorded_inputs(predictor: Predictor, examples: Iterable[Example]) -> list[list[np.ndarray]]:
-    """What a twin's network is given when it predicts examples: `MOST_INPUTS` at most, spread over them."""
+    """What a twin's network is given when it predicts examples: `MOST_INPUTS` at most, spread over them.
+
+    No more than these are held at a time, however large the examples are.
+    """
     inner: Any = predictor.predictor if isinstance(predictor, Tiled) else predictor
-    by_example = [_recorded(predictor, inner, *example) for example in examples]
-    by_example = [inputs for inputs in by_example if inputs]
-    if not by_example:
-        return []
-    each = max(1, MOST_INPUTS // len(by_example))
-    return [one for inputs in by_example for one in _spread(inputs, each)][:MOST_INPUTS]
-
-
-def _recorded(predictor: Predictor, inner: TwinDetector | TwinSegmenter, image: np.ndarray, boxes: np.ndarray) -> Any:
-    with _recording(inner) as recorder:
-        if isinstance(inner, TwinSegmenter):
-            inner.crop_masks([image], [boxes])
-        else:
-            predictor.predict([image])
-    return recorder.inputs
+    by_example: list[list[list[np.ndarray]]] = []
+    for image, boxes in examples:
+        with _recording(inner) as recorder:
+            if isinstance(inner, TwinSegmenter):
+                inner.crop_masks([image], [boxes])
+            else:
+                predictor.predict([image])
+        if recorder.inputs:
+            by_example.append(recorder.inputs)
+        while sum(map(len, by_example)) > MOST_INPUTS:
+            # Of several that have the most the latest, so that each keeps its first.
+            max(reversed(by_example), key=len).pop()
+    return [one for inputs in by_example for one in inputs]
 
 
 class _Recorder:
-    """A network that keeps what it is given."""
+    """A network that keeps a random sample of what it is given (reservoir sampling, Vitter 1985)."""
 
     def __init__(self, network: Any) -> None:
         self.network = network
         self.inputs: list[list[np.ndarray]] = []
+        self._calls, self._random = 0, random.Random(0)
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
-        self.inputs.append([np.array(i) for i in inputs])
+        self._calls += 1
+        place = len(self.inputs) if self._calls <= INPUTS_OF_AN_IMAGE else self._random.randrange(self._calls)
+        if place < INPUTS_OF_AN_IMAGE:
+            self.inputs[place : place + 1] = [[np.array(i) for i in inputs]]
         return list(self.network(*inputs))
 
 
 @contextlib.contextmanager
-def _recording(inner: Any) -> Iterator[_Recorder]:
+def _recording(inner: TwinDetector | TwinSegmenter) -> Iterator[_Recorder]:
     network = inner.network
-    inner.network = _Recorder(network)
+    recorder = _Recorder(network)
+    inner.network = recorder  # type: ignore[assignment]
     try:
-        yield inner.network
+        yield recorder
     finally:
         inner.network = network
-
-
-def _spread(inputs: Sequence[list[np.ndarray]], most: int) -> list[list[np.ndarray]]:
-    chosen = np.unique(np.linspace(0, len(inputs) - 1, min(most, len(inputs))).round().astype(int))
-    return [inputs[i] for i in chosen]
