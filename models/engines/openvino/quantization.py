@@ -57,35 +57,36 @@ def quantise_twin(twin: str | Path, into: str | Path, predictor: Predictor, exam
     """
     require_nncf()
     spec = read_spec(twin)
+    architecture = parse_architecture(spec, TwinArchitecture).model_copy(update={"precision": "int8"})
+    what = f"{spec.kind}/{architecture.parent_engine}"
     inputs = recorded_inputs(predictor, examples)
     if not inputs:
-        raise ModelError(f"{twin}: nothing to calibrate on: the data have no image, or no plane to segment")
-    with tempfile.TemporaryDirectory() as work:
-        for number, arrays in enumerate(inputs):
-            np.savez(Path(work) / f"{number:04}.npz", *arrays)
+        raise ModelError(f"{what}: nothing to calibrate on: the data have no image, or no plane to segment")
 
-        def fill(folder: Path) -> None:
-            _quantise(spec.kind, Path(twin) / NETWORK_FILE, Path(work), folder / NETWORK_FILE)
+    def fill(folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as work:
+            for number, arrays in enumerate(inputs):
+                np.savez(Path(work) / f"{number:04}.npz", *arrays)
+            _quantise(what, Path(twin) / NETWORK_FILE, Path(work), folder / NETWORK_FILE)
 
-        architecture = parse_architecture(spec, TwinArchitecture).model_copy(update={"precision": "int8"})
-        made = spec.model_copy(update={"architecture": architecture.model_dump()})
-        return write_folder(into, made, fill)
+    return write_folder(into, spec.model_copy(update={"architecture": architecture.model_dump()}), fill)
 
 
-def _quantise(kind: str, network: Path, inputs: Path, into: Path) -> None:
+def _quantise(what: str, network: Path, inputs: Path, into: Path) -> None:
     """Run `quantize_process`, again where it crashes."""
     package = Path(__file__).parents[3]
     path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
-    program = [sys.executable, "-m", PROCESS, kind, str(network), str(inputs), str(into)]
+    # -P: a package of the same name in the working folder is not ours.
+    program = [sys.executable, "-P", "-m", PROCESS, what.partition("/")[0], str(network), str(inputs), str(into)]
     for attempt in range(1, TRIES + 1):
         done = subprocess.run(program, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return
         if done.returncode > 0:
             said = done.stderr.strip().splitlines() or ["no reason was given"]
-            raise ModelError(f"{network.parent}: NNCF cannot quantise it ({said[-1][:300]})")
+            raise ModelError(f"{what}: NNCF cannot quantise it ({said[-1][:300]})")
         log.warning(f"NNCF's process ended by signal {-done.returncode}, attempt {attempt} of {TRIES}")
-    raise ModelError(f"{network.parent}: NNCF cannot quantise it (its process crashed {TRIES} times)")
+    raise ModelError(f"{what}: NNCF cannot quantise it (its process crashed {TRIES} times)")
 
 
 def require_nncf() -> None:
