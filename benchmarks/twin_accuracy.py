@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from pipelines.evaluation.side_by_side import Measurement, measure
 from pipelines.registry.gates import largest_differences
 from pipelines.registry.twins import PRECISIONS
 from pipelines.steps.cli_support import show_progress
-from pipelines.use_cases.accelerate import CALIBRATION_IMAGES
+from pipelines.use_cases.accelerate import calibration_examples
 
 METRICS = ("AP", "AP50", "mask_AP", "mask_AP50", "IoU")
 
@@ -42,16 +42,11 @@ class HalfPrecision:
 
 def differences(ours: Measurement, theirs: Measurement) -> str:
     """Images with another number of detections, and the largest differences of boxes and scores over all others."""
-    compared = largest_differences(ours, theirs)
-    other = f"{compared.unequal} of {len(theirs.predictions)} images have another number; " if compared.unequal else ""
-    return f"{other}{compared.pixels:.2g} pixels, {compared.score:.2g} of score"
-
-
-def examples(data: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images that int8 takes its ranges from, spread over the training split."""
-    samples = open_dataset(data, "train", keep=True).samples
-    for sample in samples[:: max(1, len(samples) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]:
-        yield sample.read(), sample.boxes
+    compared, images = largest_differences(ours, theirs), len(theirs.predictions)
+    other = f"{compared.unequal} of {images} images have another number" if compared.unequal else ""
+    if compared.unequal == images:
+        return other
+    return f"{other}{'; ' if other else ''}{compared.pixels:.2g} pixels, {compared.score:.2g} of score"
 
 
 def main() -> None:
@@ -63,20 +58,26 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=None, help="so many images of each")
     options = parser.parse_args()
     folder = Path(options.model)
+    rendering = read_spec(folder).rendering
     with tempfile.TemporaryDirectory() as work:
         predictors: dict[str, Predictor] = {"PyTorch float32": load_model(folder, "cpu")}
         if read_spec(folder).kind != "segmenter":
             predictors["PyTorch bfloat16"] = HalfPrecision(predictors["PyTorch float32"])
         kinds = [p for p in PRECISIONS if supports(p) and (p != "int8" or options.calibration)]
         for kind in kinds:
-            twin = make_twin(folder, Path(work) / kind, kind, lambda: examples(options.calibration))
+            # Opened on use: only int8 needs it.
+            twin = make_twin(
+                folder,
+                Path(work) / kind,
+                kind,
+                lambda: calibration_examples(open_dataset(options.calibration, "train", keep=True), rendering),
+            )
             predictors[f"twin {kind}"] = load_model(twin, "cpu")
         for text in options.data:
             path, _, split = text.rpartition(":")
             dataset = open_dataset(path, split, keep=True)
             if options.images:
                 dataset = dataset.subset([s.image_id for s in dataset.samples[: options.images]], split)
-            rendering = read_spec(folder).rendering
             measured = measure(predictors, dataset, show_progress, renderings=dict.fromkeys(predictors, rendering))
             parent = measured["PyTorch float32"]
             shown = [m for m in METRICS if math.isfinite(parent.metrics.get(m, math.nan))]

@@ -89,12 +89,11 @@ def accelerate(registry: Registry, request: AccelerateRequest, display: Display 
         mlflow.log_dict(file.model_dump(), "gates.yaml")
         if calibration is not None:
             mlflow_runs.log_dataset(calibration, "calibration")
+        examples = partial(calibration_examples, calibration, read_spec(parent).rendering)
         folders: dict[TwinPrecision, Path] = {}
         for precision in precisions:
             log.info(f"converting {version.label} to OpenVINO {precision}")
-            folders[precision] = make_twin(
-                parent, Path(work) / precision, precision, partial(_examples, calibration, read_spec(parent).rendering)
-            )
+            folders[precision] = make_twin(parent, Path(work) / precision, precision, examples)
             check_twin(parent, folders[precision])
         measured = [_measure(version, parent, folders, dataset, display) for dataset in datasets]
         result = Accelerated()
@@ -166,14 +165,24 @@ def _calibration(request: AccelerateRequest, category: str, measured_on: Sequenc
     return dataset
 
 
-def _examples(dataset: Dataset | None, rendering: Rendering) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images with their boxes, spread over the data set; those that cannot be read are left out."""
+def calibration_examples(dataset: Dataset | None, rendering: Rendering) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`CALIBRATION_IMAGES` images with their boxes, spread over the data set; those that cannot be read are left out."""
     samples = dataset.rendered(rendering).samples if dataset is not None else ()
-    for sample in samples[:: max(1, len(samples) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]:
+    for place in evenly(len(samples), CALIBRATION_IMAGES):
+        sample = samples[place]
         try:
             yield sample.read(), sample.boxes
         except DataError as error:
             log.warning(f"calibration: {one_line(error)}")
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """Up to ``most`` of ``count`` places, from the first to the last, at equal distances.
+
+    >>> evenly(5, 9), evenly(7, 3), evenly(0, 3)
+    ([0, 1, 2, 3, 4], [0, 3, 6], [])
+    """
+    return [int(place) for place in np.linspace(0, count - 1, min(count, most)).round()]
 
 
 def _measure(
