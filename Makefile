@@ -41,7 +41,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: requirements.txt pyproject.toml | $(VENV)/bin/python
-	@echo "Installing packages (some 6 GB, a few minutes the first time)"
+	@echo "Installing packages (some 8 GB, a few minutes the first time)"
 	$(BIN)/python -m pip install --quiet --progress-bar on -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable . --config-settings editable_mode=compat
 	@touch $@
