@@ -11,9 +11,9 @@ demo: $(VENV)/.run
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder --durations 15
 
-# What takes many rounds or a whole training.
+# What takes many rounds or a whole training; `make soak UNTIL=...` begins no test after that time, in seconds since 1970.
 soak: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 0 -m soak tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 0 -rs -m soak $(if $(UNTIL),--until $(UNTIL)) tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import cv2
 import numpy as np
 import pytest
 from hypothesis import settings
+
+from tests import stores
 
 # Two test processes with two threads each on two cores would only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,6 +29,9 @@ for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "
 # A test beside a training may take long for reasons that are not its own.
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
+
+# Imports leave no garbage, and looking for it takes a fifth of their time.
+gc.disable()
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -46,6 +53,24 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """A limit of time for `make soak`."""
+    parser.addoption("--until", type=float, help="a test that has not begun by then (seconds since 1970) is skipped")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What a limit leaves out is said, not forgotten."""
+    until = item.config.getoption("--until")
+    if until and time.time() > until:
+        pytest.skip("no time was left for it (--until)")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """From here on garbage is looked for, but not in what was imported."""
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture
 def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of the test's own, removed when the test has passed.
@@ -64,13 +89,16 @@ def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 LONGEST_FIRST = ("journey", "registry", "versions", "mlproject", "engines", "ray", "demo", "real")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long groups first, so that at the end short tests fill what is left (with --no-loadscope-reorder)."""
+    # The whole demo and the real trainings are the longest of the soak tests, and the last to be left out.
+    whole = ("demo", "real") if config.getoption("markexpr") == "soak" else ()
+    order = (*whole, *(name for name in LONGEST_FIRST if name not in whole))
 
     def place(item: pytest.Item) -> int:
         marker = item.get_closest_marker("xdist_group")
         name = marker.args[0] if marker else ""
-        return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
+        return order.index(name) if name in order else len(order)
 
     items.sort(key=place)
 
@@ -102,6 +130,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of all processes of this run, for what each would make again; nothing in it is changed once made."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_empty_store(shared: Path) -> None:
+    """Stores of tests are copies of one."""
+    stores.shared = shared
 
 
 @pytest.fixture(scope="session")

@@ -6,27 +6,35 @@ import contextlib
 import functools
 import shutil
 import sqlite3
-import tempfile
 from pathlib import Path
+
+from filelock import FileLock
+
+# A folder of all processes of this run, where the empty store is made once.
+shared: Path | None = None
 
 
 @functools.cache
-def _template() -> tempfile.TemporaryDirectory:
+def _template() -> Path:
     from mlflow.tracking import MlflowClient
 
-    # Kept until this process ends.
-    folder = tempfile.TemporaryDirectory()
+    assert shared
+    folder = shared / "empty-store"
+    folder.mkdir(exist_ok=True)
+    store = folder / "empty.db"
     # Its first experiment's folder is made where it is made.
-    with contextlib.chdir(folder.name):
-        client = MlflowClient(f"sqlite:///{folder.name}/empty.db")
-        client.search_experiments()
-        client.search_registered_models()
-    return folder
+    with FileLock(folder / "lock"), contextlib.chdir(folder):
+        if not store.exists():
+            client = MlflowClient(f"sqlite:///{folder}/making.db")
+            client.search_experiments()
+            client.search_registered_models()
+            shutil.copy(folder / "making.db", store)
+    return store
 
 
 def new_store(path: Path, artefacts: str = "") -> str:
     """Write an empty store, whose first experiment keeps its artefacts in ``mlruns`` beside it; return its address."""
-    shutil.copy(f"{_template().name}/empty.db", path)
+    shutil.copy(_template(), path)
     with sqlite3.connect(path) as connection:
         connection.execute(
             "UPDATE experiments SET artifact_location = ?", (artefacts or str(path.parent / "mlruns" / "0"),)

@@ -25,11 +25,15 @@ from pipelines.tracking.moved_store import follow_move
 from tests.journeys import commands
 from tests.stores import new_store
 
-UNET = ("training.batch_size=4", "architecture.crop_size=64", "training.evaluate_every=4", "training.checkpoint_every=2")
+UNET = (
+    *("training.batch_size=4", "architecture.crop_size=64", "training.evaluate_every=4", "training.checkpoint_every=2"),
+    # Three of four passes; that a crop is mirrored too has tests of its own.
+    "architecture.flips=false",
+)
 DETECTOR = (
     *("training.batch_size=2", "window=128", "training.evaluate_every=4", "training.checkpoint_every=2"),
     # So little training detects planes everywhere, and all of them are outlined.
-    "architecture.max_detections=50",
+    "architecture.max_detections=25",
 )
 
 

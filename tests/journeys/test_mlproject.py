@@ -9,7 +9,7 @@ pytestmark = pytest.mark.xdist_group("mlproject")
 
 # So little training detects planes everywhere, and all of them are outlined.
 FEW = "architecture.max_detections=20"
-SMALL_UNET = "training.batch_size=2 architecture.crop_size=64"
+SMALL_UNET = "training.batch_size=2 architecture.crop_size=64 architecture.flips=false"
 
 
 @pytest.fixture(scope="module")

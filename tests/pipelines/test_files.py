@@ -12,17 +12,17 @@ from pipelines import files
 from pipelines.tracking.mlflow_runs import store_errors
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("for_all", [False, True])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_what_was_there_stays_where_writing_fails(tmp_path, shared, error):
+def test_what_was_there_stays_where_writing_fails(tmp_path, for_all, error):
     path = tmp_path / "folder" / "a.json"
     files.write_text(path, "old")
-    with pytest.raises(type(error)), files.replacing(path, shared=shared) as temporary:
+    with pytest.raises(type(error)), files.replacing(path, shared=for_all) as temporary:
         temporary.write_text("half")
         raise error
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
     assert path.read_text() == "old"
-    with files.replacing(path, shared=shared) as temporary:
+    with files.replacing(path, shared=for_all) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from models.engines.openvino.settings import TwinPrecision
+from models.engines.openvino.telemetry import opt_out
 from models.errors import EngineMissing, ModelError, one_line
 from models.runtime.instructions import cpu_flags, cpu_threads
 from models.saved.allowed_files import NETWORK_FILE, NETWORK_WEIGHTS_FILE
@@ -33,6 +34,7 @@ def require_openvino() -> Any:
     Raises:
         EngineMissing: it is not installed.
     """
+    opt_out()
     try:
         import openvino
     except ImportError as error:

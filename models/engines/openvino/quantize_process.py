@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import nncf
 import numpy as np
-import openvino
 
 from models.engines.openvino.dense import is_dense
+from models.engines.openvino.telemetry import opt_out
 from models.errors import one_line
 
 
@@ -27,6 +26,10 @@ def quantise(kind: str, network_file: str, inputs: str, into: str) -> None:
         inputs: folder of ``.npz`` files, each with the arrays of one call, in order.
         into: the XML to write.
     """
+    opt_out()
+    import nncf
+    import openvino
+
     network = openvino.Core().read_model(network_file)
     # Layers of one module share a name, and NNCF knows them by it.
     for number, layer in enumerate(network.get_ops()):
