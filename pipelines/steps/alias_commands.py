@@ -9,13 +9,13 @@ import json
 from dataclasses import asdict
 
 import click
-from tabulate import tabulate
 
 from models.engines.openvino.settings import TwinPrecision
 from models.errors import RegistryError
 from pipelines.registry import journal, promotion
 from pipelines.registry.model_versions import Registry
 from pipelines.steps.cli_support import TERMINAL
+from pipelines.tables import text_table
 from pipelines.use_cases.rollback import rollback
 
 
@@ -102,7 +102,7 @@ def tell_history(name: str, alias: str | None, as_json: bool) -> None:
     ]
     head = ["", "when", "alias", "version", "how", "by", "state", "why"]
     widths = [None] * (len(head) - 1) + [70]
-    table = tabulate(rows, headers=head, tablefmt="simple", maxcolwidths=widths, disable_numparse=True)
+    table = text_table(rows, head, widths)
     click.echo(table if rows else f"{name}: nothing was moved")
     click.echo("now: " + (", ".join(f"{k} -> {v}" for k, v in sorted(aliases.items())) or "no aliases"))
     champions = {e.move.to for e in entries if e.move.alias == promotion.PRODUCTION}

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-from tabulate import tabulate
 
 from pipelines.registry import copying, lineage
 from pipelines.registry.model_versions import Registry
 from pipelines.registry.verification import verify
+from pipelines.tables import text_table
 
 
 def list_versions(models: Sequence[str], as_json: bool) -> None:
@@ -21,7 +21,7 @@ def list_versions(models: Sequence[str], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     elif rows:
-        click.echo(tabulate(rows, headers="keys", tablefmt="simple", disable_numparse=True))
+        click.echo(text_table(rows, "keys"))
     else:
         click.echo("nothing is registered here yet; train a model first")
 
@@ -60,7 +60,7 @@ def show_difference(first: str, second: str, as_json: bool) -> None:
         click.echo(f"{pair[0].label} and {pair[1].label}: the same params, metrics, data, code and files")
         return
     heads = ["", "", pair[0].label, pair[1].label]
-    click.echo(tabulate(rows, headers=heads, tablefmt="simple", disable_numparse=True, maxcolwidths=[None, 40, 50, 50]))
+    click.echo(text_table(rows, heads, [None, 40, 50, 50]))
     if code:
         click.echo(code)
 
@@ -72,7 +72,7 @@ def verify_version(text: str) -> bool:
     findings = verify(registry, version)
     words = {True: "ok", False: "FAIL", None: "?"}
     rows = [[words[f.passed], f.what, f.result] for f in findings]
-    click.echo(f"{version.label}:\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}")
+    click.echo(f"{version.label}:\n{text_table(rows)}")
     return all(f.passed is not False for f in findings)
 
 
@@ -95,7 +95,7 @@ def sweep(models: Sequence[str], keep: int, dry_run: bool, yes: bool) -> None:
         kept = lineage.sweep(registry, name, keep)
         unnamed = [k.version for k in kept if not k.reason]
         rows = [[f"{name}/{k.version}", "keep" if k.reason else "delete", k.reason or "nothing names it"] for k in kept]
-        click.echo(tabulate(rows, tablefmt="plain", disable_numparse=True))
+        click.echo(text_table(rows))
         if dry_run or not unnamed:
             continue
         if not yes and not click.confirm(f"Delete {len(unnamed)} versions of {name}?", default=False):

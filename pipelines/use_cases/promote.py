@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlflow
-from tabulate import tabulate
 
 from models.errors import DataError, RegistryError, one_line
 from models.loading import load_model
@@ -37,6 +36,7 @@ from pipelines.registry.gates import (
 )
 from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.registry.promotion import AliasState, checked_alias, move, read_alias_state
+from pipelines.tables import text_table
 from pipelines.tracking import mlflow_runs
 from pipelines.use_cases.display import SILENT, Display
 from pipelines.use_cases.requests import WORK_DIR
@@ -242,7 +242,7 @@ def show_checks(checks: Sequence[Check]) -> str:
         ["pass", "no gate", "-", "-", "-", "-"]
     ]
     heads = ["", "gate", "data", "required", "candidate", "baseline"]
-    return tabulate(rows, headers=heads, tablefmt="simple", disable_numparse=True)
+    return text_table(rows, heads)
 
 
 def _decide(
