@@ -401,9 +401,40 @@ def test_the_geometry_of_boxes_stays_in_full_precision(pair, half):
     assert 'element_type="f16"' not in (full / "network.xml").read_text() + (half / "network.xml").read_text()
     dense = ("Convolution", "MatMul")
     assert not any(marked for _, marked in kept[full])
-    assert {marked for kind, marked in kept[half] if kind == "ROIAlign"} == {True}
+    assert {marked for kind, marked in kept[half] if kind in ("Gather", "Concat", "NonMaxSuppression")} == {True}
+    assert {marked for kind, marked in kept[half] if kind == "ROIAlign"} == {False}
     assert {marked for kind, marked in kept[half] if kind in dense} == {False}
     assert not any(marked for kind, marked in kept[half] if kind == "Relu")
+
+
+def test_what_is_pooled_in_half_precision_is_of_the_same_place():
+    """A border of 1001.4 would be 1000 in bfloat16; the features are rounded, where they are taken from is not."""
+    if not network.supports("bf16"):
+        pytest.skip("this CPU does not compute in bfloat16")
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    features = np.zeros((1, 16, 8, 1200), np.float32)
+    features[...] = np.arange(1200) % 8
+    boxes = np.array([[1001.4, 1, 1003.4, 5], [1009.7, 1, 1011.7, 5]], np.float32)
+    maps, rois = ops.parameter([1, 16, 8, -1], np.float32), ops.parameter([-1, 4], np.float32)
+    # A convolution before and after, as in a network: between them OpenVINO computes in bfloat16.
+    one = ops.constant(np.eye(16, dtype=np.float32)[:, :, None, None])
+    before = ops.convolution(maps, one, [1, 1], [0, 0], [0, 0], [1, 1])
+    pooled = ops.roi_align(before, rois, ops.constant(np.zeros(2, np.int64)), 2, 2, 2, 1.0, "avg", "half_pixel_for_nn")
+    after = ops.convolution(pooled, one, [1, 1], [0, 0], [0, 0], [1, 1])
+    model = ov.Model([after], [maps, rois])
+    results = []
+    for hint in ("f32", "bf16"):
+        compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+        results.append(np.array(compiled([features, boxes])[0]))
+        kinds = {
+            o.get_rt_info()["runtimePrecision"].astype(str)
+            for o in compiled.get_runtime_model().get_ops()
+            if o.get_rt_info()["layerType"].astype(str) == "ROIAlign"
+        }
+        assert kinds == {hint}
+    np.testing.assert_allclose(results[0], results[1], atol=0.05)
 
 
 def test_marks_that_openvino_reads_no_more_are_an_error(copies, tmp_path, monkeypatch):
