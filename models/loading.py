@@ -68,7 +68,7 @@ def load_model(folder: str | Path, device: str = "cpu", tiling: Mapping[str, Any
     if spec.engine == "openvino":
         if device not in ("auto", "cpu"):
             raise ModelError(f"{folder}: a twin for CPUs; use --device cpu, or --runtime torch")
-        return by_tiles(build(spec, Path(folder)), used, "cpu")
+        return by_tiles(build(spec, Path(folder), used.size if used else None), used, "cpu")
     return by_tiles(build(spec, read_weights(folder), device), used, pick_device(device))
 
 

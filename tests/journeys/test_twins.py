@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -198,6 +200,72 @@ def test_what_fails_its_gates_is_not_used(twins, tmp_path):
     gates.write_text(yaml.safe_dump({**content, "accelerate": {"int4": {}}}))
     wrong = project.registry("accelerate", "slow/1", "--gates", str(gates), code=1)
     assert "accelerate" in error_line(wrong)
+
+
+def _image(**fields):
+    """Spoil what the twin does to an image before its network."""
+
+    def change(folder):
+        content = json.loads((folder / "model.json").read_text())
+        content["architecture"]["image"] |= fields
+        (folder / "model.json").write_text(json.dumps(content))
+
+    return change
+
+
+def _weights(change):
+    """Spoil the network's weights."""
+
+    def spoil(folder):
+        raw = np.fromfile(folder / "network.bin", np.uint8)
+        floats = raw[: len(raw) // 4 * 4].view(np.float32)
+        # Neither indices nor sizes, which are stored among them.
+        used = (np.abs(floats) > 1e-3) & (np.abs(floats) < 1)
+        floats[used] = change(floats[used])
+        raw.tofile(folder / "network.bin")
+
+    return spoil
+
+
+SPOILT = {
+    "no mean": _image(mean=[0.0, 0.0, 0.0]),
+    "another deviation": _image(std=[0.25, 0.25, 0.25]),
+    "channels swapped": _image(bgr=True),
+    "another range": _image(scale=256.0),
+    "another zoom": _image(zoom=0.5),
+    "another filter": _image(resampling="linear"),
+    "weights of another day": _weights(lambda w: w * np.float32(1.001)),
+    "weights in half precision": _weights(lambda w: w.astype(np.float16).astype(np.float32)),
+    "no numbers": _weights(lambda w: w * np.float32(np.nan)),
+    "no weights": lambda folder: (folder / "network.bin").write_bytes(b""),
+}
+FEW_SPOILT = ("channels swapped", "weights in half precision", "no numbers")
+
+
+@pytest.mark.parametrize("how", [h if h in FEW_SPOILT else pytest.param(h, marks=pytest.mark.soak) for h in SPOILT])
+def test_a_spoilt_twin_is_not_approved(twins, how, tmp_path, monkeypatch):
+    project, *_ = twins
+    good = {twin.precision: twin for twin in twins_of(_version(project))}["f32"]
+    where = Path(project.client.get_logged_model(good.model_id).artifact_location.removeprefix("file://"))
+    saved = next(where.rglob("network.bin")).parent
+
+    def spoilt(parent, into, precision, examples):
+        shutil.copytree(saved, into)
+        SPOILT[how](into)
+        return into
+
+    monkeypatch.setattr("pipelines.use_cases.accelerate.make_twin", spoilt)
+    name = f"spoilt-{list(SPOILT).index(how)}"
+    project.register(_saved(project), name)
+    gates = project.folder / "fast.yaml"
+    done = project.registry("accelerate", f"{name}/1", "--gates", str(gates), "--precision", "f32", code=None)
+    assert done.returncode in (1, 2)
+    if done.returncode == 1:
+        assert "network" in error_line(done)
+    else:
+        assert re.search(r"FAIL +(detections|images that failed|AP)", done.stdout), done.stdout
+        assert "twin f32: not approved" in done.stdout
+    assert not twins_of(_version(project, name=name))
 
 
 @pytest.fixture

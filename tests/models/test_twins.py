@@ -329,7 +329,7 @@ def test_numbers_that_are_not_finite_are_no_detections(copies):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_output_that_is_not_finite_is_an_error(value, copies, monkeypatch):
     detector = load_model(copies[1])
-    infer = detector.network._request.infer
+    infer = detector.network._request(None).infer
 
     class Spoilt:
         @staticmethod
@@ -338,7 +338,7 @@ def test_an_output_that_is_not_finite_is_an_error(value, copies, monkeypatch):
             results[0][0, 0] = value
             return results
 
-    monkeypatch.setattr(detector.network, "_request", Spoilt)
+    monkeypatch.setattr(detector.network, "_request", lambda shape: Spoilt)
     with pytest.raises(ModelError, match="not finite; use --runtime torch"):
         detector.predict(_images()[:1])
 
@@ -382,7 +382,7 @@ def test_it_takes_the_threads_that_it_is_given(copies, monkeypatch):
     for given, threads in (("1", 1), ("2,1", 2)):
         monkeypatch.setenv("OMP_NUM_THREADS", given)
         assert cpu_threads() == threads
-        compiled = load_model(twin).network._compiled
+        compiled = load_model(twin).network._request(None).get_compiled_model()
         assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert cpu_threads() == len(os.sched_getaffinity(0))
@@ -450,5 +450,28 @@ def test_a_twin_in_half_precision_computes_in_half_precision(pair, half):
     _, twin = pair
     if not network.supports("bf16"):
         pytest.skip("this CPU does not compute in bfloat16")
-    hints = [load_model(folder).network._compiled.get_property("INFERENCE_PRECISION_HINT") for folder in (twin, half)]
-    assert [h.get_type_name() for h in hints] == ["f32", "bf16"]
+    for tiling in ({"size": 0}, {"size": 96}):
+        requests = [load_model(f, "cpu", tiling) for f in (twin, half)]
+        networks = [getattr(r, "predictor", r).network for r in requests]
+        compiled = [next(iter(n._requests.values())).get_compiled_model() for n in networks]
+        assert [c.get_property("INFERENCE_PRECISION_HINT").get_type_name() for c in compiled] == ["f32", "bf16"]
+
+
+def test_tiles_have_a_network_of_their_shape(pair):
+    """Its detections are those of the network for any shape, which other images take."""
+    _, twin = pair
+    tiled, whole = load_model(twin, "cpu", {"size": 96, "overlap": 0.0}), load_model(twin)
+    requests = tiled.predictor.network._requests
+    assert set(requests) == {(1, 3, 96, 96)}
+    assert requests[1, 3, 96, 96].get_compiled_model().inputs[0].get_partial_shape().is_static
+    tile = _images()[0][:96, :96]
+    (a,), (b,) = tiled.predict([tile]), whole.predict([tile])
+    assert len(a) == len(b) > 0
+    order = _partners(a, b)
+    np.testing.assert_allclose(a.boxes, b.boxes[order], atol=0.01)
+    np.testing.assert_allclose(a.scores, b.scores[order], atol=1e-4)
+    assert set(requests) == {(1, 3, 96, 96)}
+    (other,) = tiled.predictor.predict([_images()[2]])
+    (same,) = whole.predict([_images()[2]])
+    assert set(requests) == {(1, 3, 96, 96), None}
+    assert other.boxes.tobytes() == same.boxes.tobytes()

@@ -65,7 +65,14 @@ class Network:
     The compiled form is kept on disk, by the digest of the network's files, the CPU and OpenVINO's version.
     """
 
-    def __init__(self, folder: Path, precision: TwinPrecision, inputs: Sequence[tuple[str, int]], outputs: Sequence[int]):
+    def __init__(
+        self,
+        folder: Path,
+        precision: TwinPrecision,
+        inputs: Sequence[tuple[str, int]],
+        outputs: Sequence[int],
+        fixed: tuple[int, ...] | None = None,
+    ) -> None:
         """Read and compile.
 
         Args:
@@ -73,6 +80,8 @@ class Network:
             precision: what the network computes in.
             inputs: element type and rank that each input must have.
             outputs: ranks of the outputs.
+            fixed: shape of the first input that most calls will have. It is compiled for that shape alone: what
+                depends on shapes, such as anchors, is computed once. Other shapes take a network compiled for any.
 
         Raises:
             EngineMissing: OpenVINO is not installed.
@@ -94,7 +103,8 @@ class Network:
             raise ModelError(f"{files[0]}: damaged network ({one_line(error, 160)})") from error
         if given != list(inputs) or ranks != list(outputs):
             raise ModelError(f"{files[0]}: takes {given} and gives arrays of ranks {ranks}; no network of this kind does")
-        settings = {
+        self._files, self._fixed, self._model = files, fixed, model
+        self._settings = {
             # On its own OpenVINO takes bfloat16 wherever the CPU has it.
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
             "INFERENCE_NUM_THREADS": cpu_threads(),
@@ -103,11 +113,22 @@ class Network:
             "ENABLE_CPU_PINNING": False,
             "CACHE_DIR": str(compiled_folder() / _key(files, openvino)),
         }
-        try:
-            self._compiled = _core().compile_model(model, "CPU", settings)
-        except RuntimeError as error:
-            raise ModelError(f"{files[0]}: OpenVINO cannot compile it ({one_line(error, 160)})") from error
-        self._request = self._compiled.create_infer_request()
+        self._requests: dict[tuple[int, ...] | None, Any] = {}
+        self._request(fixed)
+
+    def _request(self, shape: tuple[int, ...] | None) -> Any:
+        """The network compiled for one shape, or for any."""
+        if shape not in self._requests:
+            model = self._model
+            try:
+                if shape is not None:
+                    model = model.clone()
+                    model.reshape({0: list(shape)})
+                compiled = _core().compile_model(model, "CPU", self._settings)
+            except RuntimeError as error:
+                raise ModelError(f"{self._files[0]}: OpenVINO cannot compile it ({one_line(error, 160)})") from error
+            self._requests[shape] = compiled.create_infer_request()
+        return self._requests[shape]
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """The outputs, in the order of the network.
@@ -115,8 +136,10 @@ class Network:
         Raises:
             ModelError: OpenVINO cannot run it on these, or a number that is not finite comes out.
         """
+        # By the shape alone, so that a call gives the same however many came before it.
+        request = self._request(self._fixed if inputs[0].shape == self._fixed else None)
         try:
-            results = self._request.infer(list(inputs), share_inputs=True)
+            results = request.infer(list(inputs), share_inputs=True)
         except RuntimeError as error:
             raise ModelError(f"OpenVINO: {one_line(error, 200)}") from error
         arrays = [np.array(results[i]) for i in range(len(results))]

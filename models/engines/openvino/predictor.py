@@ -21,8 +21,13 @@ from models.runtime.timing import timed
 from models.saved.spec import ModelSpec, parse_architecture
 
 
-def load_twin(spec: ModelSpec, folder: Path) -> Predictor:
+def load_twin(spec: ModelSpec, folder: Path, tile: int | None = None) -> Predictor:
     """Build the predictor of a saved twin.
+
+    Args:
+        spec: of the twin.
+        folder: where it is saved.
+        tile: side in pixels of the tiles that it will be given; None for images of any sizes.
 
     Raises:
         EngineMissing: OpenVINO is not installed.
@@ -36,7 +41,8 @@ def load_twin(spec: ModelSpec, folder: Path) -> Predictor:
     if architecture.image is None:
         raise ModelError(f"{folder}: architecture.image: a {spec.kind} needs it")
     masks = [4] if spec.kind == "instance_segmenter" else []
-    network = Network(folder, architecture.precision, [("f32", 4), ("i64", 1)], [2, 1, 1, *masks])
+    fixed = None if tile is None else prepared(np.zeros((tile, tile, 3), np.uint8), architecture.image)[0].shape
+    network = Network(folder, architecture.precision, [("f32", 4), ("i64", 1)], [2, 1, 1, *masks], fixed)
     return TwinDetector(network, architecture.image, len(spec.classes))
 
 
