@@ -265,7 +265,7 @@ def all_twins(models: Mapping[str, Path], kinds: Sequence[TwinPrecision], exampl
                 detector, segmenter = (part[kind] for part in parts)
                 twins[case][kind] = save_composed(work / case / kind, detector, segmenter, ComposedArchitecture(), {})
             else:
-                twins[case][kind] = make_twin(folder, work / case / kind, kind, examples)
+                twins[case][kind] = make_twin(folder, work / case / kind, kind, examples, twins[case].get("f32"))
     return twins
 
 

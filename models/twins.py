@@ -26,6 +26,7 @@ def make_twin(
     into: str | Path,
     precision: TwinPrecision,
     calibration: Calibration | None = None,
+    exact: Path | None = None,
 ) -> Path:
     """Convert a saved model; of a composition both components.
 
@@ -34,37 +35,37 @@ def make_twin(
         into: where the twin's saved folder is written, whole or not at all.
         precision: what the twin computes in.
         calibration: gives the images, each with its planes' boxes, that ``int8`` takes its ranges from.
+        exact: its twin in full precision where there is one already; others are made of it, and nothing converted again.
 
     Raises:
         EngineMissing: OpenVINO, NNCF for ``int8``, or the library of the model's engine, is not installed.
         ModelError: no saved model, a twin itself, a network that cannot be converted, or nothing to calibrate on.
     """
-    from models.engines.openvino.conversion import save_twin
+    from models.engines.openvino.conversion import halve_twin, save_twin
+    from models.engines.openvino.quantization import quantise_twin, require_nncf
 
     parent = Path(parent)
     spec = read_spec(parent)
     if spec.engine == "openvino":
         raise ModelError(f"{parent}: is a twin itself; name the version that it was made of")
-    if precision == "int8" and spec.engine != "composed":
-        return _quantised(parent, into, calibration)
-    if spec.engine != "composed":
-        whole_images = load_model(parent, "cpu", {"size": 0})
-        return save_twin(into, whole_images, spec, folder_digest(parent), precision)
-    components = {role: spec.versions.get(f"{role}.version", "") for role in COMPONENTS}
+    if precision == "int8":
+        if calibration is None:
+            raise ModelError(f"{parent}: int8 takes its ranges from images; give data to calibrate on")
+        require_nncf()
     with tempfile.TemporaryDirectory() as work:
-        detector, segmenter = (make_twin(parent / role, Path(work) / role, precision, calibration) for role in COMPONENTS)
-        return save_composed(into, detector, segmenter, parse_architecture(spec, ComposedArchitecture), components)
-
-
-def _quantised(parent: Path, into: str | Path, calibration: Calibration | None) -> Path:
-    from models.engines.openvino.quantization import quantise_twin, require_nncf
-
-    if calibration is None:
-        raise ModelError(f"{parent}: int8 takes its ranges from images; give data to calibrate on")
-    require_nncf()
-    with tempfile.TemporaryDirectory() as work:
-        exact = make_twin(parent, Path(work) / "f32", "f32")
-        return quantise_twin(exact, into, load_model(exact, "cpu"), calibration())
+        if spec.engine == "composed":
+            names = {role: spec.versions.get(f"{role}.version", "") for role in COMPONENTS}
+            detector, segmenter = (
+                make_twin(parent / role, Path(work) / role, precision, calibration, exact and exact / role)
+                for role in COMPONENTS
+            )
+            return save_composed(into, detector, segmenter, parse_architecture(spec, ComposedArchitecture), names)
+        if precision == "f32":
+            return save_twin(into, load_model(parent, "cpu", {"size": 0}), spec, folder_digest(parent))
+        exact = exact or make_twin(parent, Path(work) / "f32", "f32")
+        if precision == "int8" and calibration is not None:
+            return quantise_twin(exact, into, load_model(exact, "cpu"), calibration())
+        return halve_twin(exact, into)
 
 
 def is_twin(folder: str | Path) -> bool:

@@ -93,7 +93,7 @@ def accelerate(registry: Registry, request: AccelerateRequest, display: Display 
         folders: dict[TwinPrecision, Path] = {}
         for precision in precisions:
             log.info(f"converting {version.label} to OpenVINO {precision}")
-            folders[precision] = make_twin(parent, Path(work) / precision, precision, examples)
+            folders[precision] = make_twin(parent, Path(work) / precision, precision, examples, folders.get("f32"))
             check_twin(parent, folders[precision])
         measured = [_measure(version, parent, folders, dataset, display) for dataset in datasets]
         result = Accelerated()

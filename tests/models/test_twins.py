@@ -88,7 +88,7 @@ def pair(tmp_path_factory):
 @pytest.fixture(scope="module")
 def half(pair, tmp_path_factory):
     """Its twin in bfloat16."""
-    return make_twin(pair[0], tmp_path_factory.mktemp("half") / "half", "bf16")
+    return make_twin(pair[0], tmp_path_factory.mktemp("half") / "half", "bf16", exact=pair[1])
 
 
 @pytest.mark.parametrize("bgr", [False, True])
@@ -134,7 +134,7 @@ def _quantised_types(folder):
 def test_a_twin_in_eight_bits_keeps_the_geometry_of_boxes_exact(pair, tmp_path):
     pytest.importorskip("nncf", reason="NNCF is not installed")
     parent, exact = pair
-    twin = make_twin(parent, tmp_path / "int8", "int8", _drawn)
+    twin = make_twin(parent, tmp_path / "int8", "int8", _drawn, exact)
     check_twin(parent, twin)
     assert read_spec(twin).architecture["precision"] == "int8"
     assert read_spec(exact).architecture["precision"] == "f32"
@@ -165,7 +165,7 @@ def test_a_segmenter_in_eight_bits_gives_nearly_the_same_probabilities(tmp_path)
 
 @needs_int8
 def test_what_cannot_be_calibrated_says_so(pair, tmp_path, monkeypatch):
-    parent, _ = pair
+    parent, exact = pair
     with pytest.raises(ModelError, match="give data to calibrate on"):
         make_twin(parent, tmp_path / "a", "int8")
     with monkeypatch.context() as patched:
@@ -174,7 +174,7 @@ def test_what_cannot_be_calibrated_says_so(pair, tmp_path, monkeypatch):
             make_twin(parent, tmp_path / "b", "int8", _drawn)
     pytest.importorskip("nncf", reason="NNCF is not installed")
     with pytest.raises(ModelError, match="nothing to calibrate on"):
-        make_twin(parent, tmp_path / "c", "int8", list)
+        make_twin(parent, tmp_path / "c", "int8", list, exact)
     unet = MAKERS["unet"](tmp_path / "unet")
     with pytest.raises(ModelError, match="nothing to calibrate on"):
         make_twin(unet, tmp_path / "d", "int8", lambda: [(image, np.zeros((0, 4))) for image, _ in _drawn()])
@@ -442,7 +442,7 @@ def test_marks_that_openvino_reads_no_more_are_an_error(copies, tmp_path, monkey
 
     monkeypatch.setattr(conversion, "MARK", "AnotherName")
     with pytest.raises(ModelError, match="keeps no layer in full precision; make the twin in f32"):
-        make_twin(copies[0], tmp_path / "half", "bf16")
+        make_twin(copies[0], tmp_path / "half", "bf16", exact=copies[1])
     assert not list(tmp_path.glob("*half*"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -15,15 +16,15 @@ from torchvision.models.detection.image_list import ImageList
 from models.engines.detectron2.predictor import Detectron2Predictor
 from models.engines.openvino.dense import is_dense
 from models.engines.openvino.network import require_openvino
-from models.engines.openvino.settings import ImageInput, TwinArchitecture, TwinPrecision
+from models.engines.openvino.settings import ImageInput, TwinArchitecture
 from models.engines.torchvision.predictor import TorchvisionDetector
 from models.engines.unet.predictor import TorchSegmenter
 from models.engines.unet.settings import CropSettings
 from models.errors import ModelError, one_line
 from models.predictor import Predictor
-from models.saved.allowed_files import NETWORK_FILE
+from models.saved.allowed_files import NETWORK_FILE, NETWORK_WEIGHTS_FILE
 from models.saved.folder import write_folder
-from models.saved.spec import ModelSpec
+from models.saved.spec import ModelSpec, parse_architecture, read_spec
 
 # What OpenVINO calls the mark of a layer that keeps its precision.
 MARK = "DisablePrecisionConversion"
@@ -32,15 +33,14 @@ MARK = "DisablePrecisionConversion"
 TRACED = (224, 256)
 
 
-def save_twin(folder: str | Path, predictor: Predictor, spec: ModelSpec, digest: str, precision: TwinPrecision) -> Path:
-    """Convert a loaded model and write its twin, whole or not at all.
+def save_twin(folder: str | Path, predictor: Predictor, spec: ModelSpec, digest: str) -> Path:
+    """Convert a loaded model and write its twin in full precision, whole or not at all.
 
     Args:
         folder: where to; replaced if it is there.
         predictor: the model on the CPU, of whole images.
         spec: of the model.
         digest: of the model's saved folder, 64 hex digits.
-        precision: what the twin computes in; its weights are saved in float32.
 
     Raises:
         EngineMissing: OpenVINO is not installed.
@@ -60,7 +60,7 @@ def save_twin(folder: str | Path, predictor: Predictor, spec: ModelSpec, digest:
     shape = [1, 3, -1, -1] if settings.image else [-1, *first[1:]]
     network.reshape({0: shape, **({1: [2]} if settings.image else {})})
     architecture = TwinArchitecture(
-        precision=precision, parent_engine=spec.engine, parent_digest=digest, image=settings.image, crop=settings.crop
+        precision="f32", parent_engine=spec.engine, parent_digest=digest, image=settings.image, crop=settings.crop
     )
     made = spec.model_copy(
         update={
@@ -73,10 +73,28 @@ def save_twin(folder: str | Path, predictor: Predictor, spec: ModelSpec, digest:
     def fill(into: Path) -> None:
         # Otherwise weights would be saved as float16.
         openvino.save_model(network, str(into / NETWORK_FILE), compress_to_fp16=False)
-        if precision != "f32" and settings.image:
-            _keep_geometry_exact(openvino, into / NETWORK_FILE)
 
     return write_folder(folder, made, fill)
+
+
+def halve_twin(exact: str | Path, into: str | Path) -> Path:
+    """Write the twin in bfloat16 of one in full precision, whole or not at all; its weights stay in float32.
+
+    Raises:
+        EngineMissing: OpenVINO is not installed.
+        ModelError: no saved twin, or a release of OpenVINO that would round the geometry of boxes.
+    """
+    openvino = require_openvino()
+    spec = read_spec(exact)
+    architecture = parse_architecture(spec, TwinArchitecture).model_copy(update={"precision": "bf16"})
+
+    def fill(folder: Path) -> None:
+        for name in (NETWORK_FILE, NETWORK_WEIGHTS_FILE):
+            shutil.copyfile(Path(exact) / name, folder / name)
+        if architecture.image:
+            _keep_geometry_exact(openvino, folder / NETWORK_FILE)
+
+    return write_folder(into, spec.model_copy(update={"architecture": architecture.model_dump()}), fill)
 
 
 def _keep_geometry_exact(openvino: Any, path: Path) -> None:
