@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from itertools import pairwise
 from xml.etree import ElementTree
@@ -341,6 +342,23 @@ def test_an_output_that_is_not_finite_is_an_error(value, copies, monkeypatch):
     monkeypatch.setattr(detector.network, "_request", lambda shape: Spoilt)
     with pytest.raises(ModelError, match="not finite; use --runtime torch"):
         detector.predict(_images()[:1])
+
+
+def test_compiled_networks_that_nobody_uses_are_removed(copies, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLANES_CACHE", str(tmp_path / "cache"))
+    load_model(copies[1])
+    (used,) = network.compiled_folder().iterdir()
+    assert any(used.iterdir())
+    old, recent = (network.compiled_folder() / name for name in ("old", "recent"))
+    for folder, days in ((old, 31), (recent, 29), (used, 31)):
+        folder.mkdir(exist_ok=True)
+        (folder / "network.blob").write_bytes(b"")
+        os.utime(folder, (time.time() - days * 86_400,) * 2)
+    load_model(copies[1])
+    assert set(network.compiled_folder().iterdir()) == {used, recent}
+    # A cache that cannot be written is no reason to fail.
+    monkeypatch.setenv("PLANES_CACHE", str(copies[1] / "model.json"))
+    assert load_model(copies[1]).predict(_images()[:1])
 
 
 def test_what_a_cpu_lacks_is_said(half, monkeypatch):

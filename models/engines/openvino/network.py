@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
+import shutil
+import time
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
@@ -20,6 +23,7 @@ from models.runtime.instructions import cpu_flags, cpu_threads
 from models.saved.allowed_files import NETWORK_FILE, NETWORK_WEIGHTS_FILE
 
 GET_IT = "OpenVINO is not installed: pip install openvino (the extra 'openvino'), or score with --runtime torch"
+KEPT_DAYS = 30
 # Instructions without which a precision is emulated, slower than full precision.
 NEEDS: dict[str, tuple[str, ...]] = {
     "f32": (),
@@ -52,6 +56,24 @@ def compiled_folder() -> Path:
     given = os.environ.get("PLANES_CACHE")
     base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "planes"
     return base / "compiled"
+
+
+def use_compiled(key: str) -> Path | None:
+    """The folder of one network in its compiled forms; what nobody used for `KEPT_DAYS` is removed beside it.
+
+    None where nothing can be kept, so that it is compiled each time.
+    """
+    folder = compiled_folder() / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):
+        for other in compiled_folder().iterdir():
+            if other.is_dir() and time.time() - other.stat().st_mtime > KEPT_DAYS * 86_400:
+                shutil.rmtree(other, ignore_errors=True)
+    return folder if os.access(folder, os.W_OK) else None
 
 
 @cache
@@ -111,7 +133,7 @@ class Network:
             "PERFORMANCE_HINT": "LATENCY",
             # Two jobs on one machine would be pinned to the same cores.
             "ENABLE_CPU_PINNING": False,
-            "CACHE_DIR": str(compiled_folder() / _key(files, openvino)),
+            "CACHE_DIR": str(use_compiled(_key(files, openvino)) or ""),
         }
         self._requests: dict[tuple[int, ...] | None, Any] = {}
         self._request(fixed)
