@@ -1,5 +1,6 @@
 """Networks converted to OpenVINO: the predictions of what they were converted from; what is broken is refused."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pytest
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 
 from models.engines.openvino import network
+from models.engines.openvino.compiled import compiled_folder
 from models.engines.openvino.inputs import prepared
 from models.engines.openvino.settings import ImageInput
 from models.errors import EngineMissing, ModelError
@@ -344,18 +346,30 @@ def test_an_output_that_is_not_finite_is_an_error(value, copies, monkeypatch):
         detector.predict(_images()[:1])
 
 
-def test_compiled_networks_that_nobody_uses_are_removed(copies, tmp_path, monkeypatch):
+def test_compiled_networks_are_checked_and_those_that_nobody_uses_removed(copies, tmp_path, monkeypatch):
     monkeypatch.setenv("PLANES_CACHE", str(tmp_path / "cache"))
     load_model(copies[1])
-    (used,) = network.compiled_folder().iterdir()
+    (used,) = compiled_folder().iterdir()
     assert any(used.iterdir())
-    old, recent = (network.compiled_folder() / name for name in ("old", "recent"))
+    old, recent = (compiled_folder() / name for name in ("old", "recent"))
     for folder, days in ((old, 31), (recent, 29), (used, 31)):
         folder.mkdir(exist_ok=True)
         (folder / "network.blob").write_bytes(b"")
         os.utime(folder, (time.time() - days * 86_400,) * 2)
     load_model(copies[1])
-    assert set(network.compiled_folder().iterdir()) == {used, recent}
+    assert set(compiled_folder().iterdir()) == {used, recent}
+    # A form that lost its middle is compiled anew; OpenVINO would compute something else with it.
+    (blob,) = used.glob("*.blob")
+    content = blob.read_bytes()
+    for damaged in (content[:10_000] + bytes(4000) + content[14_000:], content[:500], b""):
+        blob.write_bytes(damaged)
+        load_model(copies[1])
+        (blob,) = used.glob("*.blob")
+        assert blob.stat().st_size == pytest.approx(len(content), abs=5000)
+        assert hashlib.sha256(blob.read_bytes()).hexdigest() == blob.with_suffix(".sha256").read_text()
+    kept = blob.stat().st_mtime_ns
+    load_model(copies[1])
+    assert [b.stat().st_mtime_ns for b in used.glob("*.blob")] == [kept]
     # A cache that cannot be written is no reason to fail.
     monkeypatch.setenv("PLANES_CACHE", str(copies[1] / "model.json"))
     assert load_model(copies[1]).predict(_images()[:1])

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import platform
-import shutil
-import time
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
@@ -16,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from models.engines.openvino.compiled import note_digests, open_cache
 from models.engines.openvino.settings import TwinPrecision
 from models.engines.openvino.telemetry import opt_out
 from models.errors import EngineMissing, ModelError, one_line
@@ -23,7 +21,6 @@ from models.runtime.instructions import cpu_flags, cpu_threads
 from models.saved.allowed_files import NETWORK_FILE, NETWORK_WEIGHTS_FILE
 
 GET_IT = "OpenVINO is not installed: pip install openvino (the extra 'openvino'), or score with --runtime torch"
-KEPT_DAYS = 30
 # Instructions without which a precision is emulated, slower than full precision.
 NEEDS: dict[str, tuple[str, ...]] = {
     "f32": (),
@@ -49,31 +46,6 @@ def require_openvino() -> Any:
 def supports(precision: TwinPrecision) -> bool:
     """Whether this CPU computes in a precision by itself."""
     return not NEEDS[precision] or any(flag in cpu_flags() for flag in NEEDS[precision])
-
-
-def compiled_folder() -> Path:
-    """Where compiled networks are kept: ``compiled`` in ``PLANES_CACHE``, or in ``planes`` of the user's cache folder."""
-    given = os.environ.get("PLANES_CACHE")
-    base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "planes"
-    return base / "compiled"
-
-
-def use_compiled(key: str) -> Path | None:
-    """The folder of one network in its compiled forms; what nobody used for `KEPT_DAYS` is removed beside it.
-
-    None where nothing can be kept, so that it is compiled each time.
-    """
-    folder = compiled_folder() / key
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        os.utime(folder)
-    except OSError:
-        return None
-    with contextlib.suppress(OSError):
-        for other in compiled_folder().iterdir():
-            if other.is_dir() and time.time() - other.stat().st_mtime > KEPT_DAYS * 86_400:
-                shutil.rmtree(other, ignore_errors=True)
-    return folder if os.access(folder, os.W_OK) else None
 
 
 @cache
@@ -133,8 +105,8 @@ class Network:
             "PERFORMANCE_HINT": "LATENCY",
             # Two jobs on one machine would be pinned to the same cores.
             "ENABLE_CPU_PINNING": False,
-            "CACHE_DIR": str(use_compiled(_key(files, openvino)) or ""),
         }
+        self._cache = open_cache(_key(files, openvino))
         self._requests: dict[tuple[int, ...] | None, Any] = {}
         self._request(fixed)
 
@@ -146,11 +118,19 @@ class Network:
                 if shape is not None:
                     model = model.clone()
                     model.reshape({0: list(shape)})
-                compiled = _core().compile_model(model, "CPU", self._settings)
+                self._requests[shape] = self._compile(model).create_infer_request()
             except RuntimeError as error:
                 raise ModelError(f"{self._files[0]}: OpenVINO cannot compile it ({one_line(error, 160)})") from error
-            self._requests[shape] = compiled.create_infer_request()
         return self._requests[shape]
+
+    def _compile(self, model: Any) -> Any:
+        if self._cache is not None:
+            # A full disk costs the compiled form, not the job.
+            with contextlib.suppress(RuntimeError):
+                compiled = _core().compile_model(model, "CPU", {**self._settings, "CACHE_DIR": str(self._cache)})
+                note_digests(self._cache)
+                return compiled
+        return _core().compile_model(model, "CPU", self._settings)
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """The outputs, in the order of the network.
