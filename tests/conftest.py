@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from models.engines.openvino.telemetry import opt_out
 from tests import stores
 
 # Two test processes with two threads each on two cores would only get in each other's way.
@@ -30,6 +31,8 @@ for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
 
+# Before any test imports OpenVINO.
+opt_out()
 # Imports leave no garbage, and looking for it takes a fifth of their time.
 gc.disable()
 
@@ -69,6 +72,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """From here on garbage is looked for, but not in what was imported."""
     gc.freeze()
     gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """What is left goes with the process; pytest would look through all of it five times."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -26,12 +26,12 @@ from tests.journeys import commands
 from tests.stores import new_store
 
 UNET = (
-    *("training.batch_size=4", "architecture.crop_size=64", "training.evaluate_every=4", "training.checkpoint_every=2"),
+    *("training.batch_size=4", "architecture.crop_size=64", "training.evaluate_every=4", "training.checkpoint_every=20"),
     # Three of four passes; that a crop is mirrored too has tests of its own.
     "architecture.flips=false",
 )
 DETECTOR = (
-    *("training.batch_size=2", "window=128", "training.evaluate_every=4", "training.checkpoint_every=2"),
+    *("training.batch_size=2", "window=128", "training.evaluate_every=4", "training.checkpoint_every=20"),
     # So little training detects planes everywhere, and all of them are outlined.
     "architecture.max_detections=25",
 )
@@ -152,8 +152,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, shared: Path, airfield: Pa
         if not trained.exists():
             made = Project(tmp_path_factory.mktemp("training"), airfield)
             made.train_unet("--steps", "8")
-            # The best of ten validations is taken; more than two checkpoints are looked at by nobody.
-            made.train_detector("--steps", "40", "--set", "training.checkpoint_every=20")
+            # The best of ten validations is taken.
+            made.train_detector("--steps", "40")
             made.folder.rename(trained)
     folder = tmp_path_factory.mktemp("project")
     shutil.copytree(trained, folder, dirs_exist_ok=True)
@@ -179,8 +179,7 @@ def gated(project: Project) -> Project:
 @pytest.fixture(scope="session")
 def composed(project):
     """planes-inst/1 from planes-det/1 and a U-Net that has learnt a little, and what the command said."""
-    rarely = " ".join(("training.evaluate_every=20", "training.checkpoint_every=20"))
-    project.train_unet("--name", "outliner", "--steps", "40", "--set", rarely)
+    project.train_unet("--name", "outliner", "--steps", "30", "--set", "training.evaluate_every=30")
     parts = ("--detector", "planes-det/1", "--segmenter", "outliner/1")
     done = project.step("compose", *parts, "--data", str(project.data))
     return project, done.stdout

@@ -17,6 +17,8 @@ from tests.journeys.conftest import error_line
 pytestmark = pytest.mark.xdist_group("journey")
 
 TILES = ("window=null", "tiles.size=128", "tiles.overlap=0.4", "training.batch_size=2", "training.evaluate_every=4")
+# So little training proposes boxes everywhere.
+FEW = ("architecture.proposals_before_nms=100", "architecture.proposals=40", "architecture.max_detections=20")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def tiled(project):
         "--steps",
         "4",
         "--set",
-        " ".join((*TILES, "tiles.cached=true", "architecture.score_threshold=0.0")),
+        " ".join((*TILES, *FEW, "tiles.cached=true", "architecture.score_threshold=0.0")),
     )
     return project, done
 

@@ -69,7 +69,7 @@ def test_kill_9_and_the_same_command_give_the_undisturbed_weights(project, tmp_p
         return [v.tags["weights_sha256"] for v in sorted(versions, key=lambda v: int(v.version))]
 
     command = ["python", "-m", "pipelines.steps.train_unet", "--data", str(project.data), "--name", "killed"]
-    command += ["--set", " ".join(UNET), "--steps", "12", "--work-dir", str(tmp_path)]
+    command += ["--set", " ".join((*UNET, "training.checkpoint_every=2")), "--steps", "12", "--work-dir", str(tmp_path)]
     running = project.start(*command)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("*/checkpoint.pt")):
@@ -90,7 +90,7 @@ def test_kill_9_and_the_same_command_give_the_undisturbed_weights(project, tmp_p
 
 def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(project, tmp_path):
     command = ["python", "-m", "pipelines.steps.train_unet", "--data", str(project.data), "--name", "stopped"]
-    command += ["--set", " ".join(UNET), "--steps", "200", "--work-dir", str(tmp_path)]
+    command += ["--set", " ".join((*UNET, "training.checkpoint_every=2")), "--steps", "200", "--work-dir", str(tmp_path)]
     process = subprocess.Popen(
         command,
         cwd=project.folder,
