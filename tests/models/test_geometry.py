@@ -67,6 +67,10 @@ def test_crop_window_is_inside_and_not_empty(box, margin):
     assert 0 <= y1 < y2 <= 40
 
 
+def test_a_margin_is_a_share_of_the_boxs_own_width_and_height():
+    assert crop_window([40, 20, 60, 30], 100, 100, 0.5) == (30, 15, 70, 35)
+
+
 def test_boxes_of_no_instances_keep_their_shape():
     for function in (xywh_to_xyxy, xyxy_to_xywh, lambda b: clip_boxes(b, 5, 5)):
         assert function(np.zeros((0, 4))).shape == (0, 4)

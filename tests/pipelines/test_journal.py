@@ -16,7 +16,7 @@ from models.engines.unet.predictor import build_segmenter, segmenter_spec
 from models.engines.unet.settings import SegmenterArchitecture
 from models.errors import RegistryError
 from models.saved.folder import save_model
-from pipelines.registry import journal, promotion
+from pipelines.registry import journal, lineage, promotion
 from pipelines.registry.gates import Check
 from pipelines.registry.model_versions import Registry
 from pipelines.registry.registration import log_and_register
@@ -110,6 +110,14 @@ def test_promotions_pile_up_and_rollbacks_take_them_off(registry, client):
     assert [e.state for e in journal.read_journal(registry, NAME)] == ["committed"] * 5
 
 
+def test_a_rollback_to_a_version_that_stood_there_twice_takes_one_promotion_off(registry, client):
+    for version in "1213":
+        _move(registry, version)
+    _move(registry, "1", "rollback")
+    assert _aliases(registry) == {"production": "1", "previous": "2"}
+    assert promotion.rollback_target(registry, promotion.read_alias_state(registry, NAME, "production")) == "2"
+
+
 def test_the_second_of_two_that_decided_at_once_is_told_who_won(registry, client):
     _move(registry, "1")
     first, second = (
@@ -124,6 +132,15 @@ def test_the_second_of_two_that_decided_at_once_is_told_who_won(registry, client
     # Aliases do not disturb each other.
     promotion.move(registry, promotion.read_alias_state(registry, NAME, "challenger"), "3", "promote", "new")
     assert _aliases(registry)["challenger"] == "3"
+
+
+def test_of_several_moves_since_the_one_that_took_the_place_is_told(registry, client):
+    _move(registry, "1")
+    at = promotion.read_alias_state(registry, NAME, "production")
+    _move(registry, "2", why="faster")
+    _move(registry, "1", "rollback", why="too fast")
+    with pytest.raises(RegistryError, match=r"was moved to version 2 by .* meanwhile \(faster\)"):
+        _move(registry, "3", at=at)
 
 
 def test_a_challenger_that_wins_is_no_challenger_any_more(registry, client):
@@ -266,6 +283,13 @@ def _interrupted(registry, to):
     """A move that is in the journal but was not carried out."""
     at = promotion.read_alias_state(registry, NAME, "production")
     return journal.append(registry, NAME, journal.Move("production", "promote", to, at.version, at.after, "better"))
+
+
+def test_the_version_of_an_interrupted_move_is_not_swept(registry, client):
+    _move(registry, "1")
+    _interrupted(registry, "2")
+    reasons = {kept.version: kept.reason for kept in lineage.sweep(registry, NAME, keep_newest=0)}
+    assert (reasons["2"], reasons["3"]) == ("was production", "")
 
 
 def test_who_was_held_up_does_not_undo_a_later_move(registry, client, monkeypatch):

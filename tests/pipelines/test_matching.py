@@ -28,6 +28,15 @@ def test_ap_equals_the_evaluators(seed, kind):
     assert curve[0].mean() == pytest.approx(expected["AP50"], abs=1e-9)
 
 
+def test_of_equal_overlaps_the_last_plane_is_taken_as_the_evaluator_does():
+    """The first detection lies between two planes; which one it takes decides what is left for the second."""
+    data = Dataset("d", Path("a"), "test", "plane", (_image([[0, 0, 20, 20], [4, 0, 24, 20]]),))
+    instances = [_instances([[2, 0, 22, 20], [4, 0, 24, 20]])]
+    expected = evaluate_instances(data, instances, score_threshold=0.0).metrics["AP"]
+    assert match_image(data.samples[0], instances[0]).correct.sum(axis=1).tolist() == [2] * 4 + [1] * 6
+    assert rank(data, instances).average_precision() == pytest.approx(expected, abs=1e-9)
+
+
 def test_weights_count_images_as_often():
     data, predictions = _case(3)
     by_id = {p.image_id: p for p in predictions}

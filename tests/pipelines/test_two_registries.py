@@ -106,6 +106,19 @@ def test_a_version_is_copied_from_one_to_the_other(pair, saved, third):
     assert mlflow.get_tracking_uri() == f"sqlite:///{third}"
 
 
+def test_a_copy_was_neither_promoted_nor_judged_where_it_comes_to(pair, saved, third):
+    first, second = pair
+    _register(first, saved[0])
+    _promote(first, "1")
+    for key in ("last_gates_run", "training_key", "recipe"):
+        first.client.set_model_version_tag("planes-unet", "1", key, "x")
+    for to in (None, second):
+        copied = copy_version(first, first.resolve("planes-unet/1"), "prod.planes-unet", to)
+        tags = (to or first).version_of(copied).tags
+        assert {"digest", "recipe", "copied_from"} <= tags.keys()
+        assert [key for key in tags if key.startswith(("promoted_to_", "last_gates_run", "training_key"))] == []
+
+
 def test_two_threads_write_into_their_own(pair, saved, third):
     errors = []
 

@@ -180,6 +180,23 @@ def test_a_question_is_asked_again(store):
     assert len(calls) == 2
 
 
+def test_a_store_that_answers_in_between_is_not_down(store):
+    """Each file fails once: more failures than a store that is down may have, none of them many in a row."""
+    files = [store.folder / f"{i}.txt" for i in range(2 * remote.MOST_FAILURES)]
+    failed, real = set(), store.info
+
+    def once_each(path):
+        if path not in failed:
+            failed.add(path)
+            raise ConnectionError("reset by peer")
+        return real(path)
+
+    for file in files:
+        file.write_text(file.name)
+    store.info = once_each
+    assert remote.UNREADABLE not in remote.fingerprints([Remote(store, file) for file in files])
+
+
 def test_a_store_that_is_down_is_not_asked_for_ever(store):
     store.up = False
     paths = [Remote(store, store.folder / f"{i}.png") for i in range(2000)]

@@ -1,0 +1,37 @@
+"""An example predicted again: rounding of other machines passes, anything else does not."""
+
+import numpy as np
+import pytest
+
+from models.geometry.rle import rle_encode
+from models.instances import Instances
+from pipelines.registry.verification import _compare
+
+
+def _example(move=0.0, score=0.0, rows=20, masks=True, planes=2):
+    boxes = np.array([[2, 2, 22, 22], [30, 30, 50, 50]], np.float32)[:planes]
+    dense = np.zeros((2, 60, 60), bool)
+    dense[0, 2 : 2 + rows, 2:22] = dense[1, 30:50, 30:50] = True
+    outlines = [rle_encode(mask) for mask in dense[:planes]] if masks else None
+    return Instances.make("0", 60, 60, boxes + move, np.array([0.9, 0.6])[:planes] - score, masks=outlines)
+
+
+@pytest.mark.parametrize(
+    ("change", "passed"),
+    [
+        ({"move": 0.01, "score": 0.001}, True),
+        ({"move": 0.6}, False),
+        ({"score": 0.02}, False),
+        ({"rows": 19}, False),
+        ({"masks": False}, False),
+        ({"planes": 1}, False),
+        ({"planes": 0}, False),
+    ],
+)
+def test_what_is_as_logged(change, passed):
+    assert _compare(_example(**change), _example()).passed == passed
+
+
+def test_nothing_then_and_now_is_the_same():
+    assert _compare(_example(planes=0), None).passed
+    assert not _compare(_example(), None).passed
