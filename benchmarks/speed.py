@@ -132,8 +132,9 @@ def network_ways(
 
     ways: dict[str, Callable[[], object]] = {TORCH: partial(torch_way, "32"), HALF: partial(torch_way, "bf16-mixed")}
     for kind, twin in twins.items():
-        loaded: Any = load_model(twin, "cpu", {} if segmenter else {"size": 0})
-        ways[f"twin {kind}"] = partial(loaded.network, *inputs)
+        # By tiles of that side, for whose shape a twin is compiled.
+        loaded: Any = load_model(twin, "cpu", {} if segmenter else {"size": SIDES[case]})
+        ways[f"twin {kind}"] = partial(getattr(loaded, "predictor", loaded).network, *inputs)
     try:
         exported = OnnxNetwork(folder, inputs, work / f"{case}.onnx")
         if not _same(exported(*inputs), torch_way("32")):
