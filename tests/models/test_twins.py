@@ -133,6 +133,7 @@ def _quantised_types(folder):
     return {kinds[to] for start, to in pairs if kinds[start] == "FakeQuantize"}
 
 
+@pytest.mark.soak
 @needs_int8
 def test_a_twin_in_eight_bits_keeps_the_geometry_of_boxes_exact(pair, tmp_path):
     pytest.importorskip("nncf", reason="NNCF is not installed")
