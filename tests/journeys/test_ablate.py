@@ -15,7 +15,7 @@ from tests.journeys.conftest import error_line
 pytestmark = [pytest.mark.xdist_group("mlproject"), pytest.mark.slow]
 
 SMALL = (
-    "training.batch_size=2 window=128 training.evaluate_every=10 training.checkpoint_every=2 architecture.max_detections=20"
+    "training.batch_size=2 window=128 training.evaluate_every=6 training.checkpoint_every=2 architecture.max_detections=20"
 )
 
 
@@ -34,7 +34,7 @@ def _table(project, run):
 
 def test_killed_in_the_middle_it_finishes_only_the_missing_variant(project_copy):
     parameters = {"data": str(project_copy.data), "grid": "optimizer.lr=0.001,0.0005"}
-    parameters["overrides"] = f"training.steps=10 {SMALL}"
+    parameters["overrides"] = f"training.steps=6 {SMALL}"
     running = project_copy.start_entry_point("ablate", **parameters)
     deadline = time.monotonic() + 300
     folders = project_copy.folder / ".planes" / "training"
@@ -63,7 +63,7 @@ def test_killed_in_the_middle_it_finishes_only_the_missing_variant(project_copy)
     assert len(_runs(project_copy, task="detector")) == 2
     for child in children:
         steps = [p.step for p in project_copy.client.get_metric_history(child.info.run_id, "train/loss")]
-        assert sorted(steps) == list(range(1, 11))
+        assert sorted(steps) == list(range(1, 7))
     rows = _table(project_copy, parent)
     assert [row["optimizer.lr"] for row in rows] == ["0.001", "0.0005"]
     assert {row["run_id"] for row in rows} == {c.info.run_id for c in children}

@@ -69,7 +69,7 @@ def test_kill_9_and_the_same_command_give_the_undisturbed_weights(project, tmp_p
         return [v.tags["weights_sha256"] for v in sorted(versions, key=lambda v: int(v.version))]
 
     command = ["python", "-m", "pipelines.steps.train_unet", "--data", str(project.data), "--name", "killed"]
-    command += ["--set", " ".join((*UNET, "training.checkpoint_every=2")), "--steps", "12", "--work-dir", str(tmp_path)]
+    command += ["--set", " ".join((*UNET, "training.checkpoint_every=2")), "--steps", "8", "--work-dir", str(tmp_path)]
     running = project.start(*command)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("*/checkpoint.pt")):
@@ -85,7 +85,7 @@ def test_kill_9_and_the_same_command_give_the_undisturbed_weights(project, tmp_p
     first, second = hashes()
     assert first == second
     run_id = _version(project, "killed").run_id
-    assert [s for s, _ in _history(project, run_id, "train/loss")] == list(range(1, 13))
+    assert [s for s, _ in _history(project, run_id, "train/loss")] == list(range(1, 9))
 
 
 def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(project, tmp_path):
