@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from tests import conftest
 from tests.architecture import rooms
 
 PACKAGES = ("models", "pipelines", "scoring")
@@ -169,3 +172,11 @@ def test_help_answers_at_once():
 def test_versions_agree(root):
     version = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
     assert f"## {version}" in (root / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(("seconds", "skipped"), [(-1, True), (60, False), (None, False)])
+def test_what_a_limit_of_time_leaves_out_is_skipped(seconds, skipped):
+    until = None if seconds is None else time.time() + seconds
+    item = SimpleNamespace(config=SimpleNamespace(getoption={"--until": until}.get))
+    with pytest.raises(pytest.skip.Exception, match="no time was left") if skipped else nullcontext():
+        conftest.pytest_runtest_setup(item)

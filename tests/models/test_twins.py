@@ -378,6 +378,66 @@ def test_compiled_networks_are_checked_and_those_that_nobody_uses_removed(copies
     assert load_model(copies[1]).predict(_images()[:1])
 
 
+def test_a_compiled_network_that_cannot_be_kept_is_compiled_without(copies, tmp_path, monkeypatch):
+    """As on a full disk."""
+    monkeypatch.setenv("PLANES_CACHE", str(tmp_path / "cache"))
+    core, asked = network._core(), []
+
+    class Full:
+        read_model = core.read_model
+
+        @staticmethod
+        def compile_model(model, device, settings):
+            asked.append("CACHE_DIR" in settings)
+            if asked[-1]:
+                raise RuntimeError("No space left on device")
+            return core.compile_model(model, device, settings)
+
+    monkeypatch.setattr(network, "_core", lambda: Full)
+    assert load_model(copies[1]).predict(_images()[:1])
+    assert asked == [True, False]
+
+
+def _in_a_new_process(script):
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_openvino_tells_nobody_of_its_use():
+    script = (
+        "import sys\n"
+        "from models.engines.openvino.network import require_openvino\n"
+        "require_openvino()\n"
+        "from openvino.tools.ovc import telemetry_utils\n"
+        "print(sys.modules['openvino_telemetry'], telemetry_utils.tm.__name__)\n"
+    )
+    assert _in_a_new_process(script) == ["None", "openvino.tools.ovc.telemetry_stub"]
+
+
+@pytest.mark.soak
+def test_nncf_tells_nobody_of_its_use():
+    pytest.importorskip("nncf", reason="NNCF is not installed")
+    script = (
+        "import contextlib\n"
+        "from models.engines.openvino.quantize_process import quantise\n"
+        "with contextlib.suppress(RuntimeError):\n"
+        "    quantise('detector', 'no such network', '.', 'nowhere')\n"
+        "from nncf.telemetry import wrapper\n"
+        "print(type(wrapper.telemetry).__name__)\n"
+    )
+    assert _in_a_new_process(script)[-1] == "MagicMock"
+
+
+def test_what_there_is_in_full_precision_is_not_converted_again(pair, tmp_path, monkeypatch):
+    from models.engines.openvino import conversion
+
+    monkeypatch.setattr(conversion, "save_twin", None)
+    made = make_twin(pair[0], tmp_path / "half", "bf16", exact=pair[1])
+    check_twin(pair[0], made)
+    assert read_spec(made).architecture["precision"] == "bf16"
+
+
 def test_what_a_cpu_lacks_is_said(half, monkeypatch):
     twin = half
     assert read_spec(twin).architecture["precision"] == "bf16"

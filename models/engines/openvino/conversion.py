@@ -108,7 +108,7 @@ def _keep_geometry_exact(openvino: Any, path: Path) -> None:
     for layer in tree.iterfind("layers/layer"):
         name = layer.get("name", "")
         kind = layer.get("type", "")
-        # ROIAlign takes its boxes in float32 whatever it pools; bfloat16 features in float32 take it ten times as long.
+        # ROIAlign takes its boxes in float32 whatever it pools; float32 takes longer for features in bfloat16.
         if kind in ("Const", "Parameter", "Result", "ROIAlign") or is_dense(name, kind):
             continue
         info = layer.find("rt_info")
