@@ -7,10 +7,12 @@ import itertools
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -66,6 +68,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     until = item.config.getoption("--until")
     if until and time.time() > until:
         pytest.skip("no time was left for it (--until)")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A test process that is lost says how it ended."""
+    if error and hasattr(node.gateway._io, "popen"):
+        print(f"\n{node.gateway.id} ended with {node.gateway._io.popen.wait(timeout=10)}", file=sys.stderr)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -381,7 +381,7 @@ def test_compiled_networks_are_checked_and_those_that_nobody_uses_removed(copies
 def test_a_compiled_network_that_cannot_be_kept_is_compiled_without(copies, tmp_path, monkeypatch):
     """As on a full disk."""
     monkeypatch.setenv("PLANES_CACHE", str(tmp_path / "cache"))
-    core, asked = network._core(), []
+    core, asked = network.shared_core(), []
 
     class Full:
         read_model = core.read_model
@@ -393,13 +393,15 @@ def test_a_compiled_network_that_cannot_be_kept_is_compiled_without(copies, tmp_
                 raise RuntimeError("No space left on device")
             return core.compile_model(model, device, settings)
 
-    monkeypatch.setattr(network, "_core", lambda: Full)
+    monkeypatch.setattr(network, "shared_core", lambda: Full)
     assert load_model(copies[1]).predict(_images()[:1])
     assert asked == [True, False]
 
 
-def _in_a_new_process(script):
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+def _in_a_new_process(script, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -502,6 +504,25 @@ def test_the_geometry_of_boxes_stays_in_full_precision(pair, half):
     assert not any(marked for kind, marked in kept[half] if kind == "Relu")
 
 
+def test_a_process_that_loaded_twins_and_dropped_them_lives_through_a_signal(pair, half):
+    script = (
+        "import faulthandler, gc, signal, sys\n"
+        "import numpy as np\n"
+        "from models.loading import load_model\n"
+        "faulthandler.enable()\n"
+        "signal.signal(signal.SIGCHLD, lambda *_: print('lived'))\n"
+        "for folder in sys.argv[1:]:\n"
+        "    model = load_model(folder)\n"
+        "    model.predict([np.zeros((96, 96, 3), np.uint8)])\n"
+        "    signal.raise_signal(signal.SIGCHLD)\n"
+        "del model\n"
+        "gc.collect()\n"
+        "signal.raise_signal(signal.SIGCHLD)\n"
+    )
+    second = half if network.supports("bf16") else pair[1]
+    assert _in_a_new_process(script, str(pair[1]), str(second)) == ["lived"] * 3
+
+
 def test_what_is_pooled_in_half_precision_is_of_the_same_place():
     """A border of 1001.4 would be 1000 in bfloat16; the features are rounded, where they are taken from is not."""
     if not network.supports("bf16"):
@@ -521,7 +542,7 @@ def test_what_is_pooled_in_half_precision_is_of_the_same_place():
     model = ov.Model([after], [maps, rois])
     results = []
     for hint in ("f32", "bf16"):
-        compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+        compiled = network.shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
         results.append(np.array(compiled([features, boxes])[0]))
         kinds = {
             o.get_rt_info()["runtimePrecision"].astype(str)

@@ -15,7 +15,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from models.engines.detectron2.predictor import Detectron2Predictor
 from models.engines.openvino.dense import is_dense
-from models.engines.openvino.network import require_openvino
+from models.engines.openvino.network import require_openvino, shared_core
 from models.engines.openvino.settings import ImageInput, TwinArchitecture
 from models.engines.torchvision.predictor import TorchvisionDetector
 from models.engines.unet.predictor import TorchSegmenter
@@ -84,7 +84,6 @@ def halve_twin(exact: str | Path, into: str | Path) -> Path:
         EngineMissing: OpenVINO is not installed.
         ModelError: no saved twin, or a release of OpenVINO that would round the geometry of boxes.
     """
-    openvino = require_openvino()
     spec = read_spec(exact)
     architecture = parse_architecture(spec, TwinArchitecture).model_copy(update={"precision": "bf16"})
 
@@ -92,12 +91,12 @@ def halve_twin(exact: str | Path, into: str | Path) -> Path:
         for name in (NETWORK_FILE, NETWORK_WEIGHTS_FILE):
             shutil.copyfile(Path(exact) / name, folder / name)
         if architecture.image:
-            _keep_geometry_exact(openvino, folder / NETWORK_FILE)
+            _keep_geometry_exact(folder / NETWORK_FILE)
 
     return write_folder(into, spec.model_copy(update={"architecture": architecture.model_dump()}), fill)
 
 
-def _keep_geometry_exact(openvino: Any, path: Path) -> None:
+def _keep_geometry_exact(path: Path) -> None:
     """Mark all of a detector but its dense layers, and what is pooled for them, to be computed in full precision.
 
     In bfloat16 a border lies on a grid of pixels, and what is pooled from a box is of another place. Measured on the
@@ -119,7 +118,7 @@ def _keep_geometry_exact(openvino: Any, path: Path) -> None:
         marked.append(name)
     tree.write(path)
     # A release that reads such marks no more would round without a word.
-    known = {op.get_friendly_name(): op.get_rt_info() for op in openvino.Core().read_model(str(path)).get_ops()}
+    known = {op.get_friendly_name(): op.get_rt_info() for op in shared_core().read_model(str(path)).get_ops()}
     if not marked or not all(any(MARK in key for key in known[name]) for name in marked):
         raise ModelError(f"OpenVINO {version('openvino')} keeps no layer in full precision; make the twin in f32")
 

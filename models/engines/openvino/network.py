@@ -49,7 +49,13 @@ def supports(precision: TwinPrecision) -> bool:
 
 
 @cache
-def _core() -> Any:
+def shared_core() -> Any:
+    """OpenVINO's core, one for the whole process.
+
+    Each gives the thread that it is made in an alternate stack for signals, for the size of AMX's registers. Of two
+    whose lives overlap, the second to go puts back the stack of the first, which is unmapped: the next signal, be it
+    of a child that ended, ends the process without a word (seen with 2026.4).
+    """
     return require_openvino().Core()
 
 
@@ -90,7 +96,7 @@ class Network:
             if not path.is_file():
                 raise ModelError(f"{folder}: not a saved twin (no {path.name})")
         try:
-            model = _core().read_model(*map(str, files))
+            model = shared_core().read_model(*map(str, files))
             given = [(i.get_element_type().get_type_name(), len(i.get_partial_shape())) for i in model.inputs]
             ranks = [len(o.get_partial_shape()) for o in model.outputs]
         except RuntimeError as error:
@@ -127,10 +133,10 @@ class Network:
         if self._cache is not None:
             # A full disk costs the compiled form, not the job.
             with contextlib.suppress(RuntimeError):
-                compiled = _core().compile_model(model, "CPU", {**self._settings, "CACHE_DIR": str(self._cache)})
+                compiled = shared_core().compile_model(model, "CPU", {**self._settings, "CACHE_DIR": str(self._cache)})
                 note_digests(self._cache)
                 return compiled
-        return _core().compile_model(model, "CPU", self._settings)
+        return shared_core().compile_model(model, "CPU", self._settings)
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """The outputs, in the order of the network.
