@@ -78,7 +78,7 @@ def saved_models(work: Path, detector: str | None, segmenter: str | None) -> dic
         "unet": Path(segmenter) if segmenter else random_segmenter(work / "unet"),
     }
     parts = models["detector_scratch"], models["unet"]
-    models["composed"] = save_composed(work / "composed", *parts, ComposedArchitecture(), {})
+    models["composed"] = save_composed(work / "composed", *parts, ComposedArchitecture(), components={})
     return models
 
 
@@ -264,9 +264,13 @@ def all_twins(models: Mapping[str, Path], kinds: Sequence[TwinPrecision], exampl
         for kind in kinds:
             if case == "composed" and len(parts) == 2:
                 detector, segmenter = (part[kind] for part in parts)
-                twins[case][kind] = save_composed(work / case / kind, detector, segmenter, ComposedArchitecture(), {})
+                twins[case][kind] = save_composed(
+                    work / case / kind, detector, segmenter, ComposedArchitecture(), components={}
+                )
             else:
-                twins[case][kind] = make_twin(folder, work / case / kind, kind, examples, twins[case].get("f32"))
+                twins[case][kind] = make_twin(
+                    folder, work / case / kind, kind, calibration=examples, exact=twins[case].get("f32")
+                )
     return twins
 
 

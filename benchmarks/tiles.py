@@ -42,7 +42,7 @@ def random_model(folder: Path, tiled: bool = False) -> Path:
     assert isinstance(recipe, DetectorRecipe)
     network = build_detector(recipe.architecture, 1)
     tiling = recipe.tiling if tiled else None
-    return save_model(folder, detector_spec(recipe.architecture, ["plane"], tiling), network.state_dict())
+    return save_model(folder, detector_spec(recipe.architecture, ["plane"], tiling=tiling), network.state_dict())
 
 
 def plain_network(folder: Path) -> torch.nn.Module:

@@ -70,7 +70,7 @@ def main() -> None:
                 folder,
                 Path(work) / kind,
                 kind,
-                lambda: calibration_examples(open_dataset(options.calibration, "train", keep=True), rendering),
+                calibration=lambda: calibration_examples(open_dataset(options.calibration, "train", keep=True), rendering),
             )
             predictors[f"twin {kind}"] = load_model(twin, "cpu")
         for text in options.data:

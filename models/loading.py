@@ -63,7 +63,7 @@ def load_model(folder: str | Path, device: str = "cpu", tiling: Mapping[str, Any
         ) from error
     # A composition has no weights of its own; its components are folders like this one.
     if spec.engine == "composed":
-        return build(spec, Path(folder), device, tiling, load_model)
+        return build(spec, Path(folder), device=device, tiling=tiling, load=load_model)
     used = retiled(spec, tiling or {})
     if spec.engine == "openvino":
         if device not in ("auto", "cpu"):

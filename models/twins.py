@@ -25,6 +25,7 @@ def make_twin(
     parent: str | Path,
     into: str | Path,
     precision: TwinPrecision,
+    *,
     calibration: Calibration | None = None,
     exact: Path | None = None,
 ) -> Path:
@@ -56,10 +57,14 @@ def make_twin(
         if spec.engine == "composed":
             names = {role: spec.versions.get(f"{role}.version", "") for role in COMPONENTS}
             detector, segmenter = (
-                make_twin(parent / role, Path(work) / role, precision, calibration, exact and exact / role)
+                make_twin(
+                    parent / role, Path(work) / role, precision, calibration=calibration, exact=exact and exact / role
+                )
                 for role in COMPONENTS
             )
-            return save_composed(into, detector, segmenter, parse_architecture(spec, ComposedArchitecture), names)
+            return save_composed(
+                into, detector, segmenter, architecture=parse_architecture(spec, ComposedArchitecture), components=names
+            )
         if precision == "f32":
             return save_twin(into, load_model(parent, "cpu", {"size": 0}), spec, folder_digest(parent))
         exact = exact or make_twin(parent, Path(work) / "f32", "f32")

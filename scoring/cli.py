@@ -130,11 +130,11 @@ def main(context: click.Context, **options: Any) -> None:
     "--rle", default="course", show_default=True, type=click.Choice(["course", "airbus"]), help="Runs of the Kaggle CSV."
 )
 @CATEGORY
-def evaluate(predictions: str, data: str, split: str, score_threshold: float, rle: str, category: str) -> None:
+def evaluate(predictions: str, data: str, **options: Any) -> None:
     """Evaluate a file of PREDICTIONS, an instances.parquet or a Kaggle CSV, against ground truth."""
     from pipelines.steps.cli_support import friendly
 
-    friendly(_evaluate)(predictions, data, split, score_threshold, rle, category)
+    friendly(_evaluate)(predictions, data, **options)
 
 
 @main.command()
@@ -152,7 +152,7 @@ def export(folder: str, formats: str, out: str | None, **options: Any) -> None:
     """Make files from the table that a scoring left in FOLDER, such as predictions/planes-det-3."""
     from pipelines.steps.cli_support import friendly
 
-    friendly(_export)(folder, formats, out, **options)
+    friendly(_export)(folder, formats, out=out, **options)
 
 
 @main.command()
@@ -177,7 +177,7 @@ def compare(targets: tuple[str, ...], **options: Any) -> None:
     friendly(_compare)(names, options)
 
 
-def _score(models: tuple[str, ...], data: str, out: str, split: str, device: str, **options: Any) -> None:
+def _score(models: tuple[str, ...], data: str, *, out: str, split: str, device: str, **options: Any) -> None:
     from pipelines.start_up import importing
 
     with importing():
@@ -266,7 +266,7 @@ def _display() -> Any:
     return replace(TERMINAL, items=partial(show_progress, failed=lambda scored: isinstance(scored[2], Failure)))
 
 
-def _export(folder: str, formats: str, out: str | None, score_threshold: float, overlays: int, rle: Any) -> None:
+def _export(folder: str, formats: str, *, out: str | None, score_threshold: float, overlays: int, rle: Any) -> None:
     from scoring.jobs.export import FORMATS, export_job
 
     wanted = formats.split(",")
@@ -278,15 +278,15 @@ def _export(folder: str, formats: str, out: str | None, score_threshold: float, 
     click.echo(f"{planes} planes to {target}: {', '.join(wanted)}")
 
 
-def _evaluate(predictions: str, data: str, split: str, score_threshold: float, rle: Any, category: str) -> None:
+def _evaluate(predictions: str, data: str, *, split: str, score_threshold: float, rle: Any, category: str) -> None:
     from pipelines.data.readers.opening import open_dataset
     from pipelines.evaluation.categories import PLANE
     from pipelines.evaluation.metrics import coco_tables
     from scoring.comparison.evaluate_file import category_of_file, evaluate_file
 
     known = category_of_file(Path(predictions)) or PLANE
-    dataset = open_dataset(data, split, known if category == AUTO else category, keep=True)
-    for evaluation in evaluate_file(Path(predictions), dataset, score_threshold, rle):
+    dataset = open_dataset(data, split, category=known if category == AUTO else category, keep=True)
+    for evaluation in evaluate_file(Path(predictions), dataset, score_threshold=score_threshold, convention=rle):
         click.echo(coco_tables(evaluation))
 
 

@@ -27,7 +27,7 @@ from scoring.cli import main as score
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--steps", default=AS_RECIPE, show_default=True, help="Steps of both trainings; overrules the gates.")
 @friendly
-def main(data: str, out: str, device: str, steps: str) -> None:
+def main(*, data: str, out: str, device: str, steps: str) -> None:
     """Make data, train a U-Net and a detector, compose them, register and promote all three, score the test set.
 
     What a second run finds done (data, equal trainings, promotions) it reuses.

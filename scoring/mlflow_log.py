@@ -25,6 +25,7 @@ def log_job(
     job: JobResult,
     resolved: Resolved,
     dataset: Dataset,
+    *,
     params: dict[str, object],
     megabytes: float = math.nan,
 ) -> str:
@@ -39,7 +40,9 @@ def log_job(
     # Written while a run is being logged: after a stop, or a store that went away, it is gone on with.
     pending = job.folder / PENDING
     resumed = pending.read_text() if pending.exists() else None
-    with mlflow_runs.tracked_run(client, f"score {job.label} on {dataset.name}/{dataset.split}", tags, resumed) as run:
+    with mlflow_runs.tracked_run(
+        client, f"score {job.label} on {dataset.name}/{dataset.split}", tags, resume_id=resumed
+    ) as run:
         pending.write_text(run.info.run_id)
         mlflow_runs.log_params(
             {**params, "model": job.label, "data_digest": dataset.digest(), "category": dataset.category}
@@ -54,7 +57,7 @@ def log_job(
         mlflow.log_metrics({f"stage_{name}_seconds": seconds for name, seconds in job.timings.items()})
         mlflow.log_metrics({f"peak_{name}_megabytes": megabytes for name, megabytes in job.peaks.items()})
         for kind, evaluation in job.evaluations:
-            mlflow_runs.log_evaluation(prefix + kind, evaluation, dataset, model_id)
+            mlflow_runs.log_evaluation(prefix + kind, evaluation, dataset, model_id=model_id)
         for path in sorted(job.folder.iterdir()):
             if path.is_dir():
                 mlflow.log_artifacts(str(path), f"scoring/{path.name}")

@@ -43,7 +43,7 @@ class Conditions:
     fresh: bool = False
 
 
-def choose_runtime(registry: Registry, version: Resolved, parent: Path, runtime: Runtime, now: Conditions) -> Chosen:
+def choose_runtime(registry: Registry, version: Resolved, parent: Path, *, runtime: Runtime, now: Conditions) -> Chosen:
     """Choose what runs a version, and say which and why.
 
     ``auto`` keeps what the job in the folder began with.

@@ -101,7 +101,7 @@ def compare_targets(registry: Registry, request: ComparisonRequest, display: Dis
         if any("IoU" in r.metrics for r in runs.values()):
             return
     category = _category(registry, request, runs)
-    opened = open_dataset(request.data, request.split, category, keep=True) if request.data else None
+    opened = open_dataset(request.data, request.split, category=category, keep=True) if request.data else None
     dataset = opened or data_of(list(runs.values()))
     if not dataset.has_truth or not dataset.planes:
         raise DataError(f"{dataset.name}/{dataset.split}: no annotated planes to compare against")
@@ -112,14 +112,21 @@ def compare_targets(registry: Registry, request: ComparisonRequest, display: Dis
     def score(target: str) -> Candidate:
         version = registry.resolve(target)
         _, job = score_version(
-            registry, version, registry.fetch(version), dataset, Path(request.out), settings, device, display=display
+            registry,
+            version,
+            registry.fetch(version),
+            dataset,
+            out=Path(request.out),
+            settings=settings,
+            device=device,
+            display=display,
         )
         check_logged([job])
         if job.segmenter:
             raise DataError(f"{job.label}: outlines given boxes and finds none; score it and compare its runs")
         return from_job(job)
 
-    finish(registry, gather(registry.client, request.targets, dataset, runs, score), dataset, Path(request.out))
+    finish(registry, gather(registry.client, request.targets, dataset, runs=runs, score=score), dataset, Path(request.out))
     log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client)}")
 
 
@@ -159,7 +166,9 @@ def resolve_all(registry: Registry, models: Sequence[str]) -> list[tuple[Resolve
     return list(chosen.values())
 
 
-def open_for(versions: Sequence[tuple[Resolved, Path]], data: str, split: str, scene_pattern: str | None) -> list[Dataset]:
+def open_for(
+    versions: Sequence[tuple[Resolved, Path]], data: str, *, split: str, scene_pattern: str | None
+) -> list[Dataset]:
     """The data set as each version is measured on it: with the annotations of its class.
 
     Raises:
@@ -170,7 +179,7 @@ def open_for(versions: Sequence[tuple[Resolved, Path]], data: str, split: str, s
     for version, folder in versions:
         category = category_of(folder, version.label, measured=False)
         if category not in opened:
-            opened[category] = open_dataset(data, split, category, scene_pattern, keep=True)
+            opened[category] = open_dataset(data, split, category=category, scene_pattern=scene_pattern, keep=True)
         category_of(folder, version.label, measured=opened[category].has_truth)
         datasets.append(opened[category])
     return datasets
@@ -221,7 +230,7 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
     # What cannot be had is reported before anything is scored.
     versions = resolve_all(registry, request.models)
     parse_rendering(request.settings.value_range, request.settings.bands)
-    datasets = open_for(versions, request.data, request.split, request.scene_pattern)
+    datasets = open_for(versions, request.data, split=request.split, scene_pattern=request.scene_pattern)
     for dataset in {id(d): d for d in datasets}.values():
         log.info(dataset.summary())
     chosen = [
@@ -229,8 +238,8 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
             registry,
             version,
             folder,
-            request.runtime,
-            Conditions(
+            runtime=request.runtime,
+            now=Conditions(
                 device=device,
                 precision=request.settings.precision,
                 job=out / folder_name(version.label),
@@ -246,11 +255,11 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
             version,
             one.folder,
             dataset,
-            out,
-            replace(request.settings, runtime=one.name),
-            device,
-            execution,
-            display,
+            out=out,
+            settings=replace(request.settings, runtime=one.name),
+            device=device,
+            execution=execution,
+            display=display,
         )
         for (version, _), one, dataset in zip(versions, chosen, datasets, strict=True)
     ]
@@ -313,6 +322,7 @@ def score_version(
     version: Resolved,
     folder: Path,
     dataset: Dataset,
+    *,
     out: Path,
     settings: JobSettings,
     device: str,
@@ -328,7 +338,9 @@ def score_version(
     """
     dataset = dataset.rendered(parse_rendering(settings.value_range, settings.bands, read_spec(folder).rendering))
     predictor = load_model(folder, "cpu" if execution.runner == "ray" else device, settings.changes)
-    runner = _ray(folder, dataset, settings, device, execution) if execution.runner == "ray" else None
+    runner = (
+        _ray(folder, dataset, settings=settings, device=device, execution=execution) if execution.runner == "ray" else None
+    )
     # On a terminal Ray shows its own bars.
     progress = pass_through if runner and sys.stderr.isatty() else display.items
     # As long as it always was in manifests, so that older jobs can be gone on with.
@@ -352,7 +364,7 @@ def score_version(
     params |= {"range": dataset.rendering.range, "bands": dataset.rendering.bands or "auto"}
     params |= {"device": device, "data": str(dataset.source)}
     try:
-        run_id = mlflow_log.log_job(registry.client, job, version, dataset, params, job.megabytes)
+        run_id = mlflow_log.log_job(registry.client, job, version, dataset, params=params, megabytes=job.megabytes)
         log.info(f"   outputs in {job.folder}, run {run_id}")
     except Exception as error:
         if os.environ.get("PLANES_TRACEBACK"):
@@ -383,7 +395,7 @@ def check_logged(jobs: Sequence[JobResult]) -> None:
         )
 
 
-def _ray(folder: Path, dataset: Dataset, settings: JobSettings, device: str, execution: Execution) -> Runner:
+def _ray(folder: Path, dataset: Dataset, *, settings: JobSettings, device: str, execution: Execution) -> Runner:
     from scoring.runners.ray_runner import RayRunner, RaySettings
 
     workers = settings.workers or auto_workers(device, dataset)

@@ -85,6 +85,7 @@ def save_composed(
     detector: str | Path,
     segmenter: str | Path,
     architecture: ComposedArchitecture,
+    *,
     components: Mapping[str, str],
 ) -> Path:
     """Write a folder that holds copies of both saved folders, whole or not at all.
@@ -127,7 +128,7 @@ def save_composed(
 
 
 def load_composed(
-    spec: ModelSpec, folder: Path, device: str, tiling: Mapping[str, Any] | None, load: Callable[..., Predictor]
+    spec: ModelSpec, folder: Path, *, device: str, tiling: Mapping[str, Any] | None, load: Callable[..., Predictor]
 ) -> ComposedPredictor:
     """Build the predictor of a saved composition from the folders inside it.
 

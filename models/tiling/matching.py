@@ -97,7 +97,7 @@ def greedy_match(
         compared, left, right = meeting(grown, free)
         left, right = np.minimum(left, right), np.maximum(left, right)
         left, right = _keep(left, right, labels[left] == labels[right])
-        value = overlap(ranked, left, right, metric, context)
+        value = overlap(ranked, left, right, metric=metric, context=context)
         left, right, value = left[value >= threshold], right[value >= threshold], value[value >= threshold]
         if context is not None:
             # Planes side by side are side by side in both tiles: of the uncut ones only the
@@ -131,7 +131,7 @@ def _take(owner: np.ndarray, takers: np.ndarray, left: np.ndarray, right: np.nda
 
 
 def overlap(
-    boxes: np.ndarray, left: np.ndarray, right: np.ndarray, metric: Metric, context: TileContext | None = None
+    boxes: np.ndarray, left: np.ndarray, right: np.ndarray, *, metric: Metric, context: TileContext | None = None
 ) -> np.ndarray:
     """Overlap of the pairs of boxes (left[k], right[k]), float64 (K,).
 
@@ -186,7 +186,7 @@ def cut_sides(boxes: np.ndarray, regions: np.ndarray) -> np.ndarray:
 
 
 def group_cut_detections(
-    boxes: np.ndarray, labels: np.ndarray, sides: np.ndarray, threshold: float, context: TileContext
+    boxes: np.ndarray, labels: np.ndarray, sides: np.ndarray, *, threshold: float, context: TileContext
 ) -> np.ndarray:
     """Group the detections of one plane that tile borders cut: the least index of each group, int64 (N,).
 
@@ -202,11 +202,11 @@ def group_cut_detections(
     left, right = pairs_among(boxes[some] + [-SLACK, -SLACK, SLACK, SLACK])
     left, right = some[np.minimum(left, right)], some[np.maximum(left, right)]
     left, right = _keep(left, right, labels[left] == labels[right])
-    shared = overlap(boxes, left, right, "ios", context)
+    shared = overlap(boxes, left, right, metric="ios", context=context)
     left, right, shared = left[shared >= threshold], right[shared >= threshold], shared[shared >= threshold]
     # Cut detections of neighbours may lie within one another's boxes; those of one plane agree in size too.
     uncut = replace(context, cut=np.zeros(len(boxes), bool))
-    value = shared + overlap(boxes, left, right, "iou", uncut)
+    value = shared + overlap(boxes, left, right, metric="iou", context=uncut)
     best = _is_best(left, context.tiles[right], value) | _is_best(right, context.tiles[left], value)
     facing = (sides[left] & sides[right][:, [2, 3, 0, 1]]).any(axis=1)
     left, right = _keep(left, right, best & facing)

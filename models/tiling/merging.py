@@ -49,7 +49,9 @@ def merge_tiles(
     detections = _gather(tile_results, tiling.shared == 0)
     if tiling.merge == "join":
         sides = cut_sides(detections.boxes, detections.context.regions)
-        group = group_cut_detections(detections.boxes, detections.labels, sides, tiling.threshold, detections.context)
+        group = group_cut_detections(
+            detections.boxes, detections.labels, sides, threshold=tiling.threshold, context=detections.context
+        )
         detections = _joined(detections, group)
     # Uncut ones first, by their scores, then cut ones, the largest first: it shows most of its plane.
     cut = detections.context.cut

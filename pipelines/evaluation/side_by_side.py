@@ -95,6 +95,7 @@ def measure(
     predictors: Mapping[str, Predictor],
     dataset: Dataset,
     progress: Progress,
+    *,
     kept: Path | None = None,
     renderings: Mapping[str, Rendering] | None = None,
 ) -> dict[str, Measurement]:

@@ -39,7 +39,7 @@ def known_recipes() -> list[str]:
     return sorted(p.stem for p in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(name: str, overrides: Sequence[str] = (), task: str | None = None, engine: str | None = None) -> Recipe:
+def load_recipe(name: str, overrides: Sequence[str] = (), *, task: str | None = None, engine: str | None = None) -> Recipe:
     """Read a recipe by name or path and apply ``section.key=value`` overrides.
 
     Where ``engine`` is another than the recipe's, its twin of that engine is taken,

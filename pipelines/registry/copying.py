@@ -33,7 +33,7 @@ def copy_version(registry: Registry, version: Resolved, name: str, to: Registry 
         raise RegistryError(f"{version.label}: is a version of {name} already; give another name")
     tags = {k: v for k, v in record.tags.items() if not k.startswith(LEFT)} | {"copied_from": version.label}
     if to is not None:
-        return _into(to, registry, version, name, tags)
+        return _into(to, registry, version, name=name, tags=tags)
     known = _copy_of(registry, name, tags)
     if known is not None:
         return known
@@ -58,7 +58,7 @@ def _copy_of(registry: Registry, name: str, tags: dict[str, str]) -> Resolved | 
     return None
 
 
-def _into(to: Registry, registry: Registry, version: Resolved, name: str, tags: dict[str, str]) -> Resolved:
+def _into(to: Registry, registry: Registry, version: Resolved, *, name: str, tags: dict[str, str]) -> Resolved:
     folder, example = registry.fetch(version), read_example(registry, version)
     if example is None:
         raise RegistryError(f"{version.label}: has no example (registered before 0.6); copy it within its registry instead")
@@ -79,8 +79,12 @@ def _into(to: Registry, registry: Registry, version: Resolved, name: str, tags: 
     with mlflow_runs.tracked_run(to.client, f"copy {version.label}", what) as run:
         for twin, place in twins.items():
             title = f"{name}-{twin.precision}"
-            _, model_id = log_and_register(to, place, title, example.decoded(), {}, run.info.run_id, register=False)
+            _, model_id = log_and_register(
+                to, place, title, example=example.decoded(), tags={}, run_id=run.info.run_id, register=False
+            )
             tags[twin.tag] = twin.model_copy(update={"model_id": model_id}).model_dump_json()
-        made, _ = log_and_register(to, folder, name, example.decoded(), tags, run.info.run_id, trained_on=trained_on)
+        made, _ = log_and_register(
+            to, folder, name, example=example.decoded(), tags=tags, run_id=run.info.run_id, trained_on=trained_on
+        )
     assert made is not None
     return to.resolve(f"{name}/{made.version}")

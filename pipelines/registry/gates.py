@@ -217,7 +217,7 @@ def judge(gates: Gates, main: str, candidate: Measurement, baseline: Measurement
         checks += _judge_metric(metric, gate, where, candidate, baseline)
     for title, part in gates.slices.items():
         mine, its = (None if m is None else _slice(part, main, m) for m in (candidate, baseline))
-        checks.append(_against(f"{title}: {main}", where, -part.max_loss, mine, its))
+        checks.append(_against(f"{title}: {main}", where, least=-part.max_loss, ours=mine, theirs=its))
     if gates.max_slowdown is not None:
         ratio = 1.0 if baseline is None else slowdown(candidate, baseline)
         shown = "-" if baseline is None else f"{ratio:.2f} times" if math.isfinite(ratio) else "cannot be measured"
@@ -234,7 +234,9 @@ def judge_twin(gate: TwinGate, precision: TwinPrecision, twin: Measurement, pare
         if metric not in parent.metrics or not math.isfinite(parent.metrics[metric]):
             continue
         least = -gate.loss(precision)
-        check = _against(f"{metric} gain", where, least, twin.metrics.get(metric, math.nan), parent.metrics[metric])
+        check = _against(
+            f"{metric} gain", where, least=least, ours=twin.metrics.get(metric, math.nan), theirs=parent.metrics[metric]
+        )
         checks.append(replace(check, metric=True))
         share = gain_confidence(metric, -ROUNDING, twin, parent)
         # Of a single image nothing can be resampled.
@@ -302,14 +304,18 @@ def _judge_metric(
         yield Check(metric, where, f">= {gate.minimum:g}", _shown(ours), "-", ours >= gate.minimum, metric=True)
     if gate.min_gain is None:
         return
-    yield replace(_against(f"{metric} gain", where, gate.min_gain, ours, theirs, strict=True), metric=True)
+    yield replace(
+        _against(f"{metric} gain", where, least=gate.min_gain, ours=ours, theirs=theirs, strict=True), metric=True
+    )
     if gate.confidence is not None:
         share = 1.0 if baseline is None else gain_confidence(metric, gate.min_gain, candidate, baseline)
         shown = "-" if baseline is None else _shown(share)
         yield Check(f"{metric} gain, confidence", where, f">= {gate.confidence:g}", shown, "-", share >= gate.confidence)
 
 
-def _against(gate: str, where: str, least: float, ours: float | None, theirs: float | None, strict: bool = False) -> Check:
+def _against(
+    gate: str, where: str, *, least: float, ours: float | None, theirs: float | None, strict: bool = False
+) -> Check:
     """Gain of at least ``least``; with ``strict`` a tie is no gain."""
     assert ours is not None
     required = f"> {least:+g}" if strict and least == 0 else f">= {least:+g}"

@@ -71,7 +71,7 @@ def checked_alias(alias: str) -> str:
     return written
 
 
-def move(registry: Registry, at: AliasState, to: str, kind: Kind, why: str, run: str = "") -> Entry:
+def move(registry: Registry, at: AliasState, to: str, kind: Kind, why: str, *, run: str = "") -> Entry:
     """Move the alias, if it still stands where the decision found it.
 
     Raises:

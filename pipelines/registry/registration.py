@@ -73,6 +73,7 @@ def log_and_register(
     registry: Registry,
     folder: Path,
     name: str,
+    *,
     example: np.ndarray,
     tags: Mapping[str, str],
     run_id: str,

@@ -83,7 +83,7 @@ def promote_version(
     return promote(registry, request, TERMINAL).passed or force
 
 
-def roll_back(name: str, alias: str, version: str | None, reason: str, unchecked: bool) -> None:
+def roll_back(name: str, alias: str, *, version: str | None, reason: str, unchecked: bool) -> None:
     """Move an alias back, once the version that it goes to is seen to load."""
     rollback(Registry.connect(), name, alias, version=version, reason=reason, unchecked=unchecked)
 

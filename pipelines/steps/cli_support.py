@@ -159,7 +159,7 @@ def terminal_bar(*fields: str) -> Any:
 
 
 def show_progress(
-    items: Iterable[T], total: int, title: str, seconds: float = 60.0, failed: Callable[[T], bool] | None = None
+    items: Iterable[T], total: int, title: str, *, seconds: float = 60.0, failed: Callable[[T], bool] | None = None
 ) -> Iterator[T]:
     """Pass items through, showing how many are done, how many a second, the time left, and how many ``failed``.
 

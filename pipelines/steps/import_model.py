@@ -21,7 +21,9 @@ from pipelines.use_cases.requests import TrainingRequest
 @click.option("--set", "overrides", multiple=True, help="section.key=value of the recipe; repeatable.")
 @click.argument("opts", nargs=-1, metavar="[KEY VALUE]...")
 @friendly
-def main(weights: str, recipe: str, engine: str, overrides: tuple[str, ...], opts: tuple[str, ...], **options: Any) -> None:
+def main(
+    *, weights: str, recipe: str, engine: str, overrides: tuple[str, ...], opts: tuple[str, ...], **options: Any
+) -> None:
     """Register weights trained elsewhere, such as the model_final.pth of a Detectron2 training.
 
     Nothing in the file is executed; it leaves as safetensors. KEY VALUE pairs are

@@ -84,7 +84,7 @@ def copy(text: str, name: str, server: str | None) -> None:
     click.echo(f"{version.label} is {copied.label}" + (f" on {server}" if server else ""))
 
 
-def sweep(models: Sequence[str], keep: int, dry_run: bool, yes: bool) -> None:
+def sweep(models: Sequence[str], *, keep: int, dry_run: bool, yes: bool) -> None:
     """Tell which versions nothing names; delete them after asking."""
     registry = Registry.connect()
     names = models or registry.registered_names()

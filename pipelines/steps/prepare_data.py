@@ -17,12 +17,12 @@ from pipelines.steps.cli_support import friendly, show_progress
 @click.option("--size", default=1024, show_default=True, type=click.IntRange(256, 8192), help="Scene side in pixels.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Same seed, same bytes.")
 @friendly
-def main(out: str, train: int, test: int, size: int, seed: int) -> None:
+def main(*, out: str, train: int, test: int, size: int, seed: int) -> None:
     """Draw synthetic airfields with exact boxes and masks: train/, test/ and COCO JSON."""
-    prepare(out, train, test, size, seed)
+    prepare(out, train=train, test=test, size=size, seed=seed)
 
 
-def prepare(out: str, train: int = 60, test: int = 12, size: int = 1024, seed: int = 0) -> None:
+def prepare(out: str, *, train: int = 60, test: int = 12, size: int = 1024, seed: int = 0) -> None:
     """Write the airfield, unless it is there already.
 
     Raises:

@@ -25,7 +25,7 @@ NOT_PROMOTED = 2
 @click.option("--gates", default="none", show_default=True, help="YAML file instead of --metric; auto: that of the model.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @friendly
-def main(model: str, alias: str, data: str, split: str, gates: str, device: str, **one: Any) -> None:
+def main(*, model: str, alias: str, data: str, split: str, gates: str, device: str, **one: Any) -> None:
     """Promote by one metric, or by gates from a file, as `planes-registry promote` does.
 
     Exit code 0: promoted or already there; 2: the gates refused.
@@ -40,7 +40,7 @@ def main(model: str, alias: str, data: str, split: str, gates: str, device: str,
         registry,
         PromotionRequest(model=model, alias=alias, data=(data,), split=split, device=device, gates=file),
         TERMINAL,
-        given,
+        given=given,
     )
     if not verdict.passed:
         raise SystemExit(NOT_PROMOTED)

@@ -59,7 +59,7 @@ def _named(model: str, version: str | None) -> str:
 @click.option("--force", is_flag=True, help="Move the alias even if a gate fails; needs --reason.")
 @click.option("--reason", default="", help="Why, for the history.")
 @DEVICE
-def promote(model: str, version: str | None, target: str, force: bool, reason: str, **options: Any) -> None:
+def promote(*, model: str, version: str | None, target: str, force: bool, reason: str, **options: Any) -> None:
     """Evaluate MODEL VERSION and the one in its place afresh, judge by the gates, and move the alias.
 
     Exit code 0: moved, or there already; 2: a gate failed, nothing was moved.
@@ -172,7 +172,7 @@ def copy(version: str, name: str, to_server: str | None) -> None:
 @click.option("--keep", default=3, show_default=True, type=click.IntRange(1), help="Newest versions that always stay.")
 @click.option("--dry-run", is_flag=True, help="Only tell.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def gc(models: tuple[str, ...], keep: int, dry_run: bool, yes: bool) -> None:
+def gc(*, models: tuple[str, ...], keep: int, dry_run: bool, yes: bool) -> None:
     """Delete versions that nothing names: no alias or stage, composition, scoring run or move of an alias.
 
     Artefacts stay until MLflow's own `mlflow gc`.

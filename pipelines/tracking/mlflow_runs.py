@@ -113,19 +113,19 @@ def _store_lock(uri: str) -> Iterator[None]:
 
 @contextmanager
 def tracked_run(
-    client: MlflowClient, name: str, tags: Mapping[str, str], resume_id: str | None = None, system_metrics: bool = False
+    client: MlflowClient, name: str, tags: Mapping[str, str], *, resume_id: str | None = None, system_metrics: bool = False
 ) -> Iterator[mlflow.ActiveRun]:
     """An MLflow run: the one that ``mlflow run`` opened, else ``resume_id``, else a new one.
 
     Ctrl-C ends it as KILLED, an error as FAILED. MLflow's fluent calls go to it inside.
     """
-    with addressed(client), _run(client, name, tags, resume_id, system_metrics) as run:
+    with addressed(client), _run(client, name, tags, resume_id=resume_id, system_metrics=system_metrics) as run:
         yield run
 
 
 @contextmanager
 def _run(
-    client: MlflowClient, name: str, tags: Mapping[str, str], resume_id: str | None, system_metrics: bool
+    client: MlflowClient, name: str, tags: Mapping[str, str], *, resume_id: str | None, system_metrics: bool
 ) -> Iterator[mlflow.ActiveRun]:
     given = os.environ.get("MLFLOW_RUN_ID")
     if system_metrics:
@@ -216,7 +216,7 @@ def mlflow_dataset(dataset: Dataset) -> MetaDataset:
     )
 
 
-def log_evaluation(prefix: str, evaluation: Evaluation, dataset: Dataset, model_id: str | None = None) -> None:
+def log_evaluation(prefix: str, evaluation: Evaluation, dataset: Dataset, *, model_id: str | None = None) -> None:
     """Log metrics under ``prefix``, linked to the data set and, where given, the logged model.
 
     The settings (score threshold, maxDets, digest, split) go into a JSON artefact.

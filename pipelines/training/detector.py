@@ -29,6 +29,7 @@ def train_detector(
     recipe: DetectorRecipe | MaskRecipe,
     train: Dataset,
     val: Dataset | None,
+    *,
     folder: Path,
     device: str,
     listeners: Sequence[Listener] = (),
@@ -57,7 +58,7 @@ def train_detector(
 
     def validate(network: nn.Module) -> dict[str, float]:
         predictor = by_tiles(TorchvisionDetector(network, device), recipe.prediction, device)
-        return validation_metrics(predictor, val, masks, batches.unreadable) if val else {}
+        return validation_metrics(predictor, val, masks=masks, unreadable=batches.unreadable) if val else {}
 
     job = Job(
         model,
@@ -72,11 +73,13 @@ def train_detector(
         listeners=listeners,
     )
     outcome = run(job)
-    spec = detector_spec(recipe.architecture, [recipe.data.category], recipe.prediction, recipe.data.rendering)
+    spec = detector_spec(
+        recipe.architecture, [recipe.data.category], tiling=recipe.prediction, rendering=recipe.data.rendering
+    )
     return save_model(folder / "model", spec, outcome.weights), outcome
 
 
-def validation_metrics(predictor: Predictor, val: Dataset, masks: bool, unreadable: Unreadable) -> dict[str, float]:
+def validation_metrics(predictor: Predictor, val: Dataset, *, masks: bool, unreadable: Unreadable) -> dict[str, float]:
     """COCO's numbers of the boxes, those of the masks prefixed ``mask_``, and how many images failed, if any.
 
     Those count as images without detections, and are noted as ``unreadable``.

@@ -29,6 +29,7 @@ def train_unet(
     recipe: UNetRecipe,
     train: Dataset,
     val: Dataset | None,
+    *,
     folder: Path,
     device: str,
     listeners: Sequence[Listener] = (),

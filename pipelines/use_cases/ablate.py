@@ -103,14 +103,16 @@ def _ablate(registry: Registry, plan: AblationPlan, display: Display) -> list[ab
     earlier = None if request.fresh else ablation.find_parent(registry.client, key, given)
     tags = {"task": "ablate", "recipe": plans[0].recipe.name, ablation.KEY: key}
     title = f"ablate {plans[0].recipe.name}: {len(plans)} variants"
-    with mlflow_runs.tracked_run(registry.client, title, tags, earlier.info.run_id if earlier else None) as run:
+    with mlflow_runs.tracked_run(registry.client, title, tags, resume_id=earlier.info.run_id if earlier else None) as run:
         parent = _parent_of_children(registry.client, run.info.run_id, earlier)
         os.environ.pop("MLFLOW_RUN_ID", None)
         texts = {k: " ".join(getattr(request, k)) for k in ("grid", "variants", "overrides")}
         mlflow_runs.log_params({**request.__dict__, **texts, "engine": plans[0].recipe.engine, "metric": main_metric})
         results: list[ablation.Result] = []
         for variant, training in zip(plan.variants, plans, strict=True):
-            results.append(_one(registry, variant, training, parent, f"{len(results) + 1}/{len(plans)}", display))
+            results.append(
+                _one(registry, variant, training, parent=parent, number=f"{len(results) + 1}/{len(plans)}", display=display)
+            )
             _log(registry.client, results, main_metric)
         if all(r.run is None for r in results):
             raise ModelError(f"every variant failed; the first: {results[0].error}")
@@ -147,7 +149,7 @@ def _parent_of_children(client: MlflowClient, run_id: str, earlier: Any) -> str:
 
 
 def _one(
-    registry: Registry, variant: ablation.Variant, plan: Plan, parent: str, number: str, display: Display
+    registry: Registry, variant: ablation.Variant, plan: Plan, *, parent: str, number: str, display: Display
 ) -> ablation.Result:
     title = f"variant {number} {variant.label}"
     done = ablation.finished_child(registry.client, parent, plan.key)

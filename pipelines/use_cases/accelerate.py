@@ -78,7 +78,7 @@ def accelerate(registry: Registry, request: AccelerateRequest, display: Display 
         raise RegistryError(f"{version.label}: has no example (registered before 0.6); train or copy it anew")
     file, source = find_gates(str(version.name), request.gates)
     category = category_of(parent, version.label)
-    datasets = open_gate_data(request.model, request.data, request.split, file, category)
+    datasets = open_gate_data(request.model, request.data, request.split, file, category=category)
     calibration = _calibration(request, category, datasets) if "int8" in precisions else None
     tags = {"task": "accelerate", "version": version.label}
     with (
@@ -93,7 +93,9 @@ def accelerate(registry: Registry, request: AccelerateRequest, display: Display 
         folders: dict[TwinPrecision, Path] = {}
         for precision in precisions:
             log.info(f"converting {version.label} to OpenVINO {precision}")
-            folders[precision] = make_twin(parent, Path(work) / precision, precision, examples, folders.get("f32"))
+            folders[precision] = make_twin(
+                parent, Path(work) / precision, precision, calibration=examples, exact=folders.get("f32")
+            )
             check_twin(parent, folders[precision])
         measured = [_measure(version, parent, folders, dataset, display) for dataset in datasets]
         result = Accelerated()
@@ -108,7 +110,13 @@ def accelerate(registry: Registry, request: AccelerateRequest, display: Display 
                 log.info(f"twin {precision}: not approved")
                 continue
             _, model_id = log_and_register(
-                registry, folder, f"{version.name}-{precision}", example.decoded(), {}, run.info.run_id, register=False
+                registry,
+                folder,
+                f"{version.name}-{precision}",
+                example=example.decoded(),
+                tags={},
+                run_id=run.info.run_id,
+                register=False,
             )
             speedup = _speedup(precision, version, measured)
             twin = Twin(
@@ -154,7 +162,7 @@ def _calibration(request: AccelerateRequest, category: str, measured_on: Sequenc
         DataError: no such data.
         RegistryError: they are measured on too.
     """
-    dataset = open_dataset(str(request.calibration), "train", category, keep=True)
+    dataset = open_dataset(str(request.calibration), "train", category=category, keep=True)
     known = images_of(dataset)
     for other in measured_on:
         if shared := known.shared_with(other):
@@ -196,7 +204,7 @@ def _measure(
     measured = measure(predictors, dataset, display.items, renderings=dict.fromkeys(predictors, rendering))
     for label, measurement in measured.items():
         role = "parent" if label == version.label else label
-        mlflow_runs.log_evaluation(f"{role}/{dataset.name}/", measurement.evaluation, dataset, None)
+        mlflow_runs.log_evaluation(f"{role}/{dataset.name}/", measurement.evaluation, dataset, model_id=None)
     return measured
 
 

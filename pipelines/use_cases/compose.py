@@ -65,7 +65,9 @@ def compose(registry: Registry, request: ComposeRequest) -> str:
     architecture = ComposedArchitecture(overlaps=request.overlaps, min_score=request.min_score)
     Path(WORK_DIR).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORK_DIR) as work:
-        saved = save_composed(Path(work) / "model", folders["detector"], folders["segmenter"], architecture, named)
+        saved = save_composed(
+            Path(work) / "model", folders["detector"], folders["segmenter"], architecture=architecture, components=named
+        )
         title = f"{request.name} {named['detector']} + {named['segmenter']}"
         with mlflow_runs.tracked_run(registry.client, title, {"task": "compose", **named}) as run:
             mlflow_runs.log_params({**request.__dict__, **named, "device": device})
@@ -73,11 +75,13 @@ def compose(registry: Registry, request: ComposeRequest) -> str:
                 mlflow_runs.link_model(part.model_id)
             if test is not None:
                 mlflow_runs.log_dataset(test, "test")
-            example_from = (test or open_dataset(request.data, "train", category)).rendered(read_spec(saved).rendering)
+            example_from = (test or open_dataset(request.data, "train", category=category)).rendered(
+                read_spec(saved).rendering
+            )
             tags = {**named, "training_key": key}
             example, known_images = example_image("detector", example_from), _training_images(registry, parts)
             what = Publication(saved, request.name, example, test=test, tags=tags, trained_on=known_images)
-            version, metrics = publish(registry, what, run.info.run_id, device)
+            version, metrics = publish(registry, what, run.info.run_id, device=device)
     value = f"test mask_AP {metrics['mask_AP']:.3f}" if "mask_AP" in metrics else "no test set with outlines"
     log.info(f"{request.name} version {version} from {named['detector']} and {named['segmenter']}: {value}")
     log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client, run.info.run_id)}")

@@ -45,7 +45,7 @@ def import_planned(registry: Registry, weights: str, plan: Plan) -> Trained:
             example = example_image(KIND[request.task], plan.data.train)
             tags = {"recipe": plan.recipe.name}
             what = Publication(saved, request.register_as, example, test=plan.data.test, tags=tags)
-            version, metrics = publish(registry, what, run.info.run_id, plan.device)
+            version, metrics = publish(registry, what, run.info.run_id, device=plan.device)
             mlflow.set_tag("imported_from", Path(weights).name)
     return Trained(request.register_as, version, run.info.run_id, metrics, request.task)
 
@@ -65,7 +65,7 @@ def load_into_network(recipe: Recipe, weights: str, folder: Path) -> Path:
         cfg = training_config(recipe, Path(), "cpu")
         network = build_network(cfg, "cpu")
         load_whole(network, weights)
-        made = detectron2_spec(recipe.config, cfg, classes, recipe.prediction, recipe.data.rendering)
+        made = detectron2_spec(recipe.config, cfg, classes, tiling=recipe.prediction, rendering=recipe.data.rendering)
         return save_model(folder, made, network.state_dict())
     if isinstance(recipe, UNetRecipe):
         from models.engines.unet.predictor import build_segmenter, segmenter_spec
@@ -77,6 +77,6 @@ def load_into_network(recipe: Recipe, weights: str, folder: Path) -> Path:
         from models.engines.torchvision.predictor import detector_spec
 
         network = build_detector(recipe.architecture, 1)
-        spec = detector_spec(recipe.architecture, classes, recipe.prediction, recipe.data.rendering)
+        spec = detector_spec(recipe.architecture, classes, tiling=recipe.prediction, rendering=recipe.data.rendering)
     load_strict(network, read_checkpoint(weights), weights)
     return save_model(folder, spec, network.state_dict())

@@ -76,7 +76,7 @@ class Verdict:
 
 
 def promote(
-    registry: Registry, request: PromotionRequest, display: Display = SILENT, given: GateFile | None = None
+    registry: Registry, request: PromotionRequest, display: Display = SILENT, *, given: GateFile | None = None
 ) -> Verdict:
     """Evaluate candidate and baseline afresh, judge, log a run, and move the alias.
 
@@ -107,12 +107,15 @@ def promote(
         if not request.dry_run:
             # Said before hours of evaluation, not after them, to those who may only read.
             _note_run(registry, candidate, run.info.run_id)
-        checks = _forgiving(request, lambda: _check(registry, display, request, candidate, baseline, gates, file))
+        checks = _forgiving(
+            request,
+            lambda: _check(registry, display, request, candidate=candidate, baseline=baseline, gates=gates, file=file),
+        )
         table = show_checks(checks)
         log.info(f"gates of {source}, {candidate.label} against {against}:\n{table}")
         mlflow.log_text(table + "\n", "checks.txt")
         mlflow.log_dict({"checks": [c.__dict__ for c in checks]}, "checks.json")
-        verdict = _decide(registry, request, at, candidate, checks, run.info.run_id)
+        verdict = _decide(registry, request, at, candidate=candidate, checks=checks, run=run.info.run_id)
         log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client, run.info.run_id)}")
     return verdict
 
@@ -140,7 +143,7 @@ def _held_against(registry: Registry, at: AliasState, gates: Gates, candidate: R
     return None if number in (None, candidate.version) else registry.resolve(f"{at.name}/{number}")
 
 
-def open_gate_data(model: str, data: Sequence[str], split: str | None, file: GateFile, category: str) -> list[Dataset]:
+def open_gate_data(model: str, data: Sequence[str], split: str | None, file: GateFile, *, category: str) -> list[Dataset]:
     """The data sets that gates are evaluated on: ``data`` in place of the file's, and ``split`` of theirs.
 
     Raises:
@@ -150,7 +153,7 @@ def open_gate_data(model: str, data: Sequence[str], split: str | None, file: Gat
     wanted = [RequiredData(path=p, split=split or "test") for p in data] or file.data
     if not wanted:
         raise RegistryError(f"{model}: its gates name no data; give --data, a data set with ground truth")
-    datasets = [open_dataset(d.path, split or d.split, category, keep=True) for d in wanted]
+    datasets = [open_dataset(d.path, split or d.split, category=category, keep=True) for d in wanted]
     for dataset in datasets:
         log.info(dataset.summary())
     return datasets
@@ -176,6 +179,7 @@ def _check(
     registry: Registry,
     display: Display,
     request: PromotionRequest,
+    *,
     candidate: Resolved,
     baseline: Resolved | None,
     gates: Gates,
@@ -186,7 +190,7 @@ def _check(
     folders = {v.label: registry.fetch(v) for v in ([candidate] if baseline is None else [candidate, baseline])}
     category = common_category({k: category_of(f, k, measured=gates.need_data) for k, f in folders.items()}, "promote")
     datasets = (
-        open_gate_data(request.model, request.data, request.split, file, category)
+        open_gate_data(request.model, request.data, request.split, file, category=category)
         if gates.need_data or any(d.digest for d in file.data)
         else []
     )
@@ -203,11 +207,11 @@ def _check(
     for dataset in datasets:
         mlflow_runs.log_dataset(dataset, "promotion")
         with _kept(versions, dataset, device) as kept:
-            measured = measure(predictors, dataset, display.items, kept, renderings)
+            measured = measure(predictors, dataset, display.items, kept=kept, renderings=renderings)
         for role, version in zip(("candidate", "baseline"), versions, strict=False):
             prefix = f"{role}/" if len(datasets) == 1 else f"{role}/{dataset.name}/"
             mlflow_runs.log_evaluation(
-                prefix, measured[version.label].evaluation, dataset, mlflow_runs.link_model(version.model_id)
+                prefix, measured[version.label].evaluation, dataset, model_id=mlflow_runs.link_model(version.model_id)
             )
         theirs: Measurement | None = None if baseline is None else measured[baseline.label]
         checks += judge(gates, main, measured[candidate.label], theirs)
@@ -246,7 +250,7 @@ def show_checks(checks: Sequence[Check]) -> str:
 
 
 def _decide(
-    registry: Registry, request: PromotionRequest, at: AliasState, candidate: Resolved, checks: list[Check], run: str
+    registry: Registry, request: PromotionRequest, at: AliasState, *, candidate: Resolved, checks: list[Check], run: str
 ) -> Verdict:
     """Move the alias if the gates, or the user, say so; tag the run with the decision."""
     failed = [c for c in checks if not c.passed]
@@ -263,7 +267,7 @@ def _decide(
         log.info(f"{candidate.label} {verb}: {reason}")
         return Verdict(checks)
     try:
-        move(registry, at, str(candidate.version), "force" if failed else "promote", reason, run)
+        move(registry, at, str(candidate.version), "force" if failed else "promote", reason, run=run)
     except RegistryError as error:
         mlflow.set_tags({"decision": "superseded", "reason": str(error)[:4000]})
         raise

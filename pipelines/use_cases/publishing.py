@@ -53,7 +53,7 @@ class Publication:
     trained_on: TrainingImages | None = None
 
 
-def publish(registry: Registry, what: Publication, run_id: str, device: str) -> tuple[str | None, dict[str, float]]:
+def publish(registry: Registry, what: Publication, run_id: str, *, device: str) -> tuple[str | None, dict[str, float]]:
     """Evaluate on validation and test, register, log metrics linked to the version, into the active run.
 
     Returns:
@@ -68,10 +68,17 @@ def publish(registry: Registry, what: Publication, run_id: str, device: str) -> 
     tags = {**_tags(what, metrics), **what.tags, EVALUATION: failed or "not logged yet"}
     trained_on = what.trained_on or (images_of(what.train, what.val) if what.train else None)
     version, model_id = log_and_register(
-        registry, what.saved, what.name, what.example, tags, run_id, what.register, trained_on=trained_on
+        registry,
+        what.saved,
+        what.name,
+        example=what.example,
+        tags=tags,
+        run_id=run_id,
+        register=what.register,
+        trained_on=trained_on,
     )
     for prefix, evaluation, dataset in results:
-        mlflow_runs.log_evaluation(prefix, evaluation, dataset, model_id)
+        mlflow_runs.log_evaluation(prefix, evaluation, dataset, model_id=model_id)
     for _, evaluation in tested:
         if "max_dets" in evaluation.settings:
             log.info(coco_tables(evaluation))

@@ -115,7 +115,7 @@ def plan_training(request: TrainingRequest) -> Plan:
     Raises:
         PlanesError: recipe, data or engine that cannot be used.
     """
-    recipe = load_recipe(request.recipe, request.overrides, request.task, request.engine)
+    recipe = load_recipe(request.recipe, request.overrides, task=request.task, engine=request.engine)
     device = pick_device(request.device)
     more = []
     if isinstance(recipe, Detectron2Recipe):
@@ -152,7 +152,9 @@ def _continued(plan: Plan) -> Plan:
 
 def _data(request: TrainingRequest, recipe: Recipe) -> TrainingData:
     where, settings = request.data, recipe.data
-    full = open_dataset(where, "train", settings.category, settings.scene_pattern).rendered(settings.rendering)
+    full = open_dataset(where, "train", category=settings.category, scene_pattern=settings.scene_pattern).rendered(
+        settings.rendering
+    )
     log.info(full.summary())
     if not full.has_truth or not full.planes:
         raise DataError(f"{where}: no annotated planes to train on (expected train_coco.json or train.json)")
@@ -176,7 +178,7 @@ def open_test(where: str, category: str, scene_pattern: str | None) -> Dataset |
     if not Path(where).is_dir():
         return None
     try:
-        test = open_dataset(where, "test", category, scene_pattern, keep=True)
+        test = open_dataset(where, "test", category=category, scene_pattern=scene_pattern, keep=True)
     except DataError as error:
         log.info(f"no test set: {error}")
         return None
@@ -216,7 +218,7 @@ def _run_held(registry: Registry, plan: Plan, display: Display) -> Trained:
     tags |= {"registered_as": request.register_as, "engine": plan.recipe.engine}
     tags |= {"variant": request.label} if request.label else {}
     title = f"{request.register_as} {request.label or plan.recipe.name}"
-    with mlflow_runs.tracked_run(registry.client, title, tags, earlier, system_metrics=True) as run:
+    with mlflow_runs.tracked_run(registry.client, title, tags, resume_id=earlier, system_metrics=True) as run:
         run_id = run.info.run_id
         if earlier and earlier != run_id:
             mlflow.set_tag("resumed_from", earlier)
@@ -283,14 +285,14 @@ def _train(plan: Plan, display: Display, listeners: Sequence[Listener]) -> tuple
 
         try:
             return train_detectron2(
-                recipe, train, data.val, folder, device=device, listeners=listeners, num_gpus=plan.request.num_gpus
+                recipe, train, data.val, folder=folder, device=device, listeners=listeners, num_gpus=plan.request.num_gpus
             )
         finally:
             if (folder / LOG).exists():
                 mlflow.log_artifact(str(folder / LOG))
     if isinstance(recipe, UNetRecipe):
-        return train_unet(recipe, data.train, data.val, folder, device, listeners)
-    return train_detector(recipe, train, data.val, folder, device, listeners)
+        return train_unet(recipe, data.train, data.val, folder=folder, device=device, listeners=listeners)
+    return train_detector(recipe, train, data.val, folder=folder, device=device, listeners=listeners)
 
 
 def _training_tiles(plan: Plan, display: Display) -> Dataset:
@@ -323,7 +325,7 @@ def _publish(registry: Registry, plan: Plan, saved: Path, run_id: str) -> Traine
         request.register,
         _training_images(plan),
     )
-    number, metrics = publish(registry, what, run_id, plan.device)
+    number, metrics = publish(registry, what, run_id, device=plan.device)
     return Trained(request.register_as, number, run_id, metrics, request.task)
 
 

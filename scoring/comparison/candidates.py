@@ -38,7 +38,7 @@ def data_of(runs: Sequence[Scored]) -> Dataset:
     except DataError as error:
         raise DataError(f"{error}{_difference(runs)}") from error
     first = runs[0]
-    dataset = open_dataset(first.source, first.data.rpartition("/")[2], first.category, keep=True)
+    dataset = open_dataset(first.source, first.data.rpartition("/")[2], category=first.category, keep=True)
     if dataset.digest() != first.digest:
         raise DataError(f"{first.source}: changed since {first.label} was scored (digest {first.digest}); give --data")
     return dataset
@@ -48,7 +48,7 @@ def _difference(runs: Sequence[Scored]) -> str:
     """Which images differ, where both data sets are still to be had."""
     other = next(r for r in runs[1:] if r.digest != runs[0].digest)
     try:
-        sets = [open_dataset(r.source, r.data.rpartition("/")[2], r.category, keep=True) for r in (runs[0], other)]
+        sets = [open_dataset(r.source, r.data.rpartition("/")[2], category=r.category, keep=True) for r in (runs[0], other)]
     except DataError:
         return ""
     first, second = ({s.image_id for s in d.samples} for d in sets)
@@ -121,6 +121,7 @@ def gather(
     client: MlflowClient,
     targets: Sequence[str],
     dataset: Dataset,
+    *,
     runs: dict[str, Scored],
     score: Callable[[str], Candidate],
 ) -> list[Candidate]:

@@ -64,7 +64,7 @@ def category_of_file(path: Path) -> str | None:
     return read_manifest(path.parent).category
 
 
-def evaluate_file(path: Path, dataset: Dataset, score_threshold: float, convention: Convention) -> list[Evaluation]:
+def evaluate_file(path: Path, dataset: Dataset, *, score_threshold: float, convention: Convention) -> list[Evaluation]:
     """Evaluations of boxes and masks; of a submission, which has no boxes of its own, of its masks.
 
     Raises:

@@ -114,7 +114,9 @@ def _pictures(comparison: Comparison, candidates: Sequence[Candidate], dataset: 
         except Exception:
             # A decoder may raise anything on a damaged file; a picture less must not cost the page.
             continue
-        entries.append({"difference": difference, "rows": _rows(image, sample, difference, by_id, comparison.labels)})
+        entries.append(
+            {"difference": difference, "rows": _rows(image, sample, difference, by_id=by_id, labels=comparison.labels)}
+        )
     return entries
 
 
@@ -122,6 +124,7 @@ def _rows(
     image: np.ndarray,
     sample: Sample,
     difference: ImageDifference,
+    *,
     by_id: Mapping[str, Mapping[str, Instances]],
     labels: Sequence[str],
 ) -> list[list[tuple[str, str]]]:

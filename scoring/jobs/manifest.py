@@ -77,7 +77,7 @@ class Manifest(BaseModel):
         return [range(a, min(a + self.shard_size, self.images)) for a in range(0, self.images, self.shard_size)]
 
 
-def make_manifest(label: str, model: str, settings: Mapping[str, Any], dataset: Dataset, shard_size: int) -> Manifest:
+def make_manifest(label: str, model: str, settings: Mapping[str, Any], *, dataset: Dataset, shard_size: int) -> Manifest:
     """The manifest of a job over a data set."""
     return Manifest(
         label=label,

@@ -189,7 +189,7 @@ def _import_ray() -> Any:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
-        import ray.data
+        import ray.data  # noqa: F401
     except ImportError as error:
         raise EngineMissing("--runner ray: Ray is not installed; pip install 'ray[data]' (the extra 'ray')") from error
     return ray

@@ -94,7 +94,7 @@ class Project:
                 image = np.full((96, 96, 3), 90, np.uint8)
                 cv2.line(image, (48, 10), (48, 86), (250, 250, 250), 8)
                 cv2.line(image, (14, 44), (82, 44), (250, 250, 250), 10)
-                log_and_register(registry, saved, name, image, dict(tags or {}), run.info.run_id)
+                log_and_register(registry, saved, name, example=image, tags=dict(tags or {}), run_id=run.info.run_id)
 
     def env(self, **more: str) -> dict[str, str]:
         """The environment of a command."""

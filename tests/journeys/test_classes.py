@@ -132,4 +132,4 @@ def test_parts_of_different_classes_are_not_composed(project, tmp_path):
     detector = _of_class(next(training.glob("planes-det-*/model")), tmp_path / "heli", "helicopter")
     unet = next(training.glob("planes-unet-*/model"))
     with pytest.raises(ModelError, match="different classes"):
-        save_composed(tmp_path / "c", detector, unet, ComposedArchitecture(), {})
+        save_composed(tmp_path / "c", detector, unet, architecture=ComposedArchitecture(), components={})

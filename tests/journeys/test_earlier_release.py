@@ -91,5 +91,5 @@ def test_its_checkpoint_is_gone_on_with(earlier):
     tiny += ("backbone=mobilenet_v3_small", "min_size=null", "trainable_stages=5")
     more = ["window=64", "training.steps=5", "training.batch_size=1", "training.evaluate_every=100"]
     recipe = load_recipe("demo_detector", [*more, *(f"architecture.{one}" for one in tiny)])
-    _, outcome = train_detector(recipe, open_dataset(earlier.data, "train"), None, path.parent, "cpu")
+    _, outcome = train_detector(recipe, open_dataset(earlier.data, "train"), None, folder=path.parent, device="cpu")
     assert [r["step"] for r in outcome.history] == [1, 2, 3, 4, 5]

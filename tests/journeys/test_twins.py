@@ -249,7 +249,7 @@ def test_a_spoilt_twin_is_not_approved(twins, how, tmp_path, monkeypatch):
     where = Path(project.client.get_logged_model(good.model_id).artifact_location.removeprefix("file://"))
     saved = next(where.rglob("network.bin")).parent
 
-    def spoilt(parent, into, *more):
+    def spoilt(parent, into, *_, **__):
         shutil.copytree(saved, into)
         SPOILT[how](into)
         return into

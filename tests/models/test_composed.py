@@ -35,7 +35,10 @@ def test_a_pixel_belongs_to_the_plane_of_the_higher_score():
 
 def test_masks_of_many_images_equal_those_of_each(components, tmp_path):
     saved = save_composed(
-        tmp_path / "c", *components, ComposedArchitecture(overlaps="keep"), {"detector": "d/1", "segmenter": "u/2"}
+        tmp_path / "c",
+        *components,
+        ComposedArchitecture(overlaps="keep"),
+        components={"detector": "d/1", "segmenter": "u/2"},
     )
     composed, detector, segmenter = load_model(saved), load_model(components[0]), load_model(components[1])
     images = _images()
@@ -50,7 +53,7 @@ def test_masks_of_many_images_equal_those_of_each(components, tmp_path):
 
 def test_exclusive_masks_share_no_pixel(components, tmp_path):
     for overlaps in ("exclusive", "keep"):
-        saved = save_composed(tmp_path / overlaps, *components, ComposedArchitecture(overlaps=overlaps), {})
+        saved = save_composed(tmp_path / overlaps, *components, ComposedArchitecture(overlaps=overlaps), components={})
         layers = sum(rle_decode(m).astype(int) for m in load_model(saved).predict(_images(1))[0].masks)
         assert (layers.max() == 1) == (overlaps == "exclusive")
 
@@ -74,7 +77,9 @@ def test_planes_without_a_pixel_are_no_planes():
 def test_low_scores_are_not_segmented(components, tmp_path):
     everything = load_model(components[0]).predict(_images(1))[0]
     middle = float(np.median(everything.scores))
-    saved = save_composed(tmp_path / "c", *components, ComposedArchitecture(min_score=middle, overlaps="keep"), {})
+    saved = save_composed(
+        tmp_path / "c", *components, ComposedArchitecture(min_score=middle, overlaps="keep"), components={}
+    )
     detections = load_model(saved).predict(_images(1))[0]
     assert 0 < len(detections) < len(everything)
     assert detections.scores.min() >= middle
@@ -82,7 +87,9 @@ def test_low_scores_are_not_segmented(components, tmp_path):
 
 def test_the_folder_loads_alone_and_says_where_it_comes_from(components, tmp_path):
     copies = [shutil.copytree(p, tmp_path / p.name) for p in components]
-    saved = save_composed(tmp_path / "c", *copies, ComposedArchitecture(), {"detector": "planes-det/3", "segmenter": "u/2"})
+    saved = save_composed(
+        tmp_path / "c", *copies, ComposedArchitecture(), components={"detector": "planes-det/3", "segmenter": "u/2"}
+    )
     for copy in copies:
         shutil.rmtree(copy)
     assert read_spec(saved).versions["detector.version"] == "planes-det/3"
@@ -92,8 +99,8 @@ def test_the_folder_loads_alone_and_says_where_it_comes_from(components, tmp_pat
 def test_components_of_the_wrong_kind_are_refused(components, tmp_path):
     detector, segmenter = components
     with pytest.raises(ModelError, match="u/2: is a segmenter, a detector is needed"):
-        save_composed(tmp_path / "c", segmenter, segmenter, ComposedArchitecture(), {"detector": "u/2"})
-    saved = save_composed(tmp_path / "c", detector, segmenter, ComposedArchitecture(), {})
+        save_composed(tmp_path / "c", segmenter, segmenter, ComposedArchitecture(), components={"detector": "u/2"})
+    saved = save_composed(tmp_path / "c", detector, segmenter, ComposedArchitecture(), components={})
     shutil.rmtree(saved / "segmenter")
     with pytest.raises(ModelError, match="not a saved model"):
         load_model(saved)

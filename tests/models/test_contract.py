@@ -69,7 +69,7 @@ def _detectron2(folder, config="COCO-Detection/faster_rcnn_R_50_FPN_1x", **setti
 
 def _composed(folder):
     components = _detector(folder.parent / "d"), _segmenter(folder.parent / "s", network="unet", encoder="resnet18")
-    return save_composed(folder, *components, ComposedArchitecture(), {})
+    return save_composed(folder, *components, ComposedArchitecture(), components={})
 
 
 MAKERS = {

@@ -128,7 +128,7 @@ def test_tiling_is_saved_and_a_composition_hands_changes_to_its_detector(tmp_pat
     spec = read_spec(detector).model_copy(update={"tiling": Tiling(size=64)})
     save_model(detector, spec, read_weights(detector))
     unet = save_model(tmp_path / "u", segmenter_spec(ARCHITECTURE, ["plane"]), build_segmenter(ARCHITECTURE).state_dict())
-    composed = save_composed(tmp_path / "c", detector, unet, ComposedArchitecture(), {})
+    composed = save_composed(tmp_path / "c", detector, unet, ComposedArchitecture(), components={})
     assert tiling_of(load_model(detector)) == Tiling(size=64)
     assert tiling_of(load_model(composed)) == Tiling(size=64)
     assert tiling_of(load_model(composed, tiling={"size": 96, "overlap": 0.5})) == Tiling(size=96, overlap=0.5)

@@ -138,7 +138,7 @@ def _quantised_types(folder):
 def test_a_twin_in_eight_bits_keeps_the_geometry_of_boxes_exact(pair, tmp_path):
     pytest.importorskip("nncf", reason="NNCF is not installed")
     parent, exact = pair
-    twin = make_twin(parent, tmp_path / "int8", "int8", _drawn, exact)
+    twin = make_twin(parent, tmp_path / "int8", "int8", calibration=_drawn, exact=exact)
     check_twin(parent, twin)
     assert read_spec(twin).architecture["precision"] == "int8"
     assert read_spec(exact).architecture["precision"] == "f32"
@@ -157,7 +157,7 @@ def test_a_twin_in_eight_bits_keeps_the_geometry_of_boxes_exact(pair, tmp_path):
 def test_a_segmenter_in_eight_bits_gives_nearly_the_same_probabilities(tmp_path):
     pytest.importorskip("nncf", reason="NNCF is not installed")
     parent = MAKERS["unet flips"](tmp_path / "parent")
-    twin = make_twin(parent, tmp_path / "int8", "int8", _drawn)
+    twin = make_twin(parent, tmp_path / "int8", "int8", calibration=_drawn)
     assert "Convolution" in _quantised_types(twin)
     ours, its = load_model(parent), load_model(twin)
     for image, boxes in _drawn(2):
@@ -175,13 +175,13 @@ def test_what_cannot_be_calibrated_says_so(pair, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "nncf", None)
         with pytest.raises(EngineMissing, match="NNCF, which quantises networks, is not installed"):
-            make_twin(parent, tmp_path / "b", "int8", _drawn)
+            make_twin(parent, tmp_path / "b", "int8", calibration=_drawn)
     pytest.importorskip("nncf", reason="NNCF is not installed")
     with pytest.raises(ModelError, match="nothing to calibrate on"):
-        make_twin(parent, tmp_path / "c", "int8", list, exact)
+        make_twin(parent, tmp_path / "c", "int8", calibration=list, exact=exact)
     unet = MAKERS["unet"](tmp_path / "unet")
     with pytest.raises(ModelError, match="nothing to calibrate on"):
-        make_twin(unet, tmp_path / "d", "int8", lambda: [(image, np.zeros((0, 4))) for image, _ in _drawn()])
+        make_twin(unet, tmp_path / "d", "int8", calibration=lambda: [(image, np.zeros((0, 4))) for image, _ in _drawn()])
     assert not {"a", "b", "c", "d"} & {p.name for p in tmp_path.iterdir()}
 
 
@@ -204,16 +204,16 @@ def test_a_crash_of_the_quantising_process_costs_a_try(pair, tmp_path, monkeypat
         monkeypatch.setattr(quantization.subprocess, "run", call)
 
     crash(2)
-    assert is_twin(make_twin(pair[0], tmp_path / "a", "int8", lambda: list(_drawn(1))))
+    assert is_twin(make_twin(pair[0], tmp_path / "a", "int8", calibration=lambda: list(_drawn(1))))
     assert "ended by signal 11, attempt 2 of 4" in caplog.text
     crash(9)
     with pytest.raises(ModelError, match="its process crashed 4 times"):
-        make_twin(pair[0], tmp_path / "b", "int8", lambda: list(_drawn(1)))
+        make_twin(pair[0], tmp_path / "b", "int8", calibration=lambda: list(_drawn(1)))
     assert len(crashed) == 4
     monkeypatch.setattr(quantization, "PROCESS", "models.engines.openvino.no_such_module")
     crash(0)
     with pytest.raises(ModelError, match=r"NNCF cannot quantise it .*no_such_module"):
-        make_twin(pair[0], tmp_path / "c", "int8", lambda: list(_drawn(1)))
+        make_twin(pair[0], tmp_path / "c", "int8", calibration=lambda: list(_drawn(1)))
     assert not {"b", "c"} & {p.name for p in tmp_path.iterdir()}
 
 

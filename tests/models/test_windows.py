@@ -100,7 +100,7 @@ def test_a_composition_outlines_in_windows_what_it_outlines_in_the_array(tmp_pat
     spec = read_spec(_detector(tmp_path / "d"))
     save_model(tmp_path / "d", spec.model_copy(update={"tiling": Tiling(size=96)}), read_weights(tmp_path / "d"))
     unet = _segmenter(tmp_path / "u", network="unet", encoder="resnet18")
-    composed = load_model(save_composed(tmp_path / "c", tmp_path / "d", unet, ComposedArchitecture(), {}))
+    composed = load_model(save_composed(tmp_path / "c", tmp_path / "d", unet, ComposedArchitecture(), components={}))
     of_array = composed.predict([RGB])[0]
     of_windows = composed.predict([WindowedImage(MAKERS["rgb"](tmp_path / "a.tif"))])[0]
     assert len(of_array) > 0

@@ -48,16 +48,16 @@ def data(airfield):
 @pytest.mark.parametrize("name", ["demo_detector_detectron2", "demo_maskrcnn_detectron2"])
 def test_each_task_trains_in_bfloat16_and_goes_on_to_the_same_weights(name, data, tmp_path):
     recipe = load_recipe(name, [*SMALL, "SOLVER.AMP.ENABLED=true"])
-    whole, first = train_detectron2(recipe, *data, tmp_path / "whole", "cpu")
+    whole, first = train_detectron2(recipe, *data, folder=tmp_path / "whole", device="cpu")
     with pytest.raises(Exception, match="killed"):
-        train_detectron2(recipe, *data, tmp_path / "parts", "cpu", [Killed(at=3)])
+        train_detectron2(recipe, *data, folder=tmp_path / "parts", device="cpu", listeners=[Killed(at=3)])
     listener = Killed()
-    resumed, second = train_detectron2(recipe, *data, tmp_path / "parts", "cpu", [listener])
+    resumed, second = train_detectron2(recipe, *data, folder=tmp_path / "parts", device="cpu", listeners=[listener])
     assert listener.begun == 2
     assert [r["train/loss"] for r in second.history] == [r["train/loss"] for r in first.history]
     a, b = read_weights(whole), read_weights(resumed)
     assert all(torch.equal(a[k], b[k]) for k in a)
-    full = train_detectron2(load_recipe(name, SMALL), *data, tmp_path / "full", "cpu")[1].history
+    full = train_detectron2(load_recipe(name, SMALL), *data, folder=tmp_path / "full", device="cpu")[1].history
     assert full[0]["train/loss"] != first.history[0]["train/loss"]
     assert full[0]["train/loss"] == pytest.approx(first.history[0]["train/loss"], rel=0.1)
 
@@ -132,7 +132,7 @@ def test_a_resumed_training_begins_with_its_own_batch_whenever_the_iterator_was_
 def test_it_trains_on_a_gpu(data, tmp_path, monkeypatch):
     gpu = fake_gpu(monkeypatch)
     recipe = load_recipe("demo_detector_detectron2", [*SMALL, "SOLVER.AMP.ENABLED=true", "DATALOADER.NUM_WORKERS=0"])
-    saved, outcome = train_detectron2(recipe, *data, tmp_path, "cuda")
+    saved, outcome = train_detectron2(recipe, *data, folder=tmp_path, device="cuda")
     assert all(math.isfinite(r["train/loss"]) for r in outcome.history)
     assert gpu.moved
     assert saved.is_dir()
@@ -156,18 +156,18 @@ def test_processes_on_the_cpu_see_no_gpu(data, tmp_path, monkeypatch):
                 patched.delenv("CUDA_VISIBLE_DEVICES", raising=False)
             else:
                 patched.setenv("CUDA_VISIBLE_DEVICES", before)
-            train_detectron2(recipe, *data, tmp_path, "cpu", num_gpus=2)
-            train_detectron2(recipe, *data, tmp_path, "cpu")
+            train_detectron2(recipe, *data, folder=tmp_path, device="cpu", num_gpus=2)
+            train_detectron2(recipe, *data, folder=tmp_path, device="cpu")
             assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
     assert seen == [(2, ""), (1, "0,1"), (2, ""), (1, None)]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(RecipeError, match="takes the first 2 GPUs; use --device cuda"):
-        train_detectron2(recipe, *data, tmp_path, "cuda:1", num_gpus=2)
+        train_detectron2(recipe, *data, folder=tmp_path, device="cuda:1", num_gpus=2)
 
 
 @pytest.mark.soak
 def test_two_processes_share_a_batch_in_bfloat16(data, tmp_path):
     recipe = load_recipe("demo_detector_detectron2", [*SMALL, "SOLVER.MAX_ITER=2", "SOLVER.AMP.ENABLED=true"])
-    outcome = train_detectron2(recipe, *data, tmp_path, "cpu", num_gpus=2)[1]
+    outcome = train_detectron2(recipe, *data, folder=tmp_path, device="cpu", num_gpus=2)[1]
     assert [r["step"] for r in outcome.history] == [1, 2]
     assert all(math.isfinite(r["train/loss"]) for r in outcome.history)

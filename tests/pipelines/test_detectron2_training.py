@@ -56,7 +56,7 @@ def test_every_course_recipe_trains(name, data, tmp_path):
     train, val = data
     recipe = load_recipe(name, TINY)
     listener = Recording()
-    saved, outcome = train_detectron2(recipe, train, val, tmp_path / "run", device="cpu", listeners=[listener])
+    saved, outcome = train_detectron2(recipe, train, val, folder=tmp_path / "run", device="cpu", listeners=[listener])
     assert [r["step"] for r in outcome.history] == [1, 2] == [r["step"] for r in listener.steps]
     losses = {k for k in outcome.history[0] if k.startswith("train/loss_")}
     expected = {"train/loss_cls", "train/loss_box_reg", "train/loss_rpn_cls", "train/loss_rpn_loc"}
@@ -83,12 +83,12 @@ def ctrl_c():
 def test_a_stopped_training_goes_on_to_the_same_weights(data, tmp_path):
     train, val = data
     recipe = load_recipe("demo_maskrcnn_detectron2", [*SMALL, "augmentation.rotation=30"])
-    whole, first = train_detectron2(recipe, train, val, tmp_path / "whole", "cpu")
+    whole, first = train_detectron2(recipe, train, val, folder=tmp_path / "whole", device="cpu")
     with pytest.raises(KeyboardInterrupt):
-        train_detectron2(recipe, train, val, tmp_path / "parts", device="cpu", listeners=[Recording(stop_at=3)])
+        train_detectron2(recipe, train, val, folder=tmp_path / "parts", device="cpu", listeners=[Recording(stop_at=3)])
     assert not (tmp_path / "parts" / "model").exists()
     listener = Recording()
-    resumed, second = train_detectron2(recipe, train, val, tmp_path / "parts", device="cpu", listeners=[listener])
+    resumed, second = train_detectron2(recipe, train, val, folder=tmp_path / "parts", device="cpu", listeners=[listener])
     assert listener.begun == (3, 6)
     assert listener.safe == 6
     timeless = [[{k: v for k, v in r.items() if not k.startswith("seconds")} for r in o.history] for o in (first, second)]
@@ -108,12 +108,12 @@ def test_a_second_ctrl_c_stops_at_once_and_the_end_is_the_same(data, tmp_path):
             if record["step"] == self.stop_at:
                 signal.raise_signal(signal.SIGINT)
 
-    whole, _ = train_detectron2(recipe, train, None, tmp_path / "whole", "cpu")
+    whole, _ = train_detectron2(recipe, train, None, folder=tmp_path / "whole", device="cpu")
     with pytest.raises(KeyboardInterrupt):
-        train_detectron2(recipe, train, None, tmp_path / "parts", device="cpu", listeners=[Twice(stop_at=3)])
+        train_detectron2(recipe, train, None, folder=tmp_path / "parts", device="cpu", listeners=[Twice(stop_at=3)])
     assert sorted(p.name for p in (tmp_path / "parts").glob("model_*")) == ["model_0000001.pth"]
     listener = Recording()
-    resumed, _ = train_detectron2(recipe, train, None, tmp_path / "parts", device="cpu", listeners=[listener])
+    resumed, _ = train_detectron2(recipe, train, None, folder=tmp_path / "parts", device="cpu", listeners=[listener])
     assert listener.begun == (2, 5)
     a, b = read_weights(whole), read_weights(resumed)
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -124,12 +124,14 @@ def test_two_processes_share_the_batch(data, tmp_path):
     train, val = data
     recipe = load_recipe("demo_detector_detectron2", [*SMALL, "SOLVER.MAX_ITER=2"])
     listener = Recording()
-    saved, outcome = train_detectron2(recipe, train, val, tmp_path / "two", device="cpu", listeners=[listener], num_gpus=2)
+    saved, outcome = train_detectron2(
+        recipe, train, val, folder=tmp_path / "two", device="cpu", listeners=[listener], num_gpus=2
+    )
     assert [r["step"] for r in outcome.history] == [1, 2]
     assert all(math.isfinite(r["train/loss"]) for r in outcome.history)
     assert load_model(saved).predict([val.samples[0].read()])
     with pytest.raises(RecipeError, match="more than the 2 images"):
-        train_detectron2(recipe, train, val, tmp_path / "three", "cpu", num_gpus=3)
+        train_detectron2(recipe, train, val, folder=tmp_path / "three", device="cpu", num_gpus=3)
 
 
 @pytest.mark.parametrize(
@@ -150,13 +152,13 @@ def test_settings_decided_elsewhere_are_refused(overrides, message, tmp_path):
 def test_settings_that_do_not_fit_together_end_in_one_line(data, tmp_path):
     recipe = load_recipe("demo_detector_detectron2", [*SMALL, "MODEL.FPN.IN_FEATURES=[res3,res4]"])
     with pytest.raises(ModelError, match=r"Detectron2 (stopped|cannot build).*"):
-        train_detectron2(recipe, *data, tmp_path / "odd", "cpu")
+        train_detectron2(recipe, *data, folder=tmp_path / "odd", device="cpu")
 
 
 def test_a_rate_that_explodes_says_what_to_lower(data, tmp_path):
     recipe = load_recipe("demo_detector_detectron2", [*SMALL, "SOLVER.BASE_LR=1e12", "SOLVER.WARMUP_ITERS=0"])
     with pytest.raises(ModelError, match=r"lower SOLVER\.BASE_LR \(now 1e\+12\)"):
-        train_detectron2(recipe, *data, tmp_path / "nan", "cpu")
+        train_detectron2(recipe, *data, folder=tmp_path / "nan", device="cpu")
 
 
 def test_both_engines_see_the_same_augmented_examples(data):

@@ -35,7 +35,7 @@ def data(airfield):
 def _train(name, data, folder, device, *more):
     recipe = load_recipe(name, [*SMALL, *RECIPES[name], *more])
     train = train_unet if recipe.task == "unet" else train_detector
-    return train(recipe, *data, folder, device)
+    return train(recipe, *data, folder=folder, device=device)
 
 
 @pytest.mark.parametrize(

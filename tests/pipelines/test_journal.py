@@ -48,7 +48,9 @@ def registered(tmp_path_factory):
     weights = build_segmenter(architecture).state_dict()
     saved = save_model(folder / "m", segmenter_spec(architecture, ["plane"]), weights)
     with mlflow_runs.tracked_run(made.client, "run", {}) as run:
-        first, _ = log_and_register(made, saved, NAME, np.zeros((64, 64, 3), np.uint8), {}, run.info.run_id)
+        first, _ = log_and_register(
+            made, saved, NAME, example=np.zeros((64, 64, 3), np.uint8), tags={}, run_id=run.info.run_id
+        )
     with mlflow_runs.addressed(made.client):
         for _ in range(2):
             made.client.create_model_version(NAME, first.source, run_id=run.info.run_id, tags=first.tags)
@@ -415,7 +417,9 @@ def test_a_move_that_is_told_to_have_failed_does_not_happen_later(registry, clie
 
 def test_no_model_is_registered_under_the_name_of_the_journal(registry, client):
     with pytest.raises(RegistryError, match="is the journal of promotions; give the model another name"):
-        log_and_register(registry, Path("m"), "planes-journal", np.zeros((64, 64, 3), np.uint8), {}, "r")
+        log_and_register(
+            registry, Path("m"), "planes-journal", example=np.zeros((64, 64, 3), np.uint8), tags={}, run_id="r"
+        )
 
 
 def test_a_viewer_is_told_before_anything_is_written(registry, client, monkeypatch):

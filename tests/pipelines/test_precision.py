@@ -44,7 +44,7 @@ def _train(task, kind, data, folder, stop=None, device="cpu"):
     name, more = TASKS[task]
     recipe = load_recipe(name, [*SMALL, *more, "training.batch_size=2", f"training.precision={kind}"])
     train = train_unet if recipe.task == "unet" else train_detector
-    return train(recipe, *data, folder, device, [stop] if stop else [])
+    return train(recipe, *data, folder=folder, device=device, listeners=[stop] if stop else [])
 
 
 # A Mask R-CNN has all that a detector has.

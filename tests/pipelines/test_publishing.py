@@ -50,14 +50,14 @@ def test_an_evaluation_that_fails_loses_no_weights(registry, saved, tmp_path, mo
     with mlflow_runs.tracked_run(registry.client, "a run", {}) as run:
         monkeypatch.setattr(publishing, "evaluate_with_sheet", breaks)
         with pytest.raises(DataError, match=r"kept/1 is registered, but its evaluation failed \(d/test: odd data\)"):
-            publishing.publish(registry, what, run.info.run_id, "cpu")
+            publishing.publish(registry, what, run.info.run_id, device="cpu")
         version = registry.client.get_model_version("kept", "1")
         assert version.tags["evaluation"] == "d/test: odd data"
         assert json.loads(version.tags["metrics"]) == {}
         assert registry.find_trained("kept", "none") is None
         # The same command, the same run: evaluated now, and no second version.
         monkeypatch.setattr(publishing, "evaluate_with_sheet", real)
-        number, metrics = publishing.publish(registry, what, run.info.run_id, "cpu")
+        number, metrics = publishing.publish(registry, what, run.info.run_id, device="cpu")
     version = registry.client.get_model_version("kept", number)
     assert (number, version.tags["evaluation"]) == ("1", "complete")
     assert json.loads(version.tags["metrics"])["IoU"] == pytest.approx(metrics["IoU"], abs=1e-4)
@@ -67,23 +67,23 @@ def test_a_kill_before_the_metrics_are_logged_leaves_no_complete_version(registr
     what = publishing.Publication(saved, "cut", np.zeros((64, 64, 3), np.uint8), test=_write(tmp_path / "d"))
     real = mlflow_runs.log_evaluation
 
-    def killed(*_):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
     with mlflow_runs.tracked_run(registry.client, "a run", {}) as run:
         monkeypatch.setattr(mlflow_runs, "log_evaluation", killed)
         with pytest.raises(KeyboardInterrupt):
-            publishing.publish(registry, what, run.info.run_id, "cpu")
+            publishing.publish(registry, what, run.info.run_id, device="cpu")
         assert registry.client.get_model_version("cut", "1").tags["evaluation"] == "not logged yet"
         monkeypatch.setattr(mlflow_runs, "log_evaluation", real)
-        assert publishing.publish(registry, what, run.info.run_id, "cpu")[0] == "1"
+        assert publishing.publish(registry, what, run.info.run_id, device="cpu")[0] == "1"
     assert registry.client.get_model_version("cut", "1").tags["evaluation"] == "complete"
 
 
 def test_a_version_that_was_not_evaluated_is_not_reused(registry, saved, monkeypatch):
     what = publishing.Publication(saved, "reused", np.zeros((64, 64, 3), np.uint8), tags={"training_key": "k"})
     with mlflow_runs.tracked_run(registry.client, "a run", {}) as run:
-        publishing.publish(registry, what, run.info.run_id, "cpu")
+        publishing.publish(registry, what, run.info.run_id, device="cpu")
     assert registry.find_trained("reused", "k") is not None
     registry.client.set_model_version_tag("reused", "1", "evaluation", "d/test: odd data")
     assert registry.find_trained("reused", "k") is None
@@ -93,7 +93,7 @@ def test_images_without_planes_end_no_publication(registry, saved, tmp_path):
     empty = _write(tmp_path / "d", planes=0)
     what = publishing.Publication(saved, "empty", np.zeros((64, 64, 3), np.uint8), test=empty)
     with mlflow_runs.tracked_run(registry.client, "a run", {}) as run:
-        number, metrics = publishing.publish(registry, what, run.info.run_id, "cpu")
+        number, metrics = publishing.publish(registry, what, run.info.run_id, device="cpu")
     assert (number, {k for k in metrics if k in ("IoU", "AP")}) == ("1", set())
 
 

@@ -13,9 +13,10 @@ from tests.conftest import write_image
 SQUARE = [10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]
 
 
-def _coco(
-    folder, annotations, images=("a.png", "b.png"), categories=({"id": 7, "name": "Plane"}, {"id": 1, "name": "ship"})
-):
+CATEGORIES = ({"id": 7, "name": "Plane"}, {"id": 1, "name": "ship"})
+
+
+def _coco(folder, annotations, images=("a.png", "b.png"), categories=CATEGORIES):
     for i, name in enumerate(images):
         write_image(folder / "train" / name, seed=i)
     content = {

@@ -33,8 +33,8 @@ def registry(tmp_path_factory):
     for number in range(3):
         with mlflow_runs.tracked_run(registry.client, f"run {number}", {}) as run:
             tags = {"training_key": f"key{number}"}
-            version, _ = log_and_register(registry, saved, "planes-x", image, tags, run.info.run_id)
-            again, _ = log_and_register(registry, saved, "planes-x", image, tags, run.info.run_id)
+            version, _ = log_and_register(registry, saved, "planes-x", example=image, tags=tags, run_id=run.info.run_id)
+            again, _ = log_and_register(registry, saved, "planes-x", example=image, tags=tags, run_id=run.info.run_id)
             assert str(version.version) == str(again.version) == str(number + 1)
     return registry
 

@@ -56,7 +56,9 @@ def saved(tmp_path_factory):
 
 def _register(registry, folder, name="planes-unet"):
     with mlflow_runs.tracked_run(registry.client, f"run of {name}", {"task": "unet"}) as run:
-        version, _ = log_and_register(registry, folder, name, np.zeros((64, 64, 3), np.uint8), {}, run.info.run_id)
+        version, _ = log_and_register(
+            registry, folder, name, example=np.zeros((64, 64, 3), np.uint8), tags={}, run_id=run.info.run_id
+        )
     return str(version.version)
 
 

@@ -271,12 +271,14 @@ def test_a_validation_counts_what_fails_and_says_it_once(tmp_path, caplog):
     _end_early(folder / "train" / "s1.png")
     val, unreadable = open_dataset(folder, "train"), Unreadable(tmp_path / "t")
     with caplog.at_level(logging.WARNING):
-        metrics = [validation_metrics(_Blind(), val, False, unreadable) for _ in range(2)]
+        metrics = [validation_metrics(_Blind(), val, masks=False, unreadable=unreadable) for _ in range(2)]
     assert metrics[0] == metrics[1]
     assert metrics[0]["images_failed"] == 1
     assert metrics[0]["AP50"] == pytest.approx(5 / 6, abs=0.01)
     assert [r.message.endswith("; counts as an image without detections") for r in caplog.records] == [True]
-    assert "images_failed" not in validation_metrics(_Blind(), val.subset(["s0", "s2"], "val"), False, unreadable)
+    assert "images_failed" not in validation_metrics(
+        _Blind(), val.subset(["s0", "s2"], "val"), masks=False, unreadable=unreadable
+    )
 
 
 def test_a_model_that_takes_no_image_at_all_is_an_error(tmp_path):

@@ -80,8 +80,8 @@ def _score(folder, out, predictor, label="m/1", overlays=2):
 def _everywhere(folder, out, predictor):
     """AP of boxes and masks by score, evaluate, compare and promotion."""
     job, dataset = _score(folder, out, predictor), _open(folder)
-    file = evaluate_file(job.folder / "instances.parquet", dataset, 0.05, "course")
-    csv = evaluate_file(job.folder / "kaggle.csv", dataset, 0.05, "course")
+    file = evaluate_file(job.folder / "instances.parquet", dataset, score_threshold=0.05, convention="course")
+    csv = evaluate_file(job.folder / "kaggle.csv", dataset, score_threshold=0.05, convention="course")
     other = Candidate("other", [], failed=0)
     by_job, by_file = (compare(dataset, [one, other]) for one in (from_job(job), from_file(str(job.folder), dataset)))
     measured = measure({"m": predictor}, dataset, lambda items, *_: items)["m"]
@@ -205,11 +205,16 @@ def test_predictions_on_another_size_are_refused(tmp_path):
     assert dataset.samples[1].boxes.tolist() == [[20, 20, 80, 80]]
     message = r"instances\.parquet: image '1' is 81x60, in data/test it is 162x120; score the data set's own images"
     with pytest.raises(DataError, match=message):
-        evaluate_file(job.folder / "instances.parquet", dataset, 0.05, "course")
+        evaluate_file(job.folder / "instances.parquet", dataset, score_threshold=0.05, convention="course")
     with pytest.raises(DataError, match=message):
         from_file(str(job.folder), dataset)
     path.unlink()
-    assert evaluate_file(job.folder / "instances.parquet", _open(folder), 0.05, "course")[0].metrics["AP"] > 0.99
+    assert (
+        evaluate_file(job.folder / "instances.parquet", _open(folder), score_threshold=0.05, convention="course")[
+            0
+        ].metrics["AP"]
+        > 0.99
+    )
 
 
 def test_every_evaluation_opens_its_data_with_the_lost_images(tmp_path, monkeypatch):
@@ -226,7 +231,7 @@ def test_every_evaluation_opens_its_data_with_the_lost_images(tmp_path, monkeypa
     jobs = [_score(folder, tmp_path / "out", Finder(), label) for label in ("a/1", "b/2")]
     (folder / "test" / "1.png").unlink()
     assert len(open_test(str(folder), "plane", None)) == 5
-    assert len(open_gate_data("m/1", [str(folder)], None, GateFile(gates={}), "plane")[0]) == 5
+    assert len(open_gate_data("m/1", [str(folder)], None, GateFile(gates={}), category="plane")[0]) == 5
     done = CliRunner().invoke(main, ["evaluate", str(jobs[0].folder / "instances.parquet"), "--data", str(folder)])
     assert done.exit_code == 0, done.output
     assert "5 images" in done.output

@@ -41,7 +41,9 @@ def _saved(engine, folder):
         return _mask_rcnn(folder)
     if engine == "composed":
         components = _detector(folder / "d"), _segmenter(folder / "s", network="unet", encoder="resnet18")
-        return save_composed(folder / "c", *components, ComposedArchitecture(), {"detector": "d/1", "segmenter": "s/1"})
+        return save_composed(
+            folder / "c", *components, ComposedArchitecture(), components={"detector": "d/1", "segmenter": "s/1"}
+        )
     return _detectron2(folder, engine.endswith("masks"))
 
 

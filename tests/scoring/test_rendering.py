@@ -87,7 +87,7 @@ def test_a_version_keeps_what_it_was_trained_with(tmp_path):
     save_model(folder, old.model_copy(update={"rendering": FIXED}), read_weights(folder))
     assert read_spec(folder).rendering == FIXED
     with pytest.raises(ModelError, match="detector and segmenter read image files differently"):
-        save_composed(tmp_path / "c", _detector(tmp_path / "d"), folder, ComposedArchitecture(), {})
+        save_composed(tmp_path / "c", _detector(tmp_path / "d"), folder, ComposedArchitecture(), components={})
 
 
 def test_versions_are_measured_each_with_its_own_range(rasters):

@@ -66,20 +66,20 @@ def _holds(job, runtime):
 def test_where_no_twin_can_run_pytorch_does_and_why_is_said(registry, change, reason, conditions, tmp_path, caplog):
     now = Conditions(**{**conditions, **change})
     with caplog.at_level("INFO", "scoring"):
-        assert choose_runtime(registry, VERSION, tmp_path, "auto", now) == Chosen(tmp_path, "torch")
+        assert choose_runtime(registry, VERSION, tmp_path, runtime="auto", now=now) == Chosen(tmp_path, "torch")
     assert caplog.messages == [f"det/1: runs on PyTorch ({reason})"]
     with pytest.raises(RegistryError, match="--runtime openvino: ") as error:
-        choose_runtime(registry, VERSION, tmp_path, "openvino", now)
+        choose_runtime(registry, VERSION, tmp_path, runtime="openvino", now=now)
     assert reason in str(error.value)
-    assert choose_runtime(registry, VERSION, tmp_path, "torch", now) == Chosen(tmp_path, "torch")
+    assert choose_runtime(registry, VERSION, tmp_path, runtime="torch", now=now) == Chosen(tmp_path, "torch")
 
 
 @pytest.mark.parametrize("runtime", ["auto", "openvino"])
 def test_the_fastest_that_can_be_used_is_taken(runtime, conditions, tmp_path, monkeypatch):
     now = Conditions(**conditions)
-    assert choose_runtime(BOTH, VERSION, tmp_path, runtime, now) == Chosen(tmp_path / "bf16", "openvino bf16")
+    assert choose_runtime(BOTH, VERSION, tmp_path, runtime=runtime, now=now) == Chosen(tmp_path / "bf16", "openvino bf16")
     monkeypatch.setattr(runtimes, "usable", lambda twin: "no AMX" if twin.precision == "bf16" else None)
-    assert choose_runtime(BOTH, VERSION, tmp_path, runtime, now) == Chosen(tmp_path / "f32", "openvino f32")
+    assert choose_runtime(BOTH, VERSION, tmp_path, runtime=runtime, now=now) == Chosen(tmp_path / "f32", "openvino f32")
 
 
 @pytest.mark.parametrize(
@@ -88,14 +88,17 @@ def test_the_fastest_that_can_be_used_is_taken(runtime, conditions, tmp_path, mo
 )
 def test_a_job_keeps_what_it_began_with_but_a_fresh_one(held, name, conditions, tmp_path):
     _holds(conditions["job"], held)
-    assert choose_runtime(BOTH, VERSION, tmp_path, "auto", Conditions(**conditions)).name == name
-    assert choose_runtime(BOTH, VERSION, tmp_path, "auto", Conditions(**conditions, fresh=True)).name == "openvino bf16"
+    assert choose_runtime(BOTH, VERSION, tmp_path, runtime="auto", now=Conditions(**conditions)).name == name
+    assert (
+        choose_runtime(BOTH, VERSION, tmp_path, runtime="auto", now=Conditions(**conditions, fresh=True)).name
+        == "openvino bf16"
+    )
 
 
 def test_a_job_of_a_twin_that_is_gone_is_not_said_to_be_without_reason(conditions, tmp_path, caplog):
     _holds(conditions["job"], "openvino bf16")
     with caplog.at_level("INFO", "scoring"):
-        chosen = choose_runtime(_registry(_twin("f32", 2)), VERSION, tmp_path, "auto", Conditions(**conditions))
+        chosen = choose_runtime(_registry(_twin("f32", 2)), VERSION, tmp_path, runtime="auto", now=Conditions(**conditions))
     # The manifest then refuses it.
     assert chosen.name == "torch"
     assert "the scoring in the folder began as openvino bf16, which this version has no more" in caplog.text
@@ -104,18 +107,20 @@ def test_a_job_of_a_twin_that_is_gone_is_not_said_to_be_without_reason(condition
 def test_a_damaged_manifest_is_said_where_the_folder_is_claimed(conditions, tmp_path):
     conditions["job"].mkdir()
     (conditions["job"] / MANIFEST).write_text(json.dumps({"format": 9}))
-    assert choose_runtime(BOTH, VERSION, tmp_path, "auto", Conditions(**conditions)).name == "openvino bf16"
+    assert choose_runtime(BOTH, VERSION, tmp_path, runtime="auto", now=Conditions(**conditions)).name == "openvino bf16"
 
 
 def test_the_saved_folder_of_a_twin_runs_as_it_is(conditions, tmp_path):
     folder = tmp_path / "twin"
     version = Resolved(str(folder), folder=folder)
-    assert choose_runtime(BOTH, version, folder, "auto", Conditions(**conditions)) == Chosen(folder, "openvino bf16")
+    assert choose_runtime(BOTH, version, folder, runtime="auto", now=Conditions(**conditions)) == Chosen(
+        folder, "openvino bf16"
+    )
     for runtime, change in (("torch", {}), ("auto", {"precision": "16-mixed"}), ("auto", {"device": "cuda"})):
         with pytest.raises(RegistryError, match="a twin, which OpenVINO alone runs"):
-            choose_runtime(BOTH, version, folder, runtime, Conditions(**{**conditions, **change}))
+            choose_runtime(BOTH, version, folder, runtime=runtime, now=Conditions(**{**conditions, **change}))
     with pytest.raises(RegistryError, match="a saved folder has no twins"):
-        choose_runtime(BOTH, Resolved("m", folder=tmp_path), tmp_path, "openvino", Conditions(**conditions))
+        choose_runtime(BOTH, Resolved("m", folder=tmp_path), tmp_path, runtime="openvino", now=Conditions(**conditions))
 
 
 def test_threads_are_those_of_torch_and_of_what_reads_the_environment(monkeypatch):

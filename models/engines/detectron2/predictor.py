@@ -167,7 +167,7 @@ def has_masks(cfg: Any) -> bool:
 
 
 def detectron2_spec(
-    config: str, cfg: Any, classes: Sequence[str], tiling: Tiling | None = None, rendering: Rendering = DEFAULT
+    config: str, cfg: Any, classes: Sequence[str], *, tiling: Tiling | None = None, rendering: Rendering = DEFAULT
 ) -> ModelSpec:
     """The model.json of a Detectron2 model: its settings where they differ from Detectron2's defaults."""
     from detectron2.config import get_cfg

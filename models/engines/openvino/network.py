@@ -71,6 +71,7 @@ class Network:
         precision: TwinPrecision,
         inputs: Sequence[tuple[str, int]],
         outputs: Sequence[int],
+        *,
         fixed: tuple[int, ...] | None = None,
     ) -> None:
         """Read and compile.

@@ -42,7 +42,7 @@ def load_twin(spec: ModelSpec, folder: Path, tile: int | None = None) -> Predict
         raise ModelError(f"{folder}: architecture.image: a {spec.kind} needs it")
     masks = [4] if spec.kind == "instance_segmenter" else []
     fixed = None if tile is None else prepared(np.zeros((tile, tile, 3), np.uint8), architecture.image)[0].shape
-    network = Network(folder, architecture.precision, [("f32", 4), ("i64", 1)], [2, 1, 1, *masks], fixed)
+    network = Network(folder, architecture.precision, [("f32", 4), ("i64", 1)], [2, 1, 1, *masks], fixed=fixed)
     return TwinDetector(network, architecture.image, len(spec.classes))
 
 

@@ -31,6 +31,7 @@ KINDS: dict[str, type[DetectorArchitecture]] = {
 def detector_spec(
     architecture: DetectorArchitecture,
     classes: Sequence[str],
+    *,
     tiling: Tiling | None = None,
     rendering: Rendering = DEFAULT,
 ) -> ModelSpec:

@@ -37,7 +37,9 @@ def read_coco(
     problems = Problems()
     wanted, known = _category_ids(content, category, path)
     images = _images(content["images"], path)
-    annotations = _by_image(content.get("annotations", []), images, wanted, known=known, path=path, problems=problems)
+    annotations = _by_image(
+        content.get("annotations", []), images, wanted=wanted, known=known, path=path, problems=problems
+    )
     samples = []
     for key, entry in images.items():
         file = find_image(path.parent, str(entry["file_name"]), split, path.stem)
@@ -104,7 +106,7 @@ def _images(entries: list[Any], path: Path) -> dict[Any, Mapping[str, Any]]:
 
 
 def _by_image(
-    entries: Any, images: Mapping[Any, Any], wanted: set[Any], known: set[Any], path: Path, problems: Problems
+    entries: Any, images: Mapping[Any, Any], *, wanted: set[Any], known: set[Any], path: Path, problems: Problems
 ) -> dict[Any, list[Mapping[str, Any]]]:
     grouped: dict[Any, list[Mapping[str, Any]]] = {}
     seen: set[Any] = set()

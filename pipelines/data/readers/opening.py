@@ -19,7 +19,7 @@ USUAL_SPLITS = ("train", "val", "valid", "validation", "test")
 
 
 def open_dataset(
-    where: str | Path, split: str = "all", category: str = "plane", scene_pattern: str | None = None, keep: bool = False
+    where: str | Path, split: str = "all", *, category: str = "plane", scene_pattern: str | None = None, keep: bool = False
 ) -> Dataset:
     """Open a COCO JSON, a course JSON, a data set folder, a folder of images, a glob, a list of paths, or a URL.
 
@@ -40,9 +40,12 @@ def open_dataset(
     """
     path = to_path(where)
     if not isinstance(path, Path):
-        return _open_remote(path, split, category, scene_pattern, keep)
+        return _open_remote(path, split, category=category, scene_pattern=scene_pattern, keep=keep)
     if "+" in split and path.is_dir():
-        datasets = [open_dataset(where, name, category, scene_pattern, keep) for name in split.split("+")]
+        datasets = [
+            open_dataset(where, name, category=category, scene_pattern=scene_pattern, keep=keep)
+            for name in split.split("+")
+        ]
         samples = with_unique_ids([s for dataset in datasets for s in dataset.samples], path)
         problems = Problems()
         for dataset in datasets:
@@ -51,23 +54,23 @@ def open_dataset(
                 problems.counts[kind] += count - 1
         return replace(datasets[0], split=split, samples=samples, problems=problems)
     if path.is_file() and path.suffix.lower() == ".json":
-        return _read_json_file(path, _label(path, split), category, scene_pattern=scene_pattern, keep=keep)
+        return _read_json_file(path, _label(path, split), category=category, scene_pattern=scene_pattern, keep=keep)
     if path.is_file() and path.suffix.lower() in (".csv", ".parquet"):
-        return _plain(_listed(path), path, split, category, scene_pattern)
+        return _plain(_listed(path), path, split=split, category=category, scene_pattern=scene_pattern)
     if path.is_dir():
         for candidate in _annotation_files(path, split):
             if candidate.is_file():
                 return _read_json_file(
-                    candidate, split, category, scene_pattern=scene_pattern, keep=keep, name=path.resolve().name
+                    candidate, split, category=category, scene_pattern=scene_pattern, keep=keep, name=path.resolve().name
                 )
         _check_split(path, split)
         folder = path / split if (path / split).is_dir() else path
-        return _plain(list_images(folder), folder, split, category, scene_pattern)
+        return _plain(list_images(folder), folder, split=split, category=category, scene_pattern=scene_pattern)
     if path.is_file():
-        return _plain([path], path, split, category, scene_pattern)
+        return _plain([path], path, split=split, category=category, scene_pattern=scene_pattern)
     if glob.has_magic(str(where)):
         files = sorted(Path(p) for p in glob.glob(str(where), recursive=True) if Path(p).is_file())
-        return _plain(files, path, split, category, scene_pattern)
+        return _plain(files, path, split=split, category=category, scene_pattern=scene_pattern)
     raise DataError(f"{where}: no such file or folder")
 
 
@@ -108,11 +111,11 @@ def check_exists(where: str | Path) -> None:
         raise DataError(f"{where}: no such file or folder")
 
 
-def _open_remote(path: AnyPath, split: str, category: str, scene_pattern: str | None, keep: bool) -> Dataset:
+def _open_remote(path: AnyPath, split: str, *, category: str, scene_pattern: str | None, keep: bool) -> Dataset:
     if path.suffix.lower() == ".json":
-        return _read_json_file(path, _label(path, split), category, scene_pattern=scene_pattern, keep=keep)
+        return _read_json_file(path, _label(path, split), category=category, scene_pattern=scene_pattern, keep=keep)
     files = _listed(path) if path.suffix.lower() in (".csv", ".parquet") else list_remote(path)
-    return _plain(files, path, split, category, scene_pattern)
+    return _plain(files, path, split=split, category=category, scene_pattern=scene_pattern)
 
 
 def _label(path: AnyPath, split: str) -> str:
@@ -126,7 +129,7 @@ def _annotation_files(folder: Path, split: str) -> list[Path]:
 
 
 def _read_json_file(
-    path: AnyPath, split: str, category: str, scene_pattern: str | None, keep: bool, name: str | None = None
+    path: AnyPath, split: str, *, category: str, scene_pattern: str | None, keep: bool, name: str | None = None
 ) -> Dataset:
     content = read_json(path)
     if isinstance(content, dict) and "images" in content:
@@ -150,7 +153,7 @@ def _listed(path: AnyPath) -> list[AnyPath]:
     return [to_path(one) if is_url(one) or Path(one).is_absolute() else path.parent / one for one in named]
 
 
-def _plain(files: list[AnyPath], where: AnyPath, split: str, category: str, scene_pattern: str | None) -> Dataset:
+def _plain(files: list[AnyPath], where: AnyPath, *, split: str, category: str, scene_pattern: str | None) -> Dataset:
     if not files:
         raise DataError(f"{where}: no images there (PNG, JPEG, TIFF, BMP, WebP)")
     unknown = (0, 0)

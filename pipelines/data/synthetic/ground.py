@@ -30,7 +30,7 @@ def ground(rng: np.random.Generator, size: int) -> np.ndarray:
     return image
 
 
-def pavement(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, extent: np.ndarray, angle: float) -> None:
+def pavement(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, *, extent: np.ndarray, angle: float) -> None:
     """Draw concrete or asphalt with slab joints, stains and a taxi line into ``image``."""
     size = len(image)
     tone = rng.uniform(105, 190)
@@ -57,7 +57,7 @@ def pavement(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, ex
     _line(image, centre - across * extent[0] / 2, centre + across * extent[0] / 2, (214, 182, 60), int(rng.integers(1, 3)))
 
 
-def runway(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, angle: float, width: float) -> None:
+def runway(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, *, angle: float, width: float) -> None:
     """Draw a runway across the whole scene: dark asphalt, edge lines, dashes, threshold bars, tyre marks."""
     size = len(image)
     extent = np.array([size * 3.0, width])
@@ -83,7 +83,7 @@ def runway(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, angl
 
 
 def building(
-    rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, extent: np.ndarray, angle: float, shadow: np.ndarray
+    rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, extent: np.ndarray, *, angle: float, shadow: np.ndarray
 ) -> np.ndarray:
     """Draw a roof with ridge, roof units and a cast shadow; return its footprint, bool (H, W)."""
     footprint = np.zeros(image.shape[:2], np.uint8)
@@ -105,7 +105,7 @@ def building(
     return footprint.astype(bool)
 
 
-def vehicle(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, angle: float, shadow: np.ndarray) -> None:
+def vehicle(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, *, angle: float, shadow: np.ndarray) -> None:
     """Draw a car, bus or tug with a windscreen and a short shadow."""
     length = rng.choice([rng.uniform(6, 10), rng.uniform(13, 24)])
     extent = np.array([length, rng.uniform(3.2, 6.0)])
@@ -118,7 +118,7 @@ def vehicle(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, ang
     cv2.fillPoly(image, [_rectangle(front, extent * [0.16, 0.8], angle)], (50, 56, 64))
 
 
-def distractor(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, size: float, shadow: np.ndarray) -> None:
+def distractor(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, *, size: float, shadow: np.ndarray) -> None:
     """Draw something plane-like that is none: painted cross, T-shaped roof, helicopter, wind turbine, bare fuselage."""
     kind, angle = int(rng.integers(5)), float(rng.uniform(0, 2 * np.pi))
     a, b = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])

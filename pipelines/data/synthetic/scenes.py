@@ -59,7 +59,7 @@ def draw_scene(settings: AirfieldSettings, split: str, index: int) -> Scene:
     angle = float(rng.uniform(0, np.pi))
     taken = np.zeros((size, size), bool)
     aprons = _lay_out(rng, image, angle)
-    _furnish(rng, image, taken, aprons=aprons, angle=angle, shadow=shadow)
+    _furnish(rng, image, taken=taken, aprons=aprons, angle=angle, shadow=shadow)
     masks = _park(rng, settings, image, taken=taken, aprons=aprons, light=light, shadow=shadow)
     return Scene(_expose(rng, image), masks)
 
@@ -68,15 +68,15 @@ def _lay_out(rng: np.random.Generator, image: np.ndarray, angle: float) -> list[
     """Draw runway, taxiways and aprons; return the aprons as (centre, extent, angle)."""
     size = len(image)
     if rng.random() < 0.7:
-        ground.runway(rng, image, rng.uniform(0.1, 0.9, 2) * size, angle, rng.uniform(56, 96))
+        ground.runway(rng, image, rng.uniform(0.1, 0.9, 2) * size, angle=angle, width=rng.uniform(56, 96))
     for _ in range(rng.integers(1, 3)):
         extent = np.array([size * 2.0, rng.uniform(26, 44)])
         turned = angle + rng.choice([0.0, np.pi / 2])
-        ground.pavement(rng, image, rng.uniform(0.1, 0.9, 2) * size, extent, turned)
+        ground.pavement(rng, image, rng.uniform(0.1, 0.9, 2) * size, extent=extent, angle=turned)
     aprons = []
     for _ in range(rng.integers(2, 4)):
         centre, extent = rng.uniform(0.15, 0.85, 2) * size, rng.uniform(0.35, 0.75, 2) * size
-        ground.pavement(rng, image, centre, extent, angle)
+        ground.pavement(rng, image, centre, extent=extent, angle=angle)
         aprons.append((centre, extent, angle))
     return aprons
 
@@ -84,6 +84,7 @@ def _lay_out(rng: np.random.Generator, image: np.ndarray, angle: float) -> list[
 def _furnish(
     rng: np.random.Generator,
     image: np.ndarray,
+    *,
     taken: np.ndarray,
     aprons: list[tuple[np.ndarray, np.ndarray, float]],
     angle: float,
@@ -99,13 +100,13 @@ def _furnish(
         centre = _spot(rng, aprons, size)
         x, y = (int(v) for v in centre.clip(0, size - 1))
         if not taken[y, x]:
-            ground.vehicle(rng, image, centre, float(rng.uniform(0, 2 * np.pi)), shadow)
+            ground.vehicle(rng, image, centre, angle=float(rng.uniform(0, 2 * np.pi)), shadow=shadow)
     for _ in range(rng.integers(4, 10)):
         centre, width = _spot(rng, aprons, size), float(rng.uniform(24, 80))
         x, y = (int(v) for v in centre.clip(0, size - 1))
         if taken[y, x]:
             continue
-        ground.distractor(rng, image, centre, width, shadow)
+        ground.distractor(rng, image, centre, size=width, shadow=shadow)
         disc = np.zeros((size, size), np.uint8)
         cv2.circle(disc, (x, y), int(width * 0.55) + 3, 1, -1)
         taken |= disc.astype(bool)
@@ -125,6 +126,7 @@ def _park(
     rng: np.random.Generator,
     settings: AirfieldSettings,
     image: np.ndarray,
+    *,
     taken: np.ndarray,
     aprons: list[tuple[np.ndarray, np.ndarray, float]],
     light: np.ndarray,

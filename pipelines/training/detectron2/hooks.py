@@ -96,7 +96,7 @@ class Recorder(HookBase):
 class Saved(HookBase):
     """After the checkpointer: notifies the listeners, and ends an interrupted training once its state is safe."""
 
-    def __init__(self, recorder: Recorder, checkpointer: Any, period: int, interrupt: Interrupt | None) -> None:
+    def __init__(self, recorder: Recorder, checkpointer: Any, *, period: int, interrupt: Interrupt | None) -> None:
         self.recorder, self.checkpointer, self.period, self.interrupt = recorder, checkpointer, period, interrupt
 
     def after_step(self) -> None:
@@ -133,5 +133,5 @@ def make_hooks(
     made = [hooks.IterationTimer(), hooks.LRScheduler(), recorder]
     if comm.is_main_process():
         made.append(hooks.PeriodicCheckpointer(trainer.checkpointer, period, max_to_keep=2))
-        made.append(Saved(recorder, trainer.checkpointer, period, interrupt))
+        made.append(Saved(recorder, trainer.checkpointer, period=period, interrupt=interrupt))
     return made, recorder

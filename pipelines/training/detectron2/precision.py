@@ -17,7 +17,7 @@ def amp_precision(device: str) -> Precision:
     return "bf16-mixed" if device == "cpu" else pick_precision(device, "auto")
 
 
-def make_stepper(model: torch.nn.Module, inputs: Any, optimizer: torch.optim.Optimizer, device: str, mixed: bool) -> Any:
+def make_stepper(model: torch.nn.Module, inputs: Any, optimizer: torch.optim.Optimizer, *, device: str, mixed: bool) -> Any:
     """Detectron2's trainer of single steps, in mixed precision if requested."""
     if not mixed:
         return SimpleTrainer(model, inputs, optimizer)

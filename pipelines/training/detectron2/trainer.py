@@ -81,6 +81,7 @@ def train_detectron2(
     recipe: Detectron2Recipe,
     train: Dataset,
     val: Dataset | None,
+    *,
     folder: Path,
     device: str,
     listeners: Sequence[Listener] = (),
@@ -133,7 +134,7 @@ def _gpus_hidden(hide: bool) -> Iterator[None]:
             os.environ["CUDA_VISIBLE_DEVICES"] = str(before)
 
 
-def _work(
+def _work(  # noqa: PLR0917 - the launcher passes them so
     recipe: Detectron2Recipe,
     train: Dataset,
     val: Dataset | None,
@@ -207,7 +208,7 @@ def _evaluation(
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         predictor = by_tiles(Detectron2Predictor(_bare(model), cfg), recipe.prediction, cfg.MODEL.DEVICE)
-        return validation_metrics(predictor, val, has_masks(cfg), unreadable)
+        return validation_metrics(predictor, val, masks=has_masks(cfg), unreadable=unreadable)
 
     return evaluate
 
@@ -286,6 +287,7 @@ class _FromStart:
 def _make_trainer(
     cfg: Any,
     batches: DetectorBatches,
+    *,
     evaluate: Callable[[torch.nn.Module], dict[str, float]] | None,
     listeners: Sequence[Listener],
     interrupt: Interrupt | None,

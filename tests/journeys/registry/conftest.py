@@ -146,13 +146,13 @@ def saved(tmp_path_factory, airfield) -> tuple[Path, Path, Path]:
     def segmenter(steps: int) -> Path:
         recipe = load_recipe("demo_unet", [*UNET, "training.epochs=null", f"training.steps={steps}"])
         assert isinstance(recipe, UNetRecipe)
-        return train_unet(recipe, train, None, folder / str(steps), "cpu")[0]
+        return train_unet(recipe, train, None, folder=folder / str(steps), device="cpu")[0]
 
     recipe = load_recipe("demo_detector", DETECTOR)
     assert isinstance(recipe, DetectorRecipe)
     torch.manual_seed(0)
     weights = build_detector(recipe.architecture, 1).state_dict()
-    detector = save_model(folder / "detector", detector_spec(recipe.architecture, ["plane"], recipe.tiling), weights)
+    detector = save_model(folder / "detector", detector_spec(recipe.architecture, ["plane"], tiling=recipe.tiling), weights)
     return segmenter(4), segmenter(24), detector
 
 
