@@ -215,9 +215,9 @@ def judge(gates: Gates, main: str, candidate: Measurement, baseline: Measurement
         checks.append(Check("images that failed", where, "taken for empty", ours, theirs, True))
     for metric, gate in gates.metrics.items():
         checks += _judge_metric(metric, gate, where, candidate, baseline)
-    for title, part in gates.slices.items():
-        mine, its = (None if m is None else _slice(part, main, m) for m in (candidate, baseline))
-        checks.append(_against(f"{title}: {main}", where, least=-part.max_loss, ours=mine, theirs=its))
+    for title, limit in gates.slices.items():
+        mine, its = (None if m is None else _slice(limit, main, m) for m in (candidate, baseline))
+        checks.append(_against(f"{title}: {main}", where, least=-limit.max_loss, ours=mine, theirs=its))
     if gates.max_slowdown is not None:
         ratio = 1.0 if baseline is None else slowdown(candidate, baseline)
         shown = "-" if baseline is None else f"{ratio:.2f} times" if math.isfinite(ratio) else "cannot be measured"
@@ -284,15 +284,15 @@ def largest_differences(twin: Measurement, parent: Measurement) -> Differences:
 def _same_detections(where: str, twin: Measurement, parent: Measurement) -> Check:
     """Whether every detection of the parent is there again, and no other."""
     required = f"within {SAME_PIXELS:g} pixels, {SAME_SCORE:g} of score"
-    found = largest_differences(twin, parent)
-    if found.first_unequal:
-        return Check("detections", where, required, found.first_unequal, "-", False)
-    shown = f"within {found.pixels:.2g} pixels, {found.score:.2g} of score"
-    return Check("detections", where, required, shown, "-", found.pixels <= SAME_PIXELS and found.score <= SAME_SCORE)
+    largest = largest_differences(twin, parent)
+    if largest.first_unequal:
+        return Check("detections", where, required, largest.first_unequal, "-", False)
+    shown = f"within {largest.pixels:.2g} pixels, {largest.score:.2g} of score"
+    return Check("detections", where, required, shown, "-", largest.pixels <= SAME_PIXELS and largest.score <= SAME_SCORE)
 
 
-def _slice(part: SliceGate, main: str, of: Measurement) -> float:
-    return of.of_size(part.size, main) if part.size else of.of_images(str(part.images), main)
+def _slice(gate: SliceGate, main: str, of: Measurement) -> float:
+    return of.of_size(gate.size, main) if gate.size else of.of_images(str(gate.images), main)
 
 
 def _judge_metric(
@@ -384,9 +384,9 @@ def judge_images(
             reason = "it is the training set" if same else "not known (imported, or registered before 0.6.1)"
             checks.append(Check("images", where, required, reason, flattered, not same))
             continue
-        parts = "".join(f"; not known of {part}" for part in trained_on.unknown)
+        unknown = "".join(f"; not known of {name}" for name in trained_on.unknown)
         shared = trained_on.shared_with(dataset)
-        checks.append(Check("images", where, required, _share(trained_on, dataset) + parts, flattered, not shared))
+        checks.append(Check("images", where, required, _share(trained_on, dataset) + unknown, flattered, not shared))
     return checks
 
 

@@ -20,7 +20,7 @@ DIGITS = 16
 class TrainingImages(BaseModel):
     """The images that decided a version's weights: those trained on and those validated on, whole files.
 
-    images: hash of a file's bytes -> name of the image; unknown: parts of a composition of which
+    images: hash of a file's bytes -> name of the image; unknown: components of a composition of which
     nothing is known, such as ``detector planes-det/1``.
     """
 
@@ -65,11 +65,11 @@ def images_of(*datasets: Dataset | None) -> TrainingImages:
     return TrainingImages(images=images)
 
 
-def united(parts: Mapping[str, TrainingImages | None]) -> TrainingImages:
-    """What a composition of these parts was trained on; ``parts`` by their names."""
+def united(components: Mapping[str, TrainingImages | None]) -> TrainingImages:
+    """What a composition of these components was trained on; ``components`` by their names."""
     images: dict[str, str] = {}
     unknown: list[str] = []
-    for name, part in parts.items():
-        images |= part.images if part else {}
-        unknown += [name] if part is None else part.unknown
+    for name, component in components.items():
+        images |= component.images if component else {}
+        unknown += [name] if component is None else component.unknown
     return TrainingImages(images=images, unknown=unknown)

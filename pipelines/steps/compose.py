@@ -28,7 +28,7 @@ from pipelines.steps.cli_support import friendly
 def main(**options: Any) -> None:
     """Compose planes-det and planes-unet into planes-inst, evaluate, log and register it.
 
-    The version holds both parts and loads alone; its tags name the versions they came from.
+    The version holds both components and loads alone; its tags name the versions they came from.
     """
     from pipelines.registry.model_versions import Registry
     from pipelines.use_cases.compose import ComposeRequest, compose

@@ -177,7 +177,7 @@ def gc(*, models: tuple[str, ...], keep: int, dry_run: bool, yes: bool) -> None:
 
     Artefacts stay until MLflow's own `mlflow gc`.
     """
-    _run("pipelines.steps.inspect_commands:sweep", models, keep, dry_run, yes)
+    _run("pipelines.steps.inspect_commands:sweep", models, keep=keep, dry_run=dry_run, yes=yes)
 
 
 if __name__ == "__main__":

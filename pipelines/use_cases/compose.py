@@ -49,11 +49,11 @@ def compose(registry: Registry, request: ComposeRequest) -> str:
     """Compose, evaluate on the test split where there is one, register; returns ``name/version``.
 
     Raises:
-        PlanesError: parts, data or store that cannot be used.
+        PlanesError: components, data or store that cannot be used.
     """
-    parts = {"detector": registry.resolve(request.detector), "segmenter": registry.resolve(request.segmenter)}
-    named = {role: part.label for role, part in parts.items()}
-    folders = {role: registry.fetch(part) for role, part in parts.items()}
+    components = {"detector": registry.resolve(request.detector), "segmenter": registry.resolve(request.segmenter)}
+    named = {role: component.label for role, component in components.items()}
+    folders = {role: registry.fetch(component) for role, component in components.items()}
     category = read_spec(folders["detector"]).classes[0]
     test = open_test(request.data, category, None)
     key = _key(request, named, test.digest() if test else "", source_digest())
@@ -71,15 +71,15 @@ def compose(registry: Registry, request: ComposeRequest) -> str:
         title = f"{request.name} {named['detector']} + {named['segmenter']}"
         with mlflow_runs.tracked_run(registry.client, title, {"task": "compose", **named}) as run:
             mlflow_runs.log_params({**request.__dict__, **named, "device": device})
-            for part in parts.values():
-                mlflow_runs.link_model(part.model_id)
+            for component in components.values():
+                mlflow_runs.link_model(component.model_id)
             if test is not None:
                 mlflow_runs.log_dataset(test, "test")
             example_from = (test or open_dataset(request.data, "train", category=category)).rendered(
                 read_spec(saved).rendering
             )
             tags = {**named, "training_key": key}
-            example, known_images = example_image("detector", example_from), _training_images(registry, parts)
+            example, known_images = example_image("detector", example_from), _training_images(registry, components)
             what = Publication(saved, request.name, example, test=test, tags=tags, trained_on=known_images)
             version, metrics = publish(registry, what, run.info.run_id, device=device)
     value = f"test mask_AP {metrics['mask_AP']:.3f}" if "mask_AP" in metrics else "no test set with outlines"
@@ -88,12 +88,14 @@ def compose(registry: Registry, request: ComposeRequest) -> str:
     return f"{request.name}/{version}"
 
 
-def _training_images(registry: Registry, parts: Mapping[str, Resolved]) -> TrainingImages:
-    """What both parts were trained on."""
-    return united({f"{role} {part.label}": read_training_images(registry, part) for role, part in parts.items()})
+def _training_images(registry: Registry, components: Mapping[str, Resolved]) -> TrainingImages:
+    """What both components were trained on."""
+    return united(
+        {f"{role} {component.label}": read_training_images(registry, component) for role, component in components.items()}
+    )
 
 
 def _key(request: ComposeRequest, named: dict[str, str], *more: str) -> str:
-    """Digest of parts, settings, test data and code: what makes two compositions equal."""
+    """Digest of components, settings, test data and code: what makes two compositions equal."""
     content = [sorted(named.items()), request.overlaps, request.min_score, *more]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

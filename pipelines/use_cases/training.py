@@ -48,13 +48,13 @@ KIND = {"unet": "segmenter", "detector": "detector", "maskrcnn": "instance_segme
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The parts of a data set; validation and test may be absent."""
+    """The splits of a data set; validation and test may be absent."""
 
     train: Dataset
     val: Dataset | None
     test: Dataset | None
 
-    def parts(self) -> list[tuple[Dataset, str]]:
+    def splits(self) -> list[tuple[Dataset, str]]:
         """Those that exist, with the context MLflow shows them in."""
         named = ((self.train, "training"), (self.val, "validation"), (self.test, "test"))
         return [(dataset, context) for dataset, context in named if dataset is not None]
@@ -143,8 +143,8 @@ def _continued(plan: Plan) -> Plan:
         return plan
     every = {s.image_id: s for s in (*data.train.samples, *(data.val.samples if data.val else ()))}
     # In the order that they had: batches go by it.
-    parts = [tuple(every[i] for i in ids if i in every) for ids in (earlier.train, earlier.val)]
-    train, val = replace(data.train, samples=parts[0]), replace(data.train, split="val", samples=parts[1])
+    as_before = [tuple(every[i] for i in ids if i in every) for ids in (earlier.train, earlier.val)]
+    train, val = replace(data.train, samples=as_before[0]), replace(data.train, split="val", samples=as_before[1])
     log.info(f"goes on in {earlier.folder}, begun with {earlier.removed} more images, which cannot be read")
     key = earlier.folder.name.removeprefix(f"{request.register_as}-")
     return replace(plan, data=replace(data, train=train, val=val if len(val) else None), key=key, folder=earlier.folder)
@@ -161,8 +161,10 @@ def _data(request: TrainingRequest, recipe: Recipe) -> TrainingData:
     train, val = split_by_scene(full, settings.val_fraction, recipe.seed)
     test = open_test(where, settings.category, settings.scene_pattern)
     test = test and test.rendered(settings.rendering)
-    parts = [_measurable(part, recipe, what) for part, what in ((val if len(val) else None, "validation"), (test, "test"))]
-    return TrainingData(train, *parts)
+    measurable = [
+        _measurable(split, recipe, what) for split, what in ((val if len(val) else None, "validation"), (test, "test"))
+    ]
+    return TrainingData(train, *measurable)
 
 
 def _measurable(dataset: Dataset | None, recipe: Recipe, what: str) -> Dataset | None:
@@ -258,7 +260,7 @@ def _log_inputs(plan: Plan) -> None:
     mlflow_runs.log_params({**plan.recipe.flat(), "device": plan.device, "precision": _precision(plan), **data})
     mlflow.log_dict(plan.recipe.model_dump(), "recipe.yaml")
     mlflow_runs.log_environment()
-    for dataset, context in plan.data.parts():
+    for dataset, context in plan.data.splits():
         mlflow_runs.log_dataset(dataset, context)
     if isinstance(plan.recipe, Detectron2Recipe):
         from pipelines.training.detectron2.trainer import training_config

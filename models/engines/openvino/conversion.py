@@ -174,9 +174,9 @@ class _TorchvisionNetwork(_Wrapped):
         features = network.backbone(pixels)
         proposals, _ = network.rpn(images, features, None)
         detections, _ = network.roi_heads(features, proposals, images.image_sizes, None)
-        found = detections[0]
-        masks = (found["masks"],) if "masks" in found else ()
-        return found["boxes"], found["scores"], found["labels"] - 1, *masks
+        instances = detections[0]
+        masks = (instances["masks"],) if "masks" in instances else ()
+        return instances["boxes"], instances["scores"], instances["labels"] - 1, *masks
 
 
 def _torchvision_input(network: Any) -> ImageInput:
@@ -206,12 +206,12 @@ class _Detectron2Network(_Wrapped):
             features = network.backbone(pixels)
             if hasattr(network, "head_in_features"):
                 maps = [features[name] for name in network.head_in_features]
-                found = network.forward_inference(images, maps, network.head(maps))[0]
+                instances = network.forward_inference(images, maps, network.head(maps))[0]
             else:
                 proposals, _ = network.proposal_generator(images, features, None)
-                found = network.roi_heads(images, features, proposals, None)[0][0]
-        masks = (found.pred_masks,) if found.has("pred_masks") else ()
-        return found.pred_boxes.tensor, found.scores, found.pred_classes, *masks
+                instances = network.roi_heads(images, features, proposals, None)[0][0]
+        masks = (instances.pred_masks,) if instances.has("pred_masks") else ()
+        return instances.pred_boxes.tensor, instances.scores, instances.pred_classes, *masks
 
 
 def _detectron2_input(predictor: Detectron2Predictor) -> ImageInput:

@@ -83,8 +83,8 @@ def _quantise(what: str, network: Path, inputs: Path, into: Path) -> None:
         if done.returncode == 0:
             return
         if done.returncode > 0:
-            said = done.stderr.strip().splitlines() or ["no reason was given"]
-            raise ModelError(f"{what}: NNCF cannot quantise it ({said[-1][:300]})")
+            lines = done.stderr.strip().splitlines() or ["no reason was given"]
+            raise ModelError(f"{what}: NNCF cannot quantise it ({lines[-1][:300]})")
         log.warning(f"NNCF's process ended by signal {-done.returncode}, attempt {attempt} of {TRIES}")
     raise ModelError(f"{what}: NNCF cannot quantise it (its process crashed {TRIES} times)")
 
