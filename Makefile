@@ -9,7 +9,7 @@ demo: $(VENV)/.run
 	$(BIN)/python -m scoring.demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 3 --max-worker-restart 0 --dist loadgroup --no-loadscope-reorder --durations 15
+	$(BIN)/python -m pytest -n 4 --max-worker-restart 0 --dist loadgroup --no-loadscope-reorder --durations 15
 
 # What takes many rounds or a whole training; `make soak UNTIL=...` begins no test after that time, in seconds since 1970.
 soak: $(VENV)/.dev

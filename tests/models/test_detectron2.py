@@ -24,7 +24,8 @@ SMALL = {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64, "MODE
 SMALL |= {"MODEL.ROI_BOX_HEAD.FC_DIM": 64, "MODEL.ROI_MASK_HEAD.CONV_DIM": 32, "INPUT.MIN_SIZE_TEST": 480}
 
 
-@pytest.mark.parametrize("config", [FASTER, MASK])
+# A Mask R-CNN has all that a Faster R-CNN has.
+@pytest.mark.parametrize("config", [pytest.param(FASTER, marks=pytest.mark.soak), MASK])
 def test_a_saved_model_predicts_what_defaultpredictor_predicts_to_the_bit(config, isaid, dota, tmp_path):
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.engine import DefaultPredictor

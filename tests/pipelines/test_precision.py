@@ -67,7 +67,7 @@ def test_every_task_trains_in_bfloat16_and_goes_on_to_the_same_weights(task, dat
     assert {v.dtype for v in a.values()} <= {torch.float32, torch.int64}
 
 
-@pytest.mark.parametrize("task", ["small_unet", "mobile"])
+@pytest.mark.parametrize("task", ["small_unet", pytest.param("mobile", marks=pytest.mark.soak)])
 def test_every_task_trains_in_float16(task, data, tmp_path):
     history = _train(task, "16-mixed", data, tmp_path)[1].history
     assert [r["step"] for r in history] == [1, 2, 3]

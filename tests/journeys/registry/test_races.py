@@ -14,7 +14,7 @@ from tests.journeys.conftest import error_line
 
 pytestmark = pytest.mark.xdist_group("registry")
 
-ROUNDS = pytest.mark.parametrize("rounds", [3, pytest.param(30, marks=pytest.mark.soak)])
+ROUNDS = pytest.mark.parametrize("rounds", [2, pytest.param(30, marks=pytest.mark.soak)])
 
 
 def _start(team, version):
