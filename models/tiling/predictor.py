@@ -19,6 +19,8 @@ from models.tiling.settings import Tiling, Window, cut_tile, tile_grid
 # Tiles per forward pass. On a CPU a batch is no gain in itself (15 tiles of 512 pixels,
 # torchvision's MobileNet Faster R-CNN: 7.8 s one by one, 11.5 s in batches of 4).
 CPU_BATCH, GPU_BATCH = 1, 16
+# Tiles for each thread of a predictor that works on several at a time: the last ones of a batch leave threads idle.
+TILES_A_THREAD = 8
 
 
 class Tiled:
@@ -26,7 +28,9 @@ class Tiled:
 
     def __init__(self, predictor: Predictor, tiling: Tiling, device: str = "cpu") -> None:
         self.predictor, self.tiling = predictor, tiling
-        self.batch = tiling.batch or (CPU_BATCH if device == "cpu" else GPU_BATCH)
+        concurrent = getattr(predictor, "concurrent", 1)
+        on_cpu = CPU_BATCH if concurrent == 1 else TILES_A_THREAD * concurrent
+        self.batch = tiling.batch or (on_cpu if device == "cpu" else GPU_BATCH)
 
     def predict(self, images: Sequence[AnyImage]) -> list[Instances]:
         """Planes in images of any sizes, arrays or `WindowedImage`; see `Predictor`."""

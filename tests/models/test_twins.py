@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from itertools import pairwise
+from queue import SimpleQueue
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,12 +20,15 @@ pytest.importorskip("openvino", reason="OpenVINO is not installed")
 from models.engines.openvino import network
 from models.engines.openvino.compiled import compiled_folder
 from models.engines.openvino.inputs import prepared
+from models.engines.openvino.predictor import load_twin
 from models.engines.openvino.settings import ImageInput
 from models.errors import EngineMissing, ModelError
 from models.geometry.rle import rle_iou
 from models.loading import load_model
 from models.runtime.instructions import cpu_threads
 from models.saved.spec import read_spec
+from models.tiling.predictor import by_tiles
+from models.tiling.settings import Tiling
 from models.twins import check_twin, is_twin, make_twin
 from tests.models.test_contract import MAKERS
 
@@ -333,7 +337,7 @@ def test_numbers_that_are_not_finite_are_no_detections(copies):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_output_that_is_not_finite_is_an_error(value, copies, monkeypatch):
     detector = load_model(copies[1])
-    infer = detector.network._request(None).infer
+    spoilt, infer = SimpleQueue(), detector.network._idle(None).get().infer
 
     class Spoilt:
         @staticmethod
@@ -342,7 +346,8 @@ def test_an_output_that_is_not_finite_is_an_error(value, copies, monkeypatch):
             results[0][0, 0] = value
             return results
 
-    monkeypatch.setattr(detector.network, "_request", lambda shape: Spoilt)
+    spoilt.put(Spoilt)
+    monkeypatch.setattr(detector.network, "_idle", lambda shape: spoilt)
     with pytest.raises(ModelError, match="not finite; use --runtime torch"):
         detector.predict(_images()[:1])
 
@@ -479,7 +484,7 @@ def test_it_takes_the_threads_that_it_is_given(copies, monkeypatch):
     for given, threads in (("1", 1), ("2,1", 2)):
         monkeypatch.setenv("OMP_NUM_THREADS", given)
         assert cpu_threads() == threads
-        compiled = load_model(twin).network._request(None).get_compiled_model()
+        compiled = load_model(twin).network._idle(None).get().get_compiled_model()
         assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert cpu_threads() == len(os.sched_getaffinity(0))
@@ -502,6 +507,48 @@ def test_the_geometry_of_boxes_stays_in_full_precision(pair, half):
     assert {marked for kind, marked in kept[half] if kind == "ROIAlign"} == {False}
     assert {marked for kind, marked in kept[half] if kind in dense} == {False}
     assert not any(marked for kind, marked in kept[half] if kind == "Relu")
+
+
+@pytest.mark.parametrize(("threads", "streams"), [(1, 1), (3, 3), (9, 4)])
+def test_tiles_predicted_at_a_time_are_what_each_gives_alone(pair, monkeypatch, threads, streams):
+    monkeypatch.setattr(network, "cpu_threads", lambda: threads)
+    twin = load_twin(read_spec(pair[1]), pair[1], 96)
+    assert twin.concurrent == streams
+    rng = np.random.default_rng(5)
+    # One of another size is among them.
+    tiles = [rng.integers(0, 256, (64 if i == 4 else 96, 96, 3), dtype=np.uint8) for i in range(11)]
+    together = twin.predict(tiles)
+    assert sum(map(len, together)) > 11
+    assert together == [twin.predict([tile])[0].named(str(i)) for i, tile in enumerate(tiles)]
+
+
+def test_tiles_come_in_batches_for_all_threads(pair, monkeypatch):
+    monkeypatch.setattr(network, "cpu_threads", lambda: 2)
+    twin, seen = load_twin(read_spec(pair[1]), pair[1], 96), []
+    real = twin.predict
+    monkeypatch.setattr(twin, "predict", lambda tiles: seen.append(len(tiles)) or real(tiles))
+    image = np.random.default_rng(6).integers(0, 256, (480, 384, 3), dtype=np.uint8)
+    by_tiles(twin, Tiling(size=96, overlap=0), "cpu").predict([image])
+    assert seen == [16, 4]
+    seen.clear()
+    by_tiles(twin, Tiling(size=96, overlap=0, batch=7), "cpu").predict([image])
+    assert seen == [7, 7, 6]
+
+
+def test_what_fails_in_one_of_the_threads_is_an_error(pair, monkeypatch):
+    monkeypatch.setattr(network, "cpu_threads", lambda: 2)
+    twin = load_twin(read_spec(pair[1]), pair[1], 96)
+    real, calls = twin.network, []
+
+    def broken(*inputs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ModelError("OpenVINO: no")
+        return real(*inputs)
+
+    twin.network = broken
+    with pytest.raises(ModelError, match="OpenVINO: no"):
+        twin.predict([np.zeros((96, 96, 3), np.uint8)] * 6)
 
 
 def test_a_process_that_loaded_twins_and_dropped_them_lives_through_a_signal(pair, half):
@@ -569,7 +616,7 @@ def test_a_twin_in_half_precision_computes_in_half_precision(pair, half):
     for tiling in ({"size": 0}, {"size": 96}):
         requests = [load_model(f, "cpu", tiling) for f in (twin, half)]
         networks = [getattr(r, "predictor", r).network for r in requests]
-        compiled = [next(iter(n._requests.values())).get_compiled_model() for n in networks]
+        compiled = [next(iter(n._requests.values())).get().get_compiled_model() for n in networks]
         assert [c.get_property("INFERENCE_PRECISION_HINT").get_type_name() for c in compiled] == ["f32", "bf16"]
 
 
@@ -579,7 +626,9 @@ def test_tiles_have_a_network_of_their_shape(pair):
     tiled, whole = load_model(twin, "cpu", {"size": 96, "overlap": 0.0}), load_model(twin)
     requests = tiled.predictor.network._requests
     assert set(requests) == {(1, 3, 96, 96)}
-    assert requests[1, 3, 96, 96].get_compiled_model().inputs[0].get_partial_shape().is_static
+    request = requests[1, 3, 96, 96].get()
+    assert request.get_compiled_model().inputs[0].get_partial_shape().is_static
+    requests[1, 3, 96, 96].put(request)
     tile = _images()[0][:96, :96]
     (a,), (b,) = tiled.predict([tile]), whole.predict([tile])
     assert len(a) == len(b) > 0

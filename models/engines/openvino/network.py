@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import platform
+import threading
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -59,8 +61,12 @@ def shared_core() -> Any:
     return require_openvino().Core()
 
 
+# Calls that a network of one shape works on at a time; each takes the memory of one more.
+MOST_STREAMS = 4
+
+
 class Network:
-    """A network on this CPU: arrays in, arrays out.
+    """A network on this CPU: arrays in, arrays out. Several threads may call it.
 
     The compiled form is kept on disk, by the digest of the network's files, the CPU and OpenVINO's version.
     """
@@ -83,6 +89,8 @@ class Network:
             outputs: ranks of the outputs.
             fixed: shape of the first input that most calls will have. It is compiled for that shape alone: what
                 depends on shapes, such as anchors, is computed once. Other shapes take a network compiled for any.
+                As many calls of this shape as `streams` says share the CPU: one thread with a call of its own does
+                more than two threads with one call.
 
         Raises:
             EngineMissing: OpenVINO is not installed.
@@ -105,39 +113,46 @@ class Network:
         if given != list(inputs) or ranks != list(outputs):
             raise ModelError(f"{files[0]}: takes {given} and gives arrays of ranks {ranks}; no network of this kind does")
         self._files, self._fixed, self._model = files, fixed, model
+        self.streams = min(cpu_threads(), MOST_STREAMS) if fixed else 1
         self._settings = {
             # On its own OpenVINO takes bfloat16 wherever the CPU has it.
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
             "INFERENCE_NUM_THREADS": cpu_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
             # Two jobs on one machine would be pinned to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
         self._cache = open_cache(_key(files, openvino))
-        self._requests: dict[tuple[int, ...] | None, Any] = {}
-        self._request(fixed)
+        self._compiling = threading.Lock()
+        self._requests: dict[tuple[int, ...] | None, SimpleQueue[Any]] = {}
+        self._idle(fixed)
 
-    def _request(self, shape: tuple[int, ...] | None) -> Any:
-        """The network compiled for one shape, or for any."""
-        if shape not in self._requests:
-            model = self._model
-            try:
-                if shape is not None:
-                    model = model.clone()
-                    model.reshape({0: list(shape)})
-                self._requests[shape] = self._compile(model).create_infer_request()
-            except RuntimeError as error:
-                raise ModelError(f"{self._files[0]}: OpenVINO cannot compile it ({one_line(error, 160)})") from error
-        return self._requests[shape]
+    def _idle(self, shape: tuple[int, ...] | None) -> SimpleQueue[Any]:
+        """Requests that nobody uses, of the network compiled for one shape, or for any."""
+        with self._compiling:
+            if shape not in self._requests:
+                model, streams = self._model, 1
+                try:
+                    if shape is not None:
+                        model, streams = model.clone(), self.streams
+                        model.reshape({0: list(shape)})
+                    compiled = self._compile(model, streams)
+                    requests: SimpleQueue[Any] = SimpleQueue()
+                    for _ in range(streams):
+                        requests.put(compiled.create_infer_request())
+                except RuntimeError as error:
+                    raise ModelError(f"{self._files[0]}: OpenVINO cannot compile it ({one_line(error, 160)})") from error
+                self._requests[shape] = requests
+            return self._requests[shape]
 
-    def _compile(self, model: Any) -> Any:
+    def _compile(self, model: Any, streams: int) -> Any:
+        settings = {**self._settings, "NUM_STREAMS": streams}
         if self._cache is not None:
             # A full disk costs the compiled form, not the job.
             with contextlib.suppress(RuntimeError):
-                compiled = shared_core().compile_model(model, "CPU", {**self._settings, "CACHE_DIR": str(self._cache)})
+                compiled = shared_core().compile_model(model, "CPU", {**settings, "CACHE_DIR": str(self._cache)})
                 note_digests(self._cache)
                 return compiled
-        return shared_core().compile_model(model, "CPU", self._settings)
+        return shared_core().compile_model(model, "CPU", settings)
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """The outputs, in the order of the network.
@@ -146,12 +161,15 @@ class Network:
             ModelError: OpenVINO cannot run it on these, or a number that is not finite comes out.
         """
         # By the shape alone, so that a call gives the same however many came before it.
-        request = self._request(self._fixed if inputs[0].shape == self._fixed else None)
+        idle = self._idle(self._fixed if inputs[0].shape == self._fixed else None)
+        request = idle.get()
         try:
             results = request.infer(list(inputs), share_inputs=True)
+            arrays = [np.array(results[i]) for i in range(len(results))]
         except RuntimeError as error:
             raise ModelError(f"OpenVINO: {one_line(error, 200)}") from error
-        arrays = [np.array(results[i]) for i in range(len(results))]
+        finally:
+            idle.put(request)
         if not all(np.isfinite(a).all() for a in arrays):
             raise ModelError("the twin's output holds numbers that are not finite; use --runtime torch")
         return arrays

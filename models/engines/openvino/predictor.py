@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -47,15 +48,20 @@ def load_twin(spec: ModelSpec, folder: Path, tile: int | None = None) -> Predict
 
 
 class TwinDetector:
-    """Predictor over a converted detector, image by image: on a CPU a batch is no gain in itself."""
+    """Predictor over a converted detector, each image by itself: on a CPU a batch is no gain in itself."""
 
     def __init__(self, network: Network, settings: ImageInput, classes: int) -> None:
         self.network, self.settings, self.classes = network, settings, classes
+        self.concurrent = network.streams
 
     @timed("forward")
     def predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
-        """Detect planes in RGB uint8 images of any sizes; see `Predictor`."""
-        return [self._one(str(i), image) for i, image in enumerate(images)]
+        """Detect planes in RGB uint8 images of any sizes, `concurrent` of them at a time; see `Predictor`."""
+        names = map(str, range(len(images)))
+        if self.concurrent == 1 or len(images) == 1:
+            return list(map(self._one, names, images))
+        with ThreadPoolExecutor(max_workers=self.concurrent) as pool:
+            return list(pool.map(self._one, names, images))
 
     def _one(self, image_id: str, image: np.ndarray) -> Instances:
         height, width = image.shape[:2]
