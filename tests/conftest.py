@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -74,7 +75,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_testnodedown(node: Any, error: object) -> None:
     """A test process that is lost says how it ended."""
     if error and hasattr(node.gateway._io, "popen"):
-        print(f"\n{node.gateway.id} ended with {node.gateway._io.popen.wait(timeout=10)}", file=sys.stderr)
+        try:
+            status = node.gateway._io.popen.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            status = "nothing yet: it is cut off, and there still"
+        print(f"\n{node.gateway.id} ended with {status}", file=sys.stderr)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -82,10 +82,7 @@ class Sample:
         masks, crowd = list(self.masks), self.crowd.copy()
         for i in without:
             x1, y1, x2, y2 = crop_window(self.boxes[i], self.height, self.width)
-            masks[i], crowd[i] = (
-                rle_paste(np.ones((y2 - y1, x2 - x1), bool), x1, y1, self.height, self.width),
-                True,
-            )
+            masks[i], crowd[i] = rle_paste(np.ones((y2 - y1, x2 - x1), bool), x1, y1, self.height, self.width), True
         return replace(self, masks=tuple(masks), crowd=crowd)
 
     def size(self) -> tuple[int, int]:

@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from itertools import pairwise
 from queue import SimpleQueue
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -221,8 +224,22 @@ def test_a_crash_of_the_quantising_process_costs_a_try(pair, tmp_path, monkeypat
     assert not {"b", "c"} & {p.name for p in tmp_path.iterdir()}
 
 
-def test_calibration_is_spread_over_the_images(pair, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_calibration_is_spread_over_the_images(pair, monkeypatch, threads):
     from models.engines.openvino import quantization
+
+    monkeypatch.setattr(network, "cpu_threads", lambda: threads)
+    real, working = network.Network.__call__, []
+
+    def alone(self, *inputs, **how):
+        working.append(1)
+        time.sleep(0.002)
+        assert len(working) == 1, "two calls at a time: the sample is another each time"
+        result = real(self, *inputs, **how)
+        working.clear()
+        return result
+
+    monkeypatch.setattr(network.Network, "__call__", alone)
 
     def tiles(count):
         return [int(pixels.sum() * 1000) for pixels, _ in quantization.recorded_inputs(predictor, _drawn(count))]
@@ -347,7 +364,7 @@ def test_an_output_that_is_not_finite_is_an_error(value, copies, monkeypatch):
             return results
 
     spoilt.put(Spoilt)
-    monkeypatch.setattr(detector.network, "_idle", lambda shape: spoilt)
+    monkeypatch.setattr(detector.network, "_idle", lambda *_: spoilt)
     with pytest.raises(ModelError, match="not finite; use --runtime torch"):
         detector.predict(_images()[:1])
 
@@ -522,6 +539,38 @@ def test_tiles_predicted_at_a_time_are_what_each_gives_alone(pair, monkeypatch, 
     assert together == [twin.predict([tile])[0].named(str(i)) for i, tile in enumerate(tiles)]
 
 
+def test_fewer_tiles_than_threads_take_all_threads_one_after_the_other(pair, monkeypatch):
+    monkeypatch.setattr(network, "cpu_threads", lambda: 2)
+    twin = load_twin(read_spec(pair[1]), pair[1], 96)
+    tiles, used = [np.zeros((96, 96, 3), np.uint8)] * 2, []
+    real = network.Network._idle
+    monkeypatch.setattr(network.Network, "_idle", lambda self, *key: used.append(key) or real(self, *key))
+    for count, streams in ((1, 1), (2, 2)):
+        used.clear()
+        twin.predict(tiles[:count])
+        assert used == [((1, 3, 96, 96), streams)] * count
+        compiled = real(twin.network, *used[0]).get().get_compiled_model()
+        assert compiled.get_property("NUM_STREAMS") == streams
+        # OpenVINO takes no more than there are.
+        assert compiled.get_property("INFERENCE_NUM_THREADS") == min(2, os.cpu_count())
+
+
+def test_one_core_is_made_whatever_threads_ask_for_it(monkeypatch):
+    made = []
+
+    def slow():
+        time.sleep(0.1)
+        made.append(object())
+        return made[-1]
+
+    monkeypatch.setattr(network, "require_openvino", lambda: SimpleNamespace(Core=slow))
+    monkeypatch.setattr(network, "_core", cache(network._core.__wrapped__))
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        cores = list(pool.map(lambda _: network.shared_core(), range(4)))
+    assert len(made) == 1
+    assert all(core is made[0] for core in cores)
+
+
 def test_tiles_come_in_batches_for_all_threads(pair, monkeypatch):
     monkeypatch.setattr(network, "cpu_threads", lambda: 2)
     twin, seen = load_twin(read_spec(pair[1]), pair[1], 96), []
@@ -540,11 +589,11 @@ def test_what_fails_in_one_of_the_threads_is_an_error(pair, monkeypatch):
     twin = load_twin(read_spec(pair[1]), pair[1], 96)
     real, calls = twin.network, []
 
-    def broken(*inputs):
+    def broken(*inputs, **more):
         calls.append(1)
         if len(calls) == 3:
             raise ModelError("OpenVINO: no")
-        return real(*inputs)
+        return real(*inputs, **more)
 
     twin.network = broken
     with pytest.raises(ModelError, match="OpenVINO: no"):
@@ -625,18 +674,19 @@ def test_tiles_have_a_network_of_their_shape(pair):
     _, twin = pair
     tiled, whole = load_model(twin, "cpu", {"size": 96, "overlap": 0.0}), load_model(twin)
     requests = tiled.predictor.network._requests
-    assert set(requests) == {(1, 3, 96, 96)}
-    request = requests[1, 3, 96, 96].get()
+    assert {shape for shape, _ in requests} == {(1, 3, 96, 96)}
+    (idle,) = requests.values()
+    request = idle.get()
     assert request.get_compiled_model().inputs[0].get_partial_shape().is_static
-    requests[1, 3, 96, 96].put(request)
+    idle.put(request)
     tile = _images()[0][:96, :96]
     (a,), (b,) = tiled.predict([tile]), whole.predict([tile])
     assert len(a) == len(b) > 0
     order = _partners(a, b)
     np.testing.assert_allclose(a.boxes, b.boxes[order], atol=0.01)
     np.testing.assert_allclose(a.scores, b.scores[order], atol=1e-4)
-    assert set(requests) == {(1, 3, 96, 96)}
+    assert {shape for shape, _ in requests} == {(1, 3, 96, 96)}
     (other,) = tiled.predictor.predict([_images()[2]])
     (same,) = whole.predict([_images()[2]])
-    assert set(requests) == {(1, 3, 96, 96), None}
+    assert {shape for shape, _ in requests} == {(1, 3, 96, 96), None}
     assert other.boxes.tobytes() == same.boxes.tobytes()

@@ -51,14 +51,22 @@ def supports(precision: TwinPrecision) -> bool:
 
 
 @cache
+def _core() -> Any:
+    return require_openvino().Core()
+
+
+_MAKING = threading.Lock()
+
+
 def shared_core() -> Any:
-    """OpenVINO's core, one for the whole process.
+    """OpenVINO's core, one for the whole process, whatever threads ask for it.
 
     Each gives the thread that it is made in an alternate stack for signals, for the size of AMX's registers. Of two
     whose lives overlap, the second to go puts back the stack of the first, which is unmapped: the next signal, be it
     of a child that ended, ends the process without a word (seen with 2026.4).
     """
-    return require_openvino().Core()
+    with _MAKING:
+        return _core()
 
 
 # Calls that a network of one shape works on at a time; each takes the memory of one more.
@@ -89,8 +97,8 @@ class Network:
             outputs: ranks of the outputs.
             fixed: shape of the first input that most calls will have. It is compiled for that shape alone: what
                 depends on shapes, such as anchors, is computed once. Other shapes take a network compiled for any.
-                As many calls of this shape as `streams` says share the CPU: one thread with a call of its own does
-                more than two threads with one call.
+                Of this shape as many calls as `streams` says can share the threads: one thread with a call of its
+                own does more than two threads with one call.
 
         Raises:
             EngineMissing: OpenVINO is not installed.
@@ -123,17 +131,17 @@ class Network:
         }
         self._cache = open_cache(_key(files, openvino))
         self._compiling = threading.Lock()
-        self._requests: dict[tuple[int, ...] | None, SimpleQueue[Any]] = {}
-        self._idle(fixed)
+        self._requests: dict[tuple[tuple[int, ...] | None, int], SimpleQueue[Any]] = {}
+        self._idle(fixed, self.streams)
 
-    def _idle(self, shape: tuple[int, ...] | None) -> SimpleQueue[Any]:
-        """Requests that nobody uses, of the network compiled for one shape, or for any."""
+    def _idle(self, shape: tuple[int, ...] | None, streams: int = 1) -> SimpleQueue[Any]:
+        """Requests that nobody uses, of the network compiled for one shape, or for any, and for calls at a time."""
         with self._compiling:
-            if shape not in self._requests:
-                model, streams = self._model, 1
+            if (shape, streams) not in self._requests:
+                model = self._model
                 try:
                     if shape is not None:
-                        model, streams = model.clone(), self.streams
+                        model = model.clone()
                         model.reshape({0: list(shape)})
                     compiled = self._compile(model, streams)
                     requests: SimpleQueue[Any] = SimpleQueue()
@@ -141,8 +149,8 @@ class Network:
                         requests.put(compiled.create_infer_request())
                 except RuntimeError as error:
                     raise ModelError(f"{self._files[0]}: OpenVINO cannot compile it ({one_line(error, 160)})") from error
-                self._requests[shape] = requests
-            return self._requests[shape]
+                self._requests[shape, streams] = requests
+            return self._requests[shape, streams]
 
     def _compile(self, model: Any, streams: int) -> Any:
         settings = {**self._settings, "NUM_STREAMS": streams}
@@ -154,14 +162,19 @@ class Network:
                 return compiled
         return shared_core().compile_model(model, "CPU", settings)
 
-    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, *inputs: np.ndarray, at_a_time: bool = False) -> list[np.ndarray]:
         """The outputs, in the order of the network.
+
+        Args:
+            at_a_time: as many threads call as there are `streams`, so that each call takes its share of the CPU; a
+                call by itself takes all of it.
 
         Raises:
             ModelError: OpenVINO cannot run it on these, or a number that is not finite comes out.
         """
         # By the shape alone, so that a call gives the same however many came before it.
-        idle = self._idle(self._fixed if inputs[0].shape == self._fixed else None)
+        fixed = self._fixed is not None and inputs[0].shape == self._fixed
+        idle = self._idle(self._fixed, self.streams if at_a_time else 1) if fixed else self._idle(None)
         request = idle.get()
         try:
             results = request.infer(list(inputs), share_inputs=True)

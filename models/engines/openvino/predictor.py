@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,16 +58,15 @@ class TwinDetector:
     @timed("forward")
     def predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
         """Detect planes in RGB uint8 images of any sizes, `concurrent` of them at a time; see `Predictor`."""
-        names = map(str, range(len(images)))
-        if self.concurrent == 1 or len(images) == 1:
-            return list(map(self._one, names, images))
+        if self.concurrent == 1 or len(images) < self.concurrent:
+            return [self._one(str(i), image) for i, image in enumerate(images)]
         with ThreadPoolExecutor(max_workers=self.concurrent) as pool:
-            return list(pool.map(self._one, names, images))
+            return list(pool.map(partial(self._one, at_a_time=True), map(str, range(len(images))), images))
 
-    def _one(self, image_id: str, image: np.ndarray) -> Instances:
+    def _one(self, image_id: str, image: np.ndarray, at_a_time: bool = False) -> Instances:
         height, width = image.shape[:2]
         pixels, size = prepared(image, self.settings)
-        boxes, scores, labels, *masks = self.network(pixels, np.array(size, np.int64))
+        boxes, scores, labels, *masks = self.network(pixels, np.array(size, np.int64), at_a_time=at_a_time)
         scale = np.array([width, height], np.float32) / np.array(size[::-1], np.float32)
         boxes = clip_boxes(boxes * np.tile(scale, 2), height, width)
         keep = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
@@ -80,6 +80,8 @@ class TwinDetector:
 
 class TwinSegmenter(CropSegmenter):
     """Segments the plane in a crop, with a converted network."""
+
+    concurrent = 1
 
     def __init__(self, network: Network, settings: CropSettings) -> None:
         super().__init__(settings, CPU_BATCH)

@@ -128,20 +128,21 @@ class _Recorder:
         self.inputs: list[list[np.ndarray]] = []
         self._calls, self._random = 0, random.Random(0)
 
-    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, *inputs: np.ndarray, **how: bool) -> list[np.ndarray]:
         self._calls += 1
         place = len(self.inputs) if self._calls <= INPUTS_OF_AN_IMAGE else self._random.randrange(self._calls)
         if place < INPUTS_OF_AN_IMAGE:
             self.inputs[place : place + 1] = [[np.array(i) for i in inputs]]
-        return list(self.network(*inputs))
+        return list(self.network(*inputs, **how))
 
 
 @contextlib.contextmanager
 def _recording(inner: TwinDetector | TwinSegmenter) -> Iterator[_Recorder]:
-    network = inner.network
+    network, concurrent = inner.network, inner.concurrent
     recorder = _Recorder(network)
-    inner.network = recorder  # type: ignore[assignment]
+    # Of calls at a time nobody knows the order, and the sample would be another each time.
+    inner.network, inner.concurrent = recorder, 1  # type: ignore[assignment]
     try:
         yield recorder
     finally:
-        inner.network = network
+        inner.network, inner.concurrent = network, concurrent
