@@ -17,7 +17,8 @@ from benchmarks.scoring import write_images
 from benchmarks.tiles import random_model
 from models.loading import load_model
 from pipelines.data.readers.opening import open_dataset
-from scoring.jobs.job import JobSettings, run_job
+from scoring.jobs.job import run_job
+from scoring.requests import JobSettings
 from scoring.runners.local import LocalRunner
 from scoring.runners.ray_runner import RayRunner, RaySettings
 from scoring.runners.runner import Runner

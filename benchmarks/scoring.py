@@ -27,7 +27,8 @@ from models.runtime.devices import pick_device
 from models.saved.folder import save_model
 from pipelines.data.readers.opening import open_dataset
 from pipelines.data.synthetic.scenes import AirfieldSettings, draw_scene
-from scoring.jobs.job import JobSettings, run_job
+from scoring.jobs.job import run_job
+from scoring.requests import JobSettings
 
 CHUNKS, MANY = 4, 10
 

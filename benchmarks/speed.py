@@ -25,7 +25,6 @@ from benchmarks.tiles import THRESHOLD, plain_network, random_model, sliced
 from models.engines.composed import ComposedArchitecture, save_composed
 from models.engines.openvino.conversion import parts_of
 from models.engines.openvino.network import supports
-from models.engines.openvino.settings import TwinPrecision
 from models.engines.torchvision.network import DetectorArchitecture, MaskArchitecture, build_detector
 from models.engines.torchvision.predictor import detector_spec
 from models.engines.unet.predictor import build_segmenter, segmenter_spec
@@ -33,7 +32,7 @@ from models.engines.unet.settings import SegmenterArchitecture
 from models.images.decoding import read_image
 from models.loading import load_model
 from models.predictor import Predictor
-from models.runtime.devices import Precision, precision
+from models.runtime.devices import Precision, TwinPrecision, precision
 from models.saved.folder import save_model
 from models.saved.spec import read_spec
 from models.tiling.predictor import tiling_of
@@ -43,7 +42,8 @@ from pipelines.data.readers.opening import open_dataset
 from pipelines.data.synthetic.scenes import AirfieldSettings, prepare_airfield
 from pipelines.registry.twins import PRECISIONS
 from pipelines.use_cases.accelerate import evenly
-from scoring.jobs.job import JobSettings, run_job
+from scoring.jobs.job import run_job
+from scoring.requests import JobSettings
 
 CHUNKS = 4
 CALIBRATION = 2

@@ -47,11 +47,16 @@ TABLE_COLUMNS = (
 class Instances:
     """Planes of one image, best score first; checked when made.
 
-    boxes: (N, 4) float32 xyxy pixels; scores: (N,) float32, descending;
-    labels: (N,) int64, 0-based index into the model's class list; masks: N RLE
-    of the image's size, or None where the predictor makes none. ``height`` and
-    ``width`` are those of the original image. `make` converts and sorts; use it where
-    that may be needed.
+    `make` converts and sorts; use it where that may be needed.
+
+    Attributes:
+        image_id: of the image.
+        height: of the original image, in pixels.
+        width: of the original image, in pixels.
+        boxes: (N, 4) float32, xyxy pixels.
+        scores: (N,) float32, descending.
+        labels: (N,) int64, index into the model's class list, from 0.
+        masks: N RLE of the image's size; None where the predictor makes none.
 
     Two of them are equal where all fields are, arrays and masks by their content (NaN equals
     NaN, text counts equal the same counts as bytes). They have no hash, as arrays have none.

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.engines.composed import ComposedArchitecture, save_composed
-from models.engines.openvino.settings import TwinArchitecture, TwinPrecision
+from models.engines.openvino.settings import TwinArchitecture
 from models.errors import ModelError
 from models.loading import load_model
+from models.runtime.devices import TwinPrecision
 from models.saved.allowed_files import COMPONENTS
 from models.saved.folder import folder_digest
 from models.saved.spec import ModelSpec, parse_architecture, read_spec

@@ -10,49 +10,30 @@ from typing import Any, TypeVar
 
 import click
 
+from pipelines.steps.options import option
+from scoring.requests import ComparisonRequest, Execution, JobSettings, ScoreRequest
+
 N = TypeVar("N", int, float, str)
 
 # The default of options that a model version decides.
 VERSION = "version"
 AUTO = "auto"
 
-CATEGORY = click.option(
-    "--category", default=AUTO, show_default=True, help="Class to measure files by; auto: that of the job, else plane."
-)
+RLE = option(JobSettings, "rle")
+CATEGORY = option(ComparisonRequest, "category")
 
 
 @click.group(invoke_without_command=True, context_settings={"max_content_width": 110})
-@click.option(
-    "--model",
-    "models",
-    multiple=True,
-    help="NAME/VERSION, NAME/ALIAS, NAME@ALIAS, models:/..., or a saved folder; repeatable.",
-)
-@click.option("--data", help="Folder, COCO JSON, course JSON, image, quoted glob, CSV or parquet list, or a URL.")
-@click.option("--out", default="predictions", show_default=True, help="Folder for the outputs.")
-@click.option("--split", default="test", show_default=True, help="Split of a data set folder; train+test: both.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--batch", default="auto", show_default=True, help="Images, or tiles, per forward pass.")
-@click.option(
-    "--precision",
-    default="32",
-    show_default=True,
-    type=click.Choice(["32", "bf16-mixed", "16-mixed"]),
-    help="Of the networks.",
-)
-@click.option(
-    "--runtime",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "torch", "openvino"]),
-    help="What runs the networks; auto: the fastest approved twin that this CPU can compute, else PyTorch.",
-)
-@click.option(
-    "--range", "value_range", default=VERSION, show_default=True, help="Values shown: auto, percentile, depth, or LOW,HIGH."
-)
-@click.option(
-    "--bands", default=VERSION, show_default=True, help="Bands shown as red, green, blue, such as 4,3,2; or auto."
-)
+@option(ScoreRequest, "models", "--model")
+@option(ScoreRequest, "data")
+@option(ScoreRequest, "out")
+@option(ScoreRequest, "split")
+@option(ScoreRequest, "device")
+@option(JobSettings, "batch_size", "--batch", "batch", default=AUTO)
+@option(JobSettings, "precision")
+@option(ScoreRequest, "runtime")
+@option(JobSettings, "value_range", "--range", default=VERSION)
+@option(JobSettings, "bands", default=VERSION)
 @click.option("--tile", default=VERSION, show_default=True, help="Side of the tiles in pixels; none: whole images.")
 @click.option("--tile-overlap", default=VERSION, show_default=True, help="Share of a tile that neighbours share.")
 @click.option(
@@ -73,16 +54,12 @@ CATEGORY = click.option(
 @click.option(
     "--full-image", default=VERSION, show_default=True, help="Longer side for a pass over the whole image; or none."
 )
-@click.option(
-    "--score-threshold", default=0.05, show_default=True, type=click.FloatRange(0, 1), help="Least score that is kept."
-)
-@click.option("--overlays", default=3, show_default=True, type=click.IntRange(0), help="Pictures to draw.")
-@click.option(
-    "--rle", default="course", show_default=True, type=click.Choice(["course", "airbus"]), help="Runs of the Kaggle CSV."
-)
-@click.option("--workers", default="auto", show_default=True, help="Threads that decode images.")
-@click.option("--shard", default=32, show_default=True, type=click.IntRange(1), help="Images written together.")
-@click.option("--fresh", is_flag=True, help="Score anew where --out holds another or an unfinished scoring.")
+@option(JobSettings, "score_threshold", type=click.FloatRange(0, 1))
+@option(JobSettings, "overlays", type=click.IntRange(0))
+@RLE
+@option(JobSettings, "workers", default=AUTO)
+@option(JobSettings, "shard_size", "--shard", "shard", type=click.IntRange(1))
+@option(JobSettings, "fresh")
 @click.option(
     "--max-errors",
     default=1.0,
@@ -90,12 +67,10 @@ CATEGORY = click.option(
     type=click.FloatRange(0, 1),
     help="Exit with 3 above this share of errors.",
 )
-@click.option(
-    "--runner", default="local", show_default=True, type=click.Choice(["local", "ray"]), help="What runs the scoring."
-)
-@click.option("--ray-address", default="none", show_default=True, help="A running Ray cluster; none: one in this machine.")
-@click.option("--actors", default="auto", show_default=True, help="Ray actors: one a GPU, or one for two CPUs.")
-@click.option("--scene-pattern", default=None, help="Regular expression whose first group is an image's scene.")
+@option(Execution, "runner")
+@option(Execution, "address", "--ray-address", "ray_address", default="none")
+@option(Execution, "actors", default=AUTO)
+@option(ScoreRequest, "scene_pattern")
 @click.version_option(package_name="planes")
 @click.pass_context
 def main(context: click.Context, **options: Any) -> None:
@@ -122,13 +97,9 @@ def main(context: click.Context, **options: Any) -> None:
 @main.command()
 @click.argument("predictions")
 @click.option("--data", required=True, help="Data set with ground truth over the same images.")
-@click.option("--split", default="test", show_default=True, help="Split of a data set folder; train+test: both.")
-@click.option(
-    "--score-threshold", default=0.05, show_default=True, type=click.FloatRange(0, 1), help="Least score that counts."
-)
-@click.option(
-    "--rle", default="course", show_default=True, type=click.Choice(["course", "airbus"]), help="Runs of the Kaggle CSV."
-)
+@option(ScoreRequest, "split")
+@option(JobSettings, "score_threshold", type=click.FloatRange(0, 1), help="Least score that counts.")
+@RLE
 @CATEGORY
 def evaluate(predictions: str, data: str, **options: Any) -> None:
     """Evaluate a file of PREDICTIONS, an instances.parquet or a Kaggle CSV, against ground truth."""
@@ -143,11 +114,9 @@ def evaluate(predictions: str, data: str, **options: Any) -> None:
     "--to", "formats", default="coco", show_default=True, help="coco, kaggle, geojson, overlays; or several, with commas."
 )
 @click.option("--out", default=None, help="Folder to write to; the scoring's own without it.")
-@click.option("--score-threshold", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Least score.")
-@click.option("--overlays", default=3, show_default=True, type=click.IntRange(1), help="Pictures to draw.")
-@click.option(
-    "--rle", default="course", show_default=True, type=click.Choice(["course", "airbus"]), help="Runs of the Kaggle CSV."
-)
+@option(JobSettings, "score_threshold", type=click.FloatRange(0, 1), default=0.0)
+@option(JobSettings, "overlays", type=click.IntRange(1))
+@RLE
 def export(folder: str, formats: str, out: str | None, **options: Any) -> None:
     """Make files from the table that a scoring left in FOLDER, such as predictions/planes-det-3."""
     from pipelines.steps.cli_support import friendly
@@ -157,13 +126,11 @@ def export(folder: str, formats: str, out: str | None, **options: Any) -> None:
 
 @main.command()
 @click.argument("targets", nargs=-1, required=True)
-@click.option("--data", default=None, help="Data set with ground truth; without it that of the scoring runs.")
-@click.option("--split", default="test", show_default=True, help="Split to take where --data is a data set folder.")
-@click.option("--out", default="comparison", show_default=True, help="Folder for report.html and comparison.csv.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option(
-    "--score-threshold", default=0.05, show_default=True, type=click.FloatRange(0, 1), help="Least score that is kept."
-)
+@option(ComparisonRequest, "data")
+@option(ComparisonRequest, "split")
+@option(ComparisonRequest, "out")
+@option(ComparisonRequest, "device")
+@option(ComparisonRequest, "score_threshold", type=click.FloatRange(0, 1))
 @CATEGORY
 def compare(targets: tuple[str, ...], **options: Any) -> None:
     """Compare TARGETS over the same images: scoring runs (MLflow run ids), versions, or files of predictions.
@@ -182,22 +149,30 @@ def _score(models: tuple[str, ...], data: str, *, out: str, split: str, device: 
 
     with importing():
         from pipelines.data.readers.opening import check_exists
-        from scoring.jobs.job import JobSettings, claim_folder
+        from scoring.jobs.job import claim_folder
 
         # A mistake in a name is reported before the libraries are loaded.
         check_exists(data)
         claim_folder(Path(out))
 
         from pipelines.registry.model_versions import Registry
-        from scoring.use_cases import Execution, ScoreRequest, score
+        from scoring.use_cases import score
 
     address = None if options["ray_address"] == "none" else options["ray_address"]
-    execution = Execution(options["runner"], address, _auto("actors", options))
-    rendering = {key: None if options[key] == VERSION else options[key] for key in ("value_range", "bands")}
-    more = {"shard_size": options["shard"], "workers": _auto("workers", options), "fresh": options["fresh"]}
-    more |= rendering
-    outputs = options["score_threshold"], options["overlays"], options["rle"]
-    settings = JobSettings(_auto("batch", options), *outputs, _tiling(options), **more, precision=options["precision"])
+    execution = Execution(runner=options["runner"], address=address, actors=_auto("actors", options))
+    settings = JobSettings(
+        batch_size=_auto("batch", options),
+        score_threshold=options["score_threshold"],
+        overlays=options["overlays"],
+        rle=options["rle"],
+        tiling=_tiling(options),
+        shard_size=options["shard"],
+        workers=_auto("workers", options),
+        fresh=options["fresh"],
+        precision=options["precision"],
+        value_range=None if options["value_range"] == VERSION else options["value_range"],
+        bands=None if options["bands"] == VERSION else options["bands"],
+    )
     request = ScoreRequest(
         models=models,
         data=data,
@@ -221,12 +196,12 @@ def _tiling(options: Mapping[str, Any]) -> dict[str, object]:
     kinds = {"tile": ("size", int), "tile_overlap": ("overlap", float), "merge": ("merge", str), "match": ("match", str)}
     kinds |= {"merge_threshold": ("threshold", float), "full_image": ("full_image_size", int)}
     changes: dict[str, object] = {}
-    for option, (key, kind) in kinds.items():
-        text = options[option]
-        if text == "none" and option in ("tile", "full_image"):
-            changes[key] = 0 if option == "tile" else None
+    for name, (key, kind) in kinds.items():
+        text = options[name]
+        if text == "none" and name in ("tile", "full_image"):
+            changes[key] = 0 if name == "tile" else None
         elif text != VERSION:
-            changes[key] = _number(option, text, kind)
+            changes[key] = _number(name, text, kind)
     return changes
 
 
@@ -252,7 +227,7 @@ def _number(option: str, text: str, kind: Callable[[str], N]) -> N:
 def _compare(names: tuple[str, ...], options: dict[str, Any]) -> None:
     from pipelines.registry.model_versions import Registry
     from scoring.jobs.job import claim_folder
-    from scoring.use_cases import ComparisonRequest, compare_targets
+    from scoring.use_cases import compare_targets
 
     claim_folder(Path(options["out"]))
     compare_targets(Registry.connect(), ComparisonRequest(targets=names, **options), _display())

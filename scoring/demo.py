@@ -14,9 +14,9 @@ from pipelines.steps.cli_support import TERMINAL, friendly, stage
 from pipelines.steps.options import AS_RECIPE
 from pipelines.steps.prepare_data import prepare
 from pipelines.steps.training import report
-from pipelines.use_cases.compose import ComposeRequest, compose
-from pipelines.use_cases.promote import PromotionRequest, promote
-from pipelines.use_cases.requests import TrainingRequest
+from pipelines.use_cases.compose import compose
+from pipelines.use_cases.promote import promote
+from pipelines.use_cases.requests import ComposeRequest, PromotionRequest, TrainingRequest
 from pipelines.use_cases.training import Trained, train
 from scoring.cli import main as score
 

@@ -7,18 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
-from models.engines.openvino.settings import TwinPrecision
 from models.errors import DataError, RegistryError
+from models.runtime.devices import TwinPrecision
 from models.twins import is_twin, precisions_of
 from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.registry.twins import Twin, fetch_twin, twins_of, usable
-from scoring.jobs.manifest import MANIFEST, TORCH, read_manifest
+from scoring.jobs.manifest import MANIFEST, read_manifest
+from scoring.requests import TORCH, Runtime
 
 log = logging.getLogger(__name__)
-
-Runtime = Literal["auto", "torch", "openvino"]
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,14 @@ class Chosen:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What decides between runtimes: the device, the requested precision, and the folder of the job.
+    """What decides between runtimes.
 
-    elsewhere: the job runs on machines of which nothing is known here; fresh: what is in the folder does not count.
+    Attributes:
+        device: of the job.
+        precision: the requested one.
+        job: folder of the job.
+        elsewhere: the job runs on machines of which nothing is known here.
+        fresh: what is in the folder does not count.
     """
 
     device: str

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,10 +28,11 @@ from scoring import mlflow_log
 from scoring.comparison.candidates import data_of, file_of, from_job, gather, is_file_of_predictions, is_run
 from scoring.comparison.compare import Candidate, Comparison, Scored, compare, comparison_table, render
 from scoring.comparison.evaluate_file import category_of_file
-from scoring.jobs.job import JobResult, JobSettings, claim_folder, folder_name, run_job
+from scoring.jobs.job import JobResult, claim_folder, folder_name, run_job
+from scoring.requests import LOCAL, ComparisonRequest, Execution, JobSettings, ScoreRequest
 from scoring.runners.local import auto_batch, auto_workers
 from scoring.runners.runner import Runner
-from scoring.runtimes import Conditions, Runtime, choose_runtime
+from scoring.runtimes import Conditions, choose_runtime
 
 log = logging.getLogger(__name__)
 
@@ -50,36 +51,6 @@ SHOWN = (
     "images/s",
     "MB",
 )
-
-
-@dataclass(frozen=True)
-class Execution:
-    """What runs the scoring: ``local`` or ``ray``; for Ray the cluster's address and the number of actors."""
-
-    runner: str = "local"
-    address: str | None = None
-    actors: int | None = None
-
-
-LOCAL = Execution()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparisonRequest:
-    """What to compare: the others are held against the first.
-
-    targets: scoring runs (MLflow run ids), versions, job folders or files of predictions; data: data set with
-    ground truth, None for that of the scoring runs; out: folder for report.html and comparison.csv;
-    score_threshold: least score that is kept; category: class to measure files by, ``auto`` for that of the job.
-    """
-
-    targets: tuple[str, ...]
-    data: str | None = None
-    split: str = "test"
-    out: str = "comparison"
-    device: str = "auto"
-    score_threshold: float = 0.05
-    category: str = "auto"
 
 
 def compare_targets(registry: Registry, request: ComparisonRequest, display: Display = SILENT) -> None:
@@ -187,26 +158,6 @@ def open_for(
 
 def _same(runs: Sequence[Scored]) -> bool:
     return len({r.digest for r in runs}) == 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreRequest:
-    """What to score, with what, and where to leave it.
-
-    models: registered versions or saved folders; data: folder, COCO JSON, list, image or glob; out: folder
-    for the outputs, one inside for each version; device: auto, cpu, cuda or cuda:N; runtime: what runs the networks,
-    ``auto`` for the fastest approved twin that this CPU can compute, else PyTorch.
-    """
-
-    models: tuple[str, ...]
-    data: str
-    out: str = "predictions"
-    split: str = "test"
-    scene_pattern: str | None = None
-    device: str = "auto"
-    settings: JobSettings = field(default_factory=JobSettings)
-    execution: Execution = LOCAL
-    runtime: Runtime = "auto"
 
 
 def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) -> list[JobResult]:
@@ -398,10 +349,18 @@ def check_logged(jobs: Sequence[JobResult]) -> None:
 def _ray(folder: Path, dataset: Dataset, *, settings: JobSettings, device: str, execution: Execution) -> Runner:
     from scoring.runners.ray_runner import RayRunner, RaySettings
 
-    workers = settings.workers or auto_workers(device, dataset)
-    batch_size = settings.batch_size or auto_batch(device)
-    how = (device, batch_size, workers, settings.precision, settings.changes, execution.address, execution.actors)
-    return RayRunner(folder, RaySettings(*how))
+    return RayRunner(
+        folder,
+        RaySettings(
+            device=device,
+            batch_size=settings.batch_size or auto_batch(device),
+            workers=settings.workers or auto_workers(device, dataset),
+            precision=settings.precision,
+            tiling=settings.changes,
+            address=execution.address,
+            actors=execution.actors,
+        ),
+    )
 
 
 def _tell(job: JobResult) -> None:

@@ -156,8 +156,11 @@ def _fetched(source: RemoteFile) -> bytes:
 class Header(NamedTuple):
     """Check an image file before it is decoded.
 
-    height, width: as its pixels lie in the file; orientation: EXIF's 1 to 8; cut: it seems to end early,
-    and only decoding it tells whether it does.
+    Attributes:
+        height: as its pixels lie in the file.
+        width: as its pixels lie in the file.
+        orientation: EXIF's, 1 to 8.
+        cut: it seems to end early, and only decoding it tells whether it does.
     """
 
     height: int

@@ -43,6 +43,8 @@ def pick_device(device: str) -> str:
 
 
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
+# Of a network that was converted to another runtime.
+TwinPrecision = Literal["f32", "bf16", "int8"]
 
 
 def pick_precision(device: str, requested: Literal["auto", "32", "bf16-mixed", "16-mixed"]) -> Precision:

@@ -26,14 +26,17 @@ SLACK, SLACK_SHARE, MOST_SLACK = 2.0, 0.06, 8.0
 class TileContext:
     """The tiles that detections come from.
 
-    regions: (N, 4) float64, xyxy of each detection's tile in image pixels;
-    tiles: (N,) int64, number of the tile. Detections of one tile are never merged (they
-    passed the detector's own suppression), those of different tiles are compared inside the
-    region that both tiles show. cut: (N,) bool, whether a tile border cuts the plane: the box of a
-    cut detection is smaller than the visible share of the whole plane's box, so they are compared by
-    intersection over the smaller area, whatever the metric. joined: the tiles of each joined
-    detection, by the (negative) number that stands for them in ``tiles``. touching: tiles do not
-    overlap, so the stretches along the border that two of them share are compared.
+    Detections of one tile are never merged (they passed the detector's own suppression), those of different tiles are
+    compared inside the region that both tiles show.
+
+    Attributes:
+        regions: (N, 4) float64, xyxy of each detection's tile in image pixels.
+        tiles: (N,) int64, number of the tile.
+        cut: (N,) bool, whether a tile border cuts the plane. The box of a cut detection is smaller than the visible
+            share of the whole plane's box, so they are compared by intersection over the smaller area, whatever
+            the metric.
+        joined: the tiles of each joined detection, by the (negative) number that stands for them in ``tiles``.
+        touching: tiles do not overlap, so the stretches along the border that two of them share are compared.
     """
 
     regions: np.ndarray

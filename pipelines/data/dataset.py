@@ -34,15 +34,22 @@ SCENE_OF_TILE = re.compile(r"^(?P<scene>.+?)(?:__[\d.]+__\d+___\d+|[_-]x?\d+[_-]
 class Sample:
     """One image and the planes in it.
 
-    boxes: (N, 4) float32 xyxy pixels; masks: one RLE of the image's size or None
-    per plane; crowd: (N,) bool; truth: False where nothing is known about its planes;
-    number: the image's id in the COCO file it comes from, if it comes from one;
-    window: (x1, y1, x2, y2) of the file that the image is, None for all of it; rendering: how the
-    file's values become RGB; lost: why its file could not be used when the annotations were read
-    ("missing", "unreadable", "cut", "other size"), empty where it could: such an image keeps its
-    planes, which nothing can find, and a size that was stated or that they fit into.
-    ``path`` may be a ``UPath`` (`pipelines.data.remote`); ``height`` and ``width`` are 0
-    where they are not known before the file is read.
+    Attributes:
+        image_id: unique in its data set.
+        path: of the file; a ``UPath`` where it is remote (`pipelines.data.remote`).
+        height: in pixels; 0 where it is not known before the file is read.
+        width: as ``height``.
+        scene: images of one scene are never split between training and validation.
+        boxes: (N, 4) float32, xyxy pixels.
+        masks: for each plane an RLE of the image's size, or None.
+        crowd: (N,) bool, whether a box holds several planes.
+        truth: False where nothing is known about its planes.
+        number: the image's id in the COCO file it comes from, if it comes from one.
+        window: (x1, y1, x2, y2) of the file that the image is; None for all of it.
+        rendering: how the file's values become RGB.
+        lost: why its file could not be used when the annotations were read ("missing", "unreadable", "cut",
+            "other size"), empty where it could: such an image keeps its planes, which no model can detect, and a
+            size that was stated or that they fit into.
     """
 
     image_id: str

@@ -67,8 +67,12 @@ def image_failure(error: Exception, predictor: Predictor, sample: Sample) -> Dat
 class ImageResult(NamedTuple):
     """One image and one predictor: the predictions, or why there are none.
 
-    label: of the predictor; image: RGB uint8 (H, W, 3) as it was predicted, None where it failed;
-    seconds: that the prediction took, NaN where it failed.
+    Attributes:
+        label: of the predictor.
+        sample: the image's entry in the data set.
+        image: RGB uint8 (H, W, 3) as it was predicted; None where it failed.
+        outcome: predictions, or the error.
+        seconds: that the prediction took; NaN where it failed.
     """
 
     label: str

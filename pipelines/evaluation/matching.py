@@ -33,8 +33,11 @@ BACKGROUND = 0.1
 class ImageMatch:
     """Detections of one image, best score first.
 
-    scores: (D,); correct, ignored: bool (10, D), one row per IoU threshold; planes:
-    number of annotated planes, crowds left out.
+    Attributes:
+        scores: (D,).
+        correct: bool (10, D), a row for each IoU threshold.
+        ignored: as ``correct``.
+        planes: number of annotated planes, crowds left out.
     """
 
     scores: np.ndarray
@@ -152,9 +155,11 @@ def resampled(images: int, statistic: Callable[[np.ndarray], float], *, resample
 class Diagnosis:
     """The verdict on each detection and plane of one image at one score threshold.
 
-    detections: kind per detection, "correct" or one of ERRORS; hit: indices of the
-    planes that correct detections hit; missed: indices of planes that no detection is near;
-    overlaps: IoU of each correct detection with its plane.
+    Attributes:
+        detections: kind of each detection, "correct" or one of ERRORS.
+        hit: indices of the planes that correct detections hit.
+        missed: indices of the planes that no detection is near.
+        overlaps: IoU of each correct detection with its plane.
     """
 
     detections: list[str]

@@ -13,8 +13,8 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from models.engines.openvino.settings import TwinPrecision
 from models.errors import RecipeError, invalid_field, one_line
+from models.runtime.devices import TwinPrecision
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation.metrics import SIZE_CLASSES
 from pipelines.evaluation.side_by_side import Measurement, gain_confidence, slowdown

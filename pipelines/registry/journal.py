@@ -60,8 +60,14 @@ EARLIER: dict[str, State] = {"begun": "pending", "done": "committed", "overtaken
 class Move:
     """An alias from one version (None: from nowhere) to another, and why.
 
-    ``after`` is the id of the alias's last entry when this was decided, FIRST for none;
-    ``run`` the MLflow run that holds the gates' results.
+    Attributes:
+        alias: that moves.
+        kind: of move.
+        to: version that the alias points to afterwards.
+        origin: version that it pointed to; None for none.
+        after: id of the alias's last entry when this was decided, FIRST for none.
+        why: the reason given.
+        run: MLflow run that holds the gates' results.
     """
 
     alias: str
@@ -75,9 +81,15 @@ class Move:
 
 @dataclass(frozen=True)
 class Entry:
-    """A move as the journal holds it; ``state`` is ``committed``, ``pending``, ``superseded`` or ``aborted``.
+    """A move as the journal holds it.
 
-    number: of the version in the journal; token: what the entry is known by, empty for those of 0.6.0.
+    Attributes:
+        number: of the version in the journal.
+        move: what moves.
+        by: user.
+        at: time.
+        state: ``committed``, ``pending``, ``superseded`` or ``aborted``.
+        token: what the entry is known by; empty for those of 0.6.0.
     """
 
     number: int

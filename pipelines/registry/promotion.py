@@ -173,7 +173,7 @@ def _follow(registry: Registry, name: str, entry: Entry) -> None:
         for ending, value in tags.items():
             client.set_model_version_tag(name, what.to, f"promoted_to_{what.alias}{ending}", value[:4000])
         if what.alias == PRODUCTION:
-            earlier = before(journal.read_journal(registry, name), what.alias)
+            earlier = previous_version(journal.read_journal(registry, name), what.alias)
             if earlier is not None and _exists(registry, name, earlier):
                 registry.set_alias(name, PREVIOUS, earlier)
             elif registry.find_alias(name, PREVIOUS) is not None:
@@ -215,7 +215,7 @@ def mirror_stage(registry: Registry, name: str, alias: str, version: str) -> boo
     return True
 
 
-def before(entries: Sequence[Entry], alias: str, stands: str | None = None) -> str | None:
+def previous_version(entries: Sequence[Entry], alias: str, stands: str | None = None) -> str | None:
     """The version that a rollback goes to: promotions pile up, a rollback takes the last one off.
 
     ``stands`` is where the alias stands, if that is known: it may have been moved past the journal.
@@ -223,9 +223,9 @@ def before(entries: Sequence[Entry], alias: str, stands: str | None = None) -> s
     >>> def entry(n, kind, to, origin, state="committed"):
     ...     return Entry(n, Move("production", kind, to, origin, str(n - 1), ""), "a", "t", state)
     >>> moves = [entry(1, "promote", "2", None), entry(2, "promote", "5", "2"), entry(3, "promote", "7", "5")]
-    >>> before(moves, "production"), before([*moves, entry(4, "rollback", "5", "7")], "production")
+    >>> previous_version(moves, "production"), previous_version([*moves, entry(4, "rollback", "5", "7")], "production")
     ('5', '2')
-    >>> before(moves, "production", "9")
+    >>> previous_version(moves, "production", "9")
     '7'
     """
     pile: list[str] = []
@@ -250,7 +250,7 @@ def rollback_target(registry: Registry, at: AliasState) -> str:
     Raises:
         RegistryError: nothing stood there before.
     """
-    target = before(journal.read_journal(registry, at.name), at.alias, at.version)
+    target = previous_version(journal.read_journal(registry, at.name), at.alias, at.version)
     if target is None and at.alias == PRODUCTION:
         # Promoted by releases that kept no journal.
         target = registry.find_alias(at.name, PREVIOUS)

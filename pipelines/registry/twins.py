@@ -13,8 +13,8 @@ from mlflow.entities.model_registry import ModelVersion
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.engines.openvino.network import supports
-from models.engines.openvino.settings import TwinPrecision
 from models.errors import RegistryError
+from models.runtime.devices import TwinPrecision
 from models.twins import check_twin
 from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.tracking.mlflow_runs import store_errors

@@ -10,12 +10,13 @@ from dataclasses import asdict
 
 import click
 
-from models.engines.openvino.settings import TwinPrecision
 from models.errors import RegistryError
+from models.runtime.devices import TwinPrecision
 from pipelines.registry import journal, promotion
 from pipelines.registry.model_versions import Registry
 from pipelines.steps.cli_support import TERMINAL
 from pipelines.tables import text_table
+from pipelines.use_cases.requests import AccelerateRequest, PromotionRequest
 from pipelines.use_cases.rollback import rollback
 
 
@@ -29,7 +30,7 @@ def accelerate_version(
     calibration: str | None,
 ) -> bool:
     """Make and measure twins. False where one was not approved."""
-    from pipelines.use_cases.accelerate import AccelerateRequest, accelerate
+    from pipelines.use_cases.accelerate import accelerate
 
     request = AccelerateRequest(
         model=model,
@@ -57,7 +58,7 @@ def promote_version(
 ) -> bool:
     """Promote; with ``NAME@ALIAS`` as target a copy of the version in that model. False where a gate failed."""
     from pipelines.registry.copying import copy_version
-    from pipelines.use_cases.promote import PromotionRequest, promote
+    from pipelines.use_cases.promote import promote
 
     registry = Registry.connect()
     name, sign, alias = target.rpartition("@")

@@ -7,18 +7,18 @@ from typing import Any
 import click
 
 from pipelines.steps.cli_support import friendly
-from pipelines.steps.options import AS_RECIPE, split_words
+from pipelines.steps.options import AS_RECIPE, ENGINES, option, split_words
 from pipelines.use_cases.requests import TrainingRequest
 
 
 @click.command()
 @click.option("--weights", required=True, help="A .pth, .pkl or .safetensors file of exactly the recipe's network.")
 @click.option("--recipe", default="course_det_default", show_default=True, help="Recipe that describes the network.")
-@click.option("--data", default="data/airfield", show_default=True, help="Data to evaluate on; its test split is used.")
-@click.option("--name", default="planes-det", show_default=True, help="Registered model to add a version to.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--engine", default=AS_RECIPE, type=click.Choice([AS_RECIPE, "torchvision", "detectron2"]), show_default=True)
-@click.option("--set", "overrides", multiple=True, help="section.key=value of the recipe; repeatable.")
+@option(TrainingRequest, "data", default="data/airfield", help="Data to evaluate on; its test split is used.")
+@option(TrainingRequest, "register_as", "--name", default="planes-det")
+@option(TrainingRequest, "device")
+@option(TrainingRequest, "engine", type=click.Choice([AS_RECIPE, *ENGINES]), default=AS_RECIPE)
+@option(TrainingRequest, "overrides", "--set")
 @click.argument("opts", nargs=-1, metavar="[KEY VALUE]...")
 @friendly
 def main(
@@ -44,7 +44,7 @@ def main(
         task=task,
         recipe=recipe,
         data=options["data"],
-        register_as=options["name"],
+        register_as=options["register_as"],
         device=options["device"],
         overrides=changes,
         engine=named,

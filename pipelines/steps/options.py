@@ -1,60 +1,79 @@
-"""Command line options of the training entry points, and the request that they make."""
+"""Command line options made from the fields of requests, those of the training entry points, and their request."""
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
-from pipelines.use_cases.requests import WORK_DIR, TrainingRequest
+from pipelines.use_cases.requests import TrainingRequest
 
 AS_RECIPE = "recipe"
+ENGINES = ("torchvision", "detectron2")
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def training_options(
-    recipe: str, name: str, engines: Sequence[str] = ()
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def option(request: type, name: str, *names: str, **more: Any) -> Decorator:
+    """The click option of a request's field: its help, its default, its choices.
+
+    Args:
+        request: dataclass whose fields have a ``help``.
+        name: of the field.
+        names: of the option, without them ``--name``; the command gets it as ``name`` or as the one without dashes.
+        more: for `click.option`, instead of what the field says.
+    """
+    field = {f.name: f for f in dataclasses.fields(request)}[name]
+    kind = get_type_hints(request)[name]
+    settings: dict[str, Any] = {"help": field.metadata["help"]}
+    if field.default is not dataclasses.MISSING and "default" not in more:
+        settings["default"] = field.default
+    if get_origin(kind) is Literal:
+        settings["type"] = click.Choice(get_args(kind))
+    elif get_origin(kind) is tuple:
+        settings |= {"multiple": True}
+    elif kind is bool and not any("/" in text for text in names):
+        settings["is_flag"] = True
+    settings |= more
+    shown = settings.get("default")
+    settings.setdefault("show_default", not isinstance(shown, bool | tuple) and shown not in (None, ""))
+    names = names or (f"--{name.replace('_', '-')}",)
+    if all(text.startswith("-") for text in names):
+        names = (*names, name)
+    return click.option(*names, **settings)
+
+
+def training_options(recipe: str, name: str, engines: Sequence[str] = ()) -> Decorator:
     """click options of a training entry point with its default recipe, registered name and engines, if several."""
     options = [
-        click.option("--recipe", default=recipe, show_default=True, help="Recipe name or path of a YAML file."),
-        click.option("--data", default="data/airfield", show_default=True, help="Data folder, COCO JSON or course JSON."),
-        click.option("--name", default=name, show_default=True, help="Registered model to add a version to."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        option(TrainingRequest, "recipe", default=recipe),
+        option(TrainingRequest, "data", default="data/airfield"),
+        option(TrainingRequest, "register_as", "--name", default=name),
+        option(TrainingRequest, "device"),
         click.option("--steps", default=AS_RECIPE, show_default=True, help="Training steps."),
         click.option("--epochs", default=AS_RECIPE, show_default=True, help="Epochs, instead of steps."),
         click.option("--batch-size", default=AS_RECIPE, show_default=True, help="Examples per step."),
         click.option("--lr", default=AS_RECIPE, show_default=True, help="Learning rate."),
         click.option("--seed", default=AS_RECIPE, show_default=True, help="Seed of weights, data order and augmentation."),
         click.option("--weights", default=AS_RECIPE, show_default=True, help="none, a library's weight name, or a path."),
-        click.option("--set", "overrides", multiple=True, help="section.key=value of the recipe; repeatable."),
-        click.option("--work-dir", default=WORK_DIR, show_default=True, help="Where checkpoints are kept."),
-        click.option("--reuse/--no-reuse", default=False, help="Take the version of an equal training, if there is one."),
-        click.option("--fresh", is_flag=True, help="Throw away an unfinished equal training instead of going on."),
+        option(TrainingRequest, "overrides", "--set"),
+        option(TrainingRequest, "work_dir"),
+        option(TrainingRequest, "reuse", "--reuse/--no-reuse"),
+        option(TrainingRequest, "fresh"),
     ]
     if engines:
         options += [
-            click.option(
-                "--engine",
-                default=AS_RECIPE,
-                show_default=True,
-                type=click.Choice([AS_RECIPE, *engines]),
-                help="Detection library; takes the recipe's twin NAME_ENGINE where the recipe is for another.",
-            ),
-            click.option(
-                "--num-gpus",
-                default=1,
-                show_default=True,
-                type=click.IntRange(1),
-                help="Processes that Detectron2 starts.",
-            ),
+            option(TrainingRequest, "engine", type=click.Choice([AS_RECIPE, *engines]), default=AS_RECIPE),
+            option(TrainingRequest, "num_gpus", type=click.IntRange(1)),
             click.argument("opts", nargs=-1, metavar="[KEY VALUE]..."),
         ]
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
+        for decorator in reversed(options):
+            command = decorator(command)
         return command
 
     return decorate
@@ -74,7 +93,7 @@ def request_from(task: str, options: dict[str, Any]) -> TrainingRequest:
         task=task,
         recipe=options["recipe"],
         data=options["data"],
-        register_as=options["name"],
+        register_as=options["register_as"],
         device=options["device"],
         overrides=(*split_words(options["overrides"]), *named, *opts_overrides(split_words(options.get("opts", ())))),
         engine=None if engine == AS_RECIPE else engine,

@@ -9,21 +9,23 @@ import click
 from pipelines.registry.gates import parse_gates
 from pipelines.registry.model_versions import Registry
 from pipelines.steps.cli_support import TERMINAL, friendly
-from pipelines.use_cases.promote import PromotionRequest, main_metric, promote, registered
+from pipelines.steps.options import option
+from pipelines.use_cases.promote import main_metric, promote, registered
+from pipelines.use_cases.requests import PromotionRequest
 
 NOT_PROMOTED = 2
 
 
 @click.command()
-@click.option("--model", default="planes-det/latest", show_default=True, help="Candidate: NAME/VERSION or NAME@ALIAS.")
-@click.option("--alias", default="production", show_default=True, help="Alias to move.")
+@option(PromotionRequest, "model", default="planes-det/latest")
+@option(PromotionRequest, "alias")
 @click.option("--data", default="data/airfield", show_default=True, help="Data set with ground truth.")
-@click.option("--split", default="test", show_default=True, help="Split of a data folder to evaluate on.")
+@option(PromotionRequest, "split", default="test", help="Split of a data folder to evaluate on.")
 @click.option("--metric", default="auto", show_default=True, help="AP, AP50, IoU, Dice, ...; auto: the kind's main one.")
 @click.option("--minimum", default=0.0, show_default=True, type=float, help="Least value of the metric.")
 @click.option("--min-gain", default=0.0, show_default=True, type=float, help="Least gain; below 0 allows a loss.")
-@click.option("--gates", default="none", show_default=True, help="YAML file instead of --metric; auto: that of the model.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@option(PromotionRequest, "gates", default="none", help="YAML file instead of --metric; auto: that of the model.")
+@option(PromotionRequest, "device")
 @friendly
 def main(*, model: str, alias: str, data: str, split: str, gates: str, device: str, **one: Any) -> None:
     """Promote by one metric, or by gates from a file, as `planes-registry promote` does.

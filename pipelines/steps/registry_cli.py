@@ -7,7 +7,10 @@ from typing import Any
 
 import click
 
-DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+from pipelines.steps.options import option
+from pipelines.use_cases.requests import AccelerateRequest, PromotionRequest
+
+DEVICE = option(PromotionRequest, "device")
 JSON = click.option("--json", "as_json", is_flag=True, help="For programs.")
 ALIAS = click.option("--alias", default="production", show_default=True, help="Alias to move back.")
 
@@ -52,12 +55,12 @@ def _named(model: str, version: str | None) -> str:
 @click.argument("model")
 @click.argument("version", required=False)
 @click.option("--to", "target", required=True, help="ALIAS, or NAME@ALIAS to copy the version to another model first.")
-@click.option("--gates", default=None, help="YAML file; without it gates/MODEL.yaml, else the project's own.")
-@click.option("--data", multiple=True, help="Data sets to evaluate on instead of those of the gates; repeatable.")
-@click.option("--split", default=None, help="Split of data folders, instead of that of the gates.")
-@click.option("--dry-run", is_flag=True, help="Evaluate and judge, move nothing.")
-@click.option("--force", is_flag=True, help="Move the alias even if a gate fails; needs --reason.")
-@click.option("--reason", default="", help="Why, for the history.")
+@option(PromotionRequest, "gates")
+@option(PromotionRequest, "data")
+@option(PromotionRequest, "split")
+@option(PromotionRequest, "dry_run")
+@option(PromotionRequest, "force")
+@option(PromotionRequest, "reason")
 @DEVICE
 def promote(*, model: str, version: str | None, target: str, force: bool, reason: str, **options: Any) -> None:
     """Evaluate MODEL VERSION and the one in its place afresh, judge by the gates, and move the alias.
@@ -80,17 +83,18 @@ def promote(*, model: str, version: str | None, target: str, force: bool, reason
 @main.command()
 @click.argument("model")
 @click.argument("version", required=False)
-@click.option(
-    "--precision",
+@option(
+    AccelerateRequest,
     "precisions",
+    "--precision",
     multiple=True,
+    default=(),
     type=click.Choice(["f32", "bf16", "int8"]),
-    help="What the twin computes in; repeatable; both without it.",
 )
-@click.option("--gates", default=None, help="YAML file; without it gates/MODEL.yaml, else the project's own.")
-@click.option("--data", multiple=True, help="Data sets to measure on instead of those of the gates; repeatable.")
-@click.option("--split", default=None, help="Split of data folders, instead of that of the gates.")
-@click.option("--calibration", default=None, help="Data set whose training split calibrates int8; without it no int8.")
+@option(AccelerateRequest, "gates")
+@option(AccelerateRequest, "data")
+@option(AccelerateRequest, "split")
+@option(AccelerateRequest, "calibration")
 def accelerate(model: str, version: str | None, **options: Any) -> None:
     """Convert MODEL VERSION to OpenVINO, measure both side by side, and name as its twins what passes the gates.
 

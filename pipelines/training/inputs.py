@@ -20,7 +20,10 @@ INPUTS_FILE = "inputs.json"
 class Inputs(BaseModel):
     """Content of inputs.json.
 
-    settings: digest of recipe and code; train, val: image id -> path and digest of the image and its annotations.
+    Attributes:
+        settings: digest of recipe and code.
+        train: image id -> path and digest of the image and its annotations.
+        val: as ``train``.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -22,32 +22,10 @@ from pipelines.recipes.reading import load_recipe
 from pipelines.registry.model_versions import Registry
 from pipelines.tracking import mlflow_runs
 from pipelines.use_cases.display import SILENT, Display
-from pipelines.use_cases.requests import WORK_DIR, TrainingRequest
+from pipelines.use_cases.requests import AblationRequest, TrainingRequest
 from pipelines.use_cases.training import KIND, Plan, plan_training, run_plan
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AblationRequest:
-    """Which variants of a recipe to train.
-
-    grid: ``key=v1,v2`` entries, all combinations of which are trained; variants: ``key=v key=v; key=v`` one by one,
-    instead of a grid; overrides: ``section.key=value`` for all of them; metric: the one that decides, ``auto`` for
-    the task's main one; fresh: do again what an equal ablation has done.
-    """
-
-    recipe: str
-    data: str
-    name: str
-    device: str = "auto"
-    grid: tuple[str, ...] = ()
-    variants: tuple[str, ...] = ()
-    overrides: tuple[str, ...] = ()
-    metric: str = "auto"
-    engine: str | None = None
-    work_dir: str = WORK_DIR
-    fresh: bool = False
 
 
 def ablate(registry: Registry, request: AblationRequest, display: Display = SILENT) -> list[ablation.Result]:

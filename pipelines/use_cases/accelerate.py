@@ -14,10 +14,10 @@ import mlflow
 import numpy as np
 
 from models.engines.openvino.network import supports
-from models.engines.openvino.settings import TwinPrecision
 from models.errors import DataError, RegistryError, one_line
 from models.images.rendering import Rendering
 from models.loading import load_model
+from models.runtime.devices import TwinPrecision
 from models.saved.folder import folder_digest
 from models.saved.spec import read_spec
 from models.twins import check_twin, make_twin
@@ -34,27 +34,11 @@ from pipelines.registry.verification import read_example
 from pipelines.tracking import mlflow_runs
 from pipelines.use_cases.display import SILENT, Display
 from pipelines.use_cases.promote import open_gate_data, registered, show_checks
+from pipelines.use_cases.requests import AccelerateRequest
 
 log = logging.getLogger(__name__)
 
 CALIBRATION_IMAGES = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class AccelerateRequest:
-    """Of what to make twins, in which precisions, and what to measure them on.
-
-    ``gates``, ``data`` and ``split`` as of a promotion. A precision that this CPU lacks is left out.
-    precisions: None for all that can be made; calibration: data set whose training split ``int8`` takes its
-    ranges from.
-    """
-
-    model: str
-    precisions: tuple[TwinPrecision, ...] | None = None
-    gates: str | None = None
-    data: tuple[str, ...] = ()
-    split: str | None = None
-    calibration: str | None = None
 
 
 @dataclass(frozen=True)

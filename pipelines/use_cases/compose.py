@@ -7,9 +7,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from models.engines.composed import ComposedArchitecture, save_composed
 from models.runtime.devices import pick_device
@@ -20,29 +18,10 @@ from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.registry.training_images import TrainingImages, united
 from pipelines.tracking import mlflow_runs
 from pipelines.use_cases.publishing import Publication, example_image, publish
-from pipelines.use_cases.requests import WORK_DIR
+from pipelines.use_cases.requests import WORK_DIR, ComposeRequest
 from pipelines.use_cases.training import open_test, source_digest
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComposeRequest:
-    """What to compose, and what to evaluate it on.
-
-    detector, segmenter: NAME/VERSION, NAME/ALIAS or a saved folder; name: registered model to add a version to;
-    data: its test split is used; overlaps: ``exclusive`` gives a pixel to the plane of the higher score; min_score:
-    least score to segment; reuse: take the version of an equal composition, if there is one.
-    """
-
-    detector: str
-    segmenter: str
-    name: str
-    data: str
-    overlaps: Literal["exclusive", "keep"] = "exclusive"
-    min_score: float = 0.0
-    device: str = "auto"
-    reuse: bool = False
 
 
 def compose(registry: Registry, request: ComposeRequest) -> str:

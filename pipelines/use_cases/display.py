@@ -60,8 +60,9 @@ def pass_through(items: Iterable[Any], total: int, title: str) -> Iterable[Any]:
 class Display:
     """How long work is shown.
 
-    items: wraps what is gone through, given how many and a title; training: makes the display of one
-    training from its title.
+    Attributes:
+        items: wraps what is gone through, given how many and a title.
+        training: makes the display of one training from its title.
     """
 
     items: Progress = pass_through

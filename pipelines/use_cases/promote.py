@@ -39,28 +39,9 @@ from pipelines.registry.promotion import AliasState, checked_alias, move, read_a
 from pipelines.tables import text_table
 from pipelines.tracking import mlflow_runs
 from pipelines.use_cases.display import SILENT, Display
-from pipelines.use_cases.requests import WORK_DIR
+from pipelines.use_cases.requests import WORK_DIR, PromotionRequest
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromotionRequest:
-    """What to promote, and by which gates; without ``gates`` those of the model are looked for.
-
-    ``data`` replaces where the gates' data sets are, ``force`` moves the alias whatever
-    the gates say, for ``reason``; ``dry_run`` decides and moves nothing.
-    """
-
-    model: str
-    alias: str = "production"
-    data: tuple[str, ...] = ()
-    split: str | None = None
-    device: str = "auto"
-    gates: str | None = None
-    dry_run: bool = False
-    force: bool = False
-    reason: str = ""
 
 
 @dataclass(frozen=True)

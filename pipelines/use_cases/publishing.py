@@ -36,10 +36,18 @@ CORNER = 128
 
 @dataclass(frozen=True)
 class Publication:
-    """What to publish: ``train`` is None where nobody knows what it was trained on.
+    """What to publish.
 
-    ``example`` is an RGB uint8 image, logged as the input example; ``trained_on``: the images that decided
-    its weights, where they are not those of ``train`` and ``val``.
+    Attributes:
+        saved: folder of the model.
+        name: registered model.
+        example: RGB uint8 image (H, W, 3), logged as the input example.
+        train: what it was trained on; None where nobody knows.
+        val: what it was validated on.
+        test: what it is measured on.
+        tags: of the version.
+        register: add a version; otherwise the model is logged alone.
+        trained_on: the images that decided its weights, where they are not those of ``train`` and ``val``.
     """
 
     saved: Path

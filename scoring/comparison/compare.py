@@ -26,7 +26,20 @@ ORDER = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "mask_AP", "mask_AP
 class Scored:
     """One scoring run in the comparison: version, data and results.
 
-    failed: images that could not be read or predicted; leaves_out: whether its metrics are without them.
+    Attributes:
+        label: of the version.
+        data: name and split of the data set.
+        digest: of the data set.
+        metrics: by name.
+        images: how many were predicted.
+        seconds: of work.
+        source: where the images came from.
+        score_threshold: least score that was kept.
+        megabytes: size of the saved model.
+        category: what was looked for.
+        failed: images that could not be read or predicted.
+        leaves_out: whether its metrics are without these.
+        segmenter: whether the version segments given boxes.
     """
 
     label: str

@@ -14,7 +14,8 @@ from pipelines.evaluation.inference import evaluate_predictions
 from pipelines.evaluation.metrics import Evaluation, evaluate_instances
 from scoring.jobs.manifest import MANIFEST, read_manifest
 from scoring.jobs.shards import ERRORS
-from scoring.writers.kaggle import Convention, read_submission
+from scoring.requests import Convention
+from scoring.writers.kaggle import read_submission
 from scoring.writers.parquet import read_failures, read_instances
 
 

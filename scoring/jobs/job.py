@@ -7,7 +7,7 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import KW_ONLY, dataclass, field
@@ -18,7 +18,6 @@ from typing import Any
 from models.errors import DataError, OutputError, one_line
 from models.instances import Instances
 from models.predictor import Predictor
-from models.runtime.devices import Precision
 from models.tiling.predictor import tiling_of
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.evaluation.inference import evaluate_predictions, is_segmenter
@@ -26,56 +25,37 @@ from pipelines.evaluation.metrics import Evaluation
 from pipelines.files import write_text
 from pipelines.progress import Progress
 from scoring.jobs.export import FORMATS, export
-from scoring.jobs.manifest import TORCH, Manifest, claimed, make_manifest
+from scoring.jobs.manifest import Manifest, claimed, make_manifest
 from scoring.jobs.retry import can_be_tried_again, failed_before, replace_in_shard, split_into_shards
 from scoring.jobs.shards import ERRORS, INSTANCES, finished, join_shards, totals_of, write_shard
 from scoring.reader import Failure
+from scoring.requests import JobSettings
 from scoring.runners.local import LocalRunner, auto_batch, auto_workers
 from scoring.runners.runner import Runner, ShardResult
-from scoring.writers import kaggle, parquet
-
-
-@dataclass(frozen=True)
-class JobSettings:
-    """How to score.
-
-    batch_size: images at a time, and tiles per forward pass where it is given, None to leave it to
-    us; score_threshold: least score kept; overlays: how many; rle: convention of the Kaggle CSV;
-    tiling: settings of `models.tiling.settings.Tiling` instead of the version's, ``{"size": 0}`` for whole
-    images; shard_size: images that are written, and after a stop lost, together; workers: threads
-    that decode, None to leave it to us; fresh: throw away what is in the folder; precision: of
-    the networks, as `models.runtime.devices.precision` takes it; runtime: what runs them, as
-    `scoring.runtimes` names it; value_range and bands: how image files
-    are read, as `models.images.rendering.parse_rendering` takes them, None to leave it to the version.
-    """
-
-    batch_size: int | None = None
-    score_threshold: float = 0.05
-    overlays: int = 3
-    rle: kaggle.Convention = "course"
-    tiling: Mapping[str, Any] = field(default_factory=dict)
-    shard_size: int = 32
-    workers: int | None = None
-    fresh: bool = False
-    precision: Precision = "32"
-    runtime: str = TORCH
-    value_range: str | None = None
-    bands: str | None = None
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """What to change of the version's tiling."""
-        return {**self.tiling, **({"batch": self.batch_size} if self.batch_size and self.tiling.get("size") != 0 else {})}
+from scoring.writers import parquet
 
 
 @dataclass
 class JobResult:
-    """Result of a job: its folder, counts, times, and metrics where there is ground truth.
+    """Result of a job.
 
-    resumed: how many of the images had been scored by an earlier, interrupted call; timings:
-    seconds by operation, of all threads together; peaks: highest memory in MB by kind; unlogged: why
-    the tracking store did not take it; little: how many images fill little of the range that they are
-    read with, and the first of them.
+    Attributes:
+        label: of the version.
+        folder: where the outputs are.
+        images: how many were predicted.
+        instances: planes detected in them.
+        failures: images that could not be read or predicted.
+        seconds: of work, of earlier interrupted calls too.
+        evaluations: prefix of the metrics and evaluation, where there is ground truth.
+        segmenter: whether the version segments given boxes.
+        score_threshold: least score that was kept.
+        megabytes: size of the saved model.
+        resumed: how many of the images had been scored by an earlier, interrupted call.
+        timings: seconds by operation, of all threads together.
+        peaks: highest memory in MB by kind.
+        unlogged: why the tracking store did not take it.
+        little: how many images fill little of the range that they are read with.
+        first_little: id of the first of them.
     """
 
     label: str

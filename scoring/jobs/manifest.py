@@ -21,6 +21,7 @@ from pipelines.data.dataset import Dataset, Sample
 from pipelines.data.remote import UNREADABLE, absolute, to_path
 from pipelines.evaluation.categories import PLANE
 from pipelines.files import replacing
+from scoring.requests import TORCH
 
 MANIFEST, INPUTS, SHARDS, DONE, LOCK = "manifest.json", "inputs.parquet", "shards", "done.json", ".lock"
 
@@ -35,7 +36,6 @@ WRITTEN = (
     DONE,
     INPUTS,
 )
-TORCH = "torch"
 PICTURES = {"overlays": ".jpg", "geojson": ".geojson"}
 
 INPUT_SCHEMA = pa.schema(
@@ -53,9 +53,18 @@ INPUT_SCHEMA = pa.schema(
 class Manifest(BaseModel):
     """All that decides a job's rows.
 
-    model: digest of the saved folder; settings: threshold, tiling, batch, device; inputs:
-    digest of the images in their order; category: what is looked for, category_id: its number in COCO
-    results.
+    Attributes:
+        format: of the manifest.
+        label: of the version.
+        model: digest of the saved folder.
+        settings: threshold, tiling, batch, device, ...
+        data: name of the data set.
+        split: of the data set.
+        category_id: number of the category in COCO results.
+        inputs: digest of the images in their order.
+        images: how many.
+        shard_size: images of a shard.
+        category: what is looked for.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

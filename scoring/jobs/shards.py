@@ -24,10 +24,17 @@ INSTANCES, ERRORS, NOTES = "instances.parquet", "errors.parquet", "shard.json"
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over all shards: images predicted, planes, images that failed, seconds of work, whether masks were made.
+    """Sums over all shards.
 
-    timings: seconds by operation, of all threads together (``stages`` in done.json); little: how many images
-    fill little of the range that they are read with, first_little the id of the first.
+    Attributes:
+        images: how many were predicted.
+        instances: planes detected in them.
+        failures: images that could not be read or predicted.
+        seconds: of work.
+        masks: whether masks were made.
+        timings: seconds by operation, of all threads together (``stages`` in done.json).
+        little: how many images fill little of the range that they are read with.
+        first_little: id of the first of them.
     """
 
     images: int

@@ -36,12 +36,18 @@ PACKAGES = ("models", "pipelines", "scoring")
 MOST_BLOCKS = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RaySettings:
-    """How actors predict and where: arguments of `LocalRunner`, changes of the tiling, and the cluster.
+    """How actors predict, and where.
 
-    address: of a running cluster, None for one in this machine that ends with the job;
-    actors: how many, None for one a GPU, or on CPUs one for every two.
+    Attributes:
+        device: of each actor's model, as `LocalRunner` takes it.
+        batch_size: images that an actor predicts together.
+        workers: threads of an actor that decode images.
+        precision: of the networks.
+        tiling: what to change of the version's tiling.
+        address: of a running cluster; None for one in this machine that ends with the job.
+        actors: how many; None for one a GPU, or on CPUs one for every two.
     """
 
     device: str = "cpu"

@@ -11,7 +11,6 @@ import csv
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -20,9 +19,8 @@ from models.geometry.rle import mask_runs, rle_area, rle_boxes, rle_crop, rle_fr
 from models.instances import RLE, Instances
 from pipelines.data.dataset import Dataset
 from pipelines.files import replacing
+from scoring.requests import Convention
 from scoring.writers.walk import side_by_side
-
-Convention = Literal["course", "airbus"]
 
 HEADER = ("ImageId", "EncodedPixels")
 NOTHING = "[]"

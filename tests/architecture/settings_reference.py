@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -13,12 +14,21 @@ from pydantic_core import PydanticUndefined
 from models.engines.composed import ComposedArchitecture
 from pipelines.recipes.settings import DetectorRecipe, Detectron2Recipe, MaskRecipe, UNetRecipe
 from pipelines.registry.gates import GateFile
+from pipelines.use_cases.requests import (
+    AblationRequest,
+    AccelerateRequest,
+    ComposeRequest,
+    PromotionRequest,
+    TrainingRequest,
+)
+from scoring.requests import ComparisonRequest, Execution, JobSettings, ScoreRequest
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """# Settings
 
-Every setting of recipes, compositions and gates, with its default and its limits. A recipe is a YAML file of these keys
-(`pipelines/recipes/`), `--set section.key=value` changes one for a training, and MLflow logs all of them as parameters.
+Every setting of recipes, compositions, gates and requests, with its default and its limits. A recipe is a YAML file of
+these keys (`pipelines/recipes/`), `--set section.key=value` changes one for a training, and MLflow logs all of them as
+parameters.
 This page is made by `python -m tests.architecture.settings_reference`.
 """
 SECTIONS: list[tuple[str, type[BaseModel]]] = [
@@ -28,6 +38,21 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("Recipes of `train_unet`", UNetRecipe),
     ("Compositions", ComposedArchitecture),
     ("Gates", GateFile),
+]
+REQUESTS_HEAD = """
+## Requests
+
+What the functions of [the Python API](python.md) take. The commands' options have these names and texts."""
+REQUESTS: list[tuple[str, type]] = [
+    ("train", TrainingRequest),
+    ("ablate", AblationRequest),
+    ("compose", ComposeRequest),
+    ("promote", PromotionRequest),
+    ("accelerate", AccelerateRequest),
+    ("score", ScoreRequest),
+    ("score", JobSettings),
+    ("score", Execution),
+    ("compare_targets", ComparisonRequest),
 ]
 
 
@@ -63,6 +88,20 @@ def _default(field: Any) -> str:
     return f"`{default}`" if default != "" else "empty"
 
 
+def request_rows(request: type) -> Iterator[tuple[str, str, str, str]]:
+    """Field, type, default and help of every field of a request."""
+    kinds = get_type_hints(request)
+    for field in dataclasses.fields(request):
+        made = field.default_factory is not dataclasses.MISSING
+        required = field.default is dataclasses.MISSING and not made
+        default = "required" if required else "" if made else _python_value(field.default)
+        yield field.name, _type(kinds[field.name]).replace("null", "None"), default, field.metadata["help"]
+
+
+def _python_value(value: object) -> str:
+    return "" if dataclasses.is_dataclass(value) else f"`{value!r}`" if value != "" else "empty"
+
+
 def _limit(limit: Any) -> str:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "multiple_of": "multiple of"}
     for name, sign in signs.items():
@@ -81,8 +120,10 @@ def _type(annotation: Any) -> str:
         return " or ".join(_type(part) for part in inside)
     if hasattr(annotation, "__metadata__"):
         return _type(inside[0])
-    if origin in (list, tuple, dict):
-        return {list: "list", tuple: "list", dict: "mapping"}[origin]
+    if origin in (list, tuple, dict, Mapping):
+        return {list: "list", tuple: "list"}.get(origin, "mapping")
+    if dataclasses.is_dataclass(annotation):
+        return f"`{annotation.__name__}`"
     return {int: "whole number", float: "number", str: "text", bool: "true or false"}.get(annotation, str(annotation))
 
 
@@ -100,6 +141,11 @@ def page() -> str:
         parts += ["| key | value | default | what it does |", "|---|---|---|---|"]
         parts += [f"| `{key}` | {kind.replace('|', '/')} | {default} | {text} |" for key, kind, default, text in new]
         written |= dict.fromkeys(new, f'"{title}"')
+    parts.append(REQUESTS_HEAD)
+    for function, request in REQUESTS:
+        parts.append(f"\n### `{request.__name__}`, of `{function}`\n")
+        parts += ["| field | value | default | what it is |", "|---|---|---|---|"]
+        parts += [f"| `{name}` | {kind} | {default} | {text} |" for name, kind, default, text in request_rows(request)]
     return "\n".join(parts) + "\n"
 
 

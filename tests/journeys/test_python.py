@@ -55,7 +55,8 @@ def test_what_it_names_is_there(page):
 
 def test_what_happens_is_logged_and_shown(project, caplog, tmp_path, monkeypatch):
     from pipelines.registry.model_versions import Registry
-    from scoring.use_cases import ScoreRequest, score
+    from scoring.requests import ScoreRequest
+    from scoring.use_cases import score
 
     monkeypatch.chdir(tmp_path)
     shown = []

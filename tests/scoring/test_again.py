@@ -17,8 +17,9 @@ from pipelines.data import remote
 from pipelines.data.readers.opening import open_dataset
 from scoring.jobs import manifest, retry, shards
 from scoring.jobs.export import export_job
-from scoring.jobs.job import JobSettings, run_job
+from scoring.jobs.job import run_job
 from scoring.reader import Failure
+from scoring.requests import JobSettings
 from scoring.runners.local import LocalRunner
 from tests.conftest import write_image
 from tests.scoring.test_job import Brightness, _digests

@@ -17,7 +17,8 @@ from scoring.comparison.compare import Candidate, compare
 from scoring.comparison.evaluate_file import evaluate_file
 from scoring.comparison.report import write_report
 from scoring.jobs import manifest as plan
-from scoring.jobs.job import JobSettings, run_job
+from scoring.jobs.job import run_job
+from scoring.requests import JobSettings
 from tests.conftest import write_image
 from tests.stores import new_store
 

@@ -16,8 +16,9 @@ from models.loading import load_model
 from models.twins import make_twin
 from pipelines.data.readers.opening import open_dataset
 from scoring.jobs.export import export_job
-from scoring.jobs.job import JobSettings, run_job
+from scoring.jobs.job import run_job
 from scoring.jobs.manifest import LOCK
+from scoring.requests import JobSettings
 from tests.conftest import write_image
 from tests.scoring.bad_files import write_bad_files
 

@@ -19,9 +19,10 @@ from models.loading import load_model
 from models.saved.folder import save_model
 from models.twins import make_twin
 from pipelines.data.readers.opening import open_dataset
-from scoring.jobs.job import JobSettings, run_job
+from scoring.jobs.job import run_job
 from scoring.jobs.shards import finished
 from scoring.reader import Failure
+from scoring.requests import JobSettings
 from scoring.runners import ray_runner
 from scoring.runners.ray_runner import RayRunner, RaySettings
 from tests.conftest import write_image

@@ -17,8 +17,9 @@ from models.errors import DataError
 from models.images import decoding as image_module
 from pipelines.data.readers.opening import open_dataset
 from scoring.jobs.export import export_job
-from scoring.jobs.job import JobSettings, run_job
+from scoring.jobs.job import run_job
 from scoring.jobs.manifest import read_inputs, read_manifest
+from scoring.requests import JobSettings
 from tests.conftest import write_image
 from tests.scoring.test_job import Brightness
 

@@ -18,8 +18,9 @@ from pipelines.data.readers.opening import open_dataset
 from pipelines.evaluation.side_by_side import measure
 from pipelines.recipes.reading import load_recipe
 from scoring.jobs.export import export_job
-from scoring.jobs.job import JobSettings, run_job
+from scoring.jobs.job import run_job
 from scoring.jobs.manifest import MANIFEST
+from scoring.requests import JobSettings
 from tests.models.test_contract import _detector, _segmenter
 from tests.models.test_rasters import PLANE, RGB, scene, tiff
 from tests.scoring.test_job import Brightness

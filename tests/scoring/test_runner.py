@@ -22,8 +22,9 @@ from models.runtime.out_of_memory import predict_in_halves
 from models.tiling.predictor import Tiled
 from models.tiling.settings import Tiling
 from pipelines.data.readers.opening import open_dataset
-from scoring.jobs.job import JobSettings, run_job
+from scoring.jobs.job import run_job
 from scoring.jobs.shards import totals_of
+from scoring.requests import JobSettings
 from scoring.runners.local import LocalRunner, auto_workers
 from tests.conftest import write_image
 from tests.scoring.test_job import Brightness, _digests, _run

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from models.engines.openvino.compiled import note_digests, open_cache
-from models.engines.openvino.settings import TwinPrecision
 from models.engines.openvino.telemetry import opt_out
 from models.errors import EngineMissing, ModelError, one_line
+from models.runtime.devices import TwinPrecision
 from models.runtime.instructions import cpu_flags, cpu_threads
 from models.saved.allowed_files import NETWORK_FILE, NETWORK_WEIGHTS_FILE
 

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.engines.unet.settings import CropSettings
-
-TwinPrecision = Literal["f32", "bf16", "int8"]
+from models.runtime.devices import TwinPrecision
 
 
 class ImageInput(BaseModel):

@@ -50,8 +50,10 @@ def epoch_items(seed: int, step: int, batch_size: int, count: int) -> list[int]:
 class Example:
     """A training image with its planes.
 
-    image: RGB uint8 (H, W, 3); boxes: xyxy float32 (K, 4); masks: uint8 (K, H, W), or
-    None where only boxes are wanted.
+    Attributes:
+        image: RGB uint8 (H, W, 3).
+        boxes: xyxy float32 (K, 4).
+        masks: uint8 (K, H, W); None where only boxes are wanted.
     """
 
     image: np.ndarray

@@ -23,8 +23,11 @@ Size = tuple[int, int]
 class Fit:
     """How annotations of a stated size come to lie on a file's pixels.
 
-    stated, size: (height, width) before and after; orientation: EXIF's, by which they are turned first; 1: not at all;
-    unsure: the file has an orientation tag, and its size does not tell whether they were made before it was turned.
+    Attributes:
+        stated: (height, width) that they were made for.
+        size: (height, width) of the file.
+        orientation: EXIF's, by which they are turned first; 1: not at all.
+        unsure: the file has an orientation tag, and its size does not tell whether they were made before it was turned.
     """
 
     stated: Size

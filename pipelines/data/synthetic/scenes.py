@@ -26,9 +26,20 @@ from pipelines.locking import held, lock_of
 FORMAT = 1  # raised whenever the same settings would draw other bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AirfieldSettings:
-    """What to draw: number of scenes per split, scene side in pixels, planes per scene, plane lengths, seed."""
+    """What to draw.
+
+    Attributes:
+        train: scenes of the training split.
+        test: scenes of the test split.
+        size: side of a scene in pixels.
+        planes_min: fewest planes of a scene.
+        planes_max: most planes of a scene.
+        length_min: shortest plane in pixels.
+        length_max: longest plane in pixels.
+        seed: the same seed draws the same scenes.
+    """
 
     train: int = 60
     test: int = 12

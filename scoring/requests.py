@@ -1,0 +1,116 @@
+"""What scoring and comparing are asked for; each field has its help, which commands and the settings reference show.
+
+Plain dataclasses: ``--help`` is not to wait for pydantic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from models.runtime.devices import Precision
+from pipelines.use_cases.requests import DEVICE
+
+Convention = Literal["course", "airbus"]
+Runtime = Literal["auto", "torch", "openvino"]
+RunnerName = Literal["local", "ray"]
+# What runs a job's networks, as manifests name it.
+TORCH = "torch"
+
+SPLIT = {"help": "Split of a data set folder; train+test: both."}
+RLE = {"help": "Runs of the Kaggle CSV."}
+SCORE_THRESHOLD = {"help": "Least score that is kept."}
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """How to score."""
+
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Images, or tiles, per forward pass; by default one on a CPU, eight on a GPU."}
+    )
+    score_threshold: float = field(default=0.05, metadata=SCORE_THRESHOLD)
+    overlays: int = field(default=3, metadata={"help": "Pictures to draw."})
+    rle: Convention = field(default="course", metadata=RLE)
+    tiling: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": 'Settings of the version\'s tiling to change; {"size": 0} for whole images.'},
+    )
+    shard_size: int = field(default=32, metadata={"help": "Images written, and after a stop lost, together."})
+    workers: int | None = field(
+        default=None,
+        metadata={"help": "Threads that decode images; by default by CPUs and place of the images."},
+    )
+    fresh: bool = field(
+        default=False, metadata={"help": "Score anew where the folder holds another or an unfinished scoring."}
+    )
+    precision: Precision = field(default="32", metadata={"help": "Of the networks."})
+    runtime: str = field(default=TORCH, metadata={"help": "What runs the networks: torch, or a twin: openvino bf16."})
+    value_range: str | None = field(
+        default=None, metadata={"help": "Values shown: auto, percentile, depth, or LOW,HIGH; by default the version's."}
+    )
+    bands: str | None = field(
+        default=None,
+        metadata={"help": "Bands shown as red, green, blue: 4,3,2, or auto; by default the version's."},
+    )
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What to change of the version's tiling."""
+        return {**self.tiling, **({"batch": self.batch_size} if self.batch_size and self.tiling.get("size") != 0 else {})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """What runs the scoring."""
+
+    runner: RunnerName = field(default="local", metadata={"help": "What runs the scoring."})
+    address: str | None = field(default=None, metadata={"help": "A running Ray cluster; by default one in this machine."})
+    actors: int | None = field(default=None, metadata={"help": "Ray actors; by default one a GPU, or one for two CPUs."})
+
+
+LOCAL = Execution()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest:
+    """What to score, with what, and where to leave it."""
+
+    models: tuple[str, ...] = field(
+        metadata={"help": "NAME/VERSION, NAME/ALIAS, NAME@ALIAS, models:/..., or a saved folder; repeatable."}
+    )
+    data: str = field(
+        metadata={"help": "Folder, COCO JSON, course JSON, image, quoted glob, CSV or parquet list, or a URL."}
+    )
+    out: str = field(default="predictions", metadata={"help": "Folder for the outputs, one inside for each version."})
+    split: str = field(default="test", metadata=SPLIT)
+    scene_pattern: str | None = field(
+        default=None, metadata={"help": "Regular expression whose first group is an image's scene."}
+    )
+    device: str = field(default="auto", metadata=DEVICE)
+    settings: JobSettings = field(default_factory=JobSettings, metadata={"help": "How to score."})
+    execution: Execution = field(default=LOCAL, metadata={"help": "What runs the scoring."})
+    runtime: Runtime = field(
+        default="auto",
+        metadata={"help": "What runs the networks; auto: the fastest approved twin that this CPU computes, else PyTorch."},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRequest:
+    """What to compare; the others are held against the first."""
+
+    targets: tuple[str, ...] = field(
+        metadata={"help": "Scoring runs (MLflow run ids), versions, job folders or files of predictions."}
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "Data set with ground truth; without it that of the scoring runs."}
+    )
+    split: str = field(default="test", metadata=SPLIT)
+    out: str = field(default="comparison", metadata={"help": "Folder for report.html and comparison.csv."})
+    device: str = field(default="auto", metadata=DEVICE)
+    score_threshold: float = field(default=0.05, metadata=SCORE_THRESHOLD)
+    category: str = field(
+        default="auto", metadata={"help": "Class to measure files by; auto: that of the job, else plane."}
+    )
