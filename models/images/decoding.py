@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, Literal, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -32,15 +32,19 @@ RETRIES = (0.5, 2.0)
 
 
 class RemoteFile(Protocol):
-    """A file that is not on this machine, such as a ``UPath`` of an object store; its text is its URL.
+    """A file that is not on this machine, such as a ``UPath`` of an object store; its text is its URL."""
 
-    fs: its fsspec file system, path: what the file is called there.
-    """
+    @property
+    def fs(self) -> Any:
+        """Its fsspec file system."""
+        ...
 
-    fs: Any
-    path: str
+    @property
+    def path(self) -> str:
+        """What the file is called there."""
+        ...
 
-    def open(self, mode: str) -> IO[bytes]:
+    def open(self, mode: Literal["rb"]) -> IO[bytes]:
         """A stream that fetches only the bytes that are read."""
         ...
 

@@ -148,7 +148,7 @@ class Dataset:
     """Images of one split, in a fixed order; ``category_id`` is the category's number in the source."""
 
     name: str
-    source: Path
+    source: AnyPath
     split: str
     category: str
     samples: tuple[Sample, ...]
@@ -364,7 +364,7 @@ def _common_folder(folders: Sequence[str]) -> str:
         return "/"
 
 
-def with_unique_ids(samples: Sequence[Sample], source: Path) -> tuple[Sample, ...]:
+def with_unique_ids(samples: Sequence[Sample], source: AnyPath) -> tuple[Sample, ...]:
     """The samples, those that share a file name distinguished by their path below the common folder.
 
     Raises:

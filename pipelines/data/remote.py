@@ -7,14 +7,17 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from models.errors import DataError, one_line
 from models.images import decoding
 from models.images.decoding import IMAGE_SUFFIXES
 
+if TYPE_CHECKING:
+    from upath import UPath
+
 # Either this machine's path, or universal_pathlib's UPath: the same methods over a URL.
-AnyPath = Any
+AnyPath: TypeAlias = "Path | UPath"
 
 # Questions to a store that are open at a time.
 ASKING = 16
@@ -58,7 +61,7 @@ def absolute(path: AnyPath) -> str:
     return os.path.abspath(path) if isinstance(path, Path) else str(path)
 
 
-def list_remote(path: AnyPath) -> list[AnyPath]:
+def list_remote(path: UPath) -> list[UPath]:
     """The image files of a URL: itself, those directly in a folder, or those that a glob matches; sorted.
 
     Raises:
@@ -91,8 +94,9 @@ def fingerprints(paths: Sequence[AnyPath]) -> list[str]:
     UNREADABLE where a file has none: whoever reads the file reports what is wrong with it.
     A store that does not answer is tried again, until it has failed so often that it counts as down.
     """
-    if all(isinstance(path, Path) for path in paths):
-        return [_local_mark(path) for path in paths]
+    local = [path for path in paths if isinstance(path, Path)]
+    if len(local) == len(paths):
+        return [_local_mark(path) for path in local]
     store = _Patience()
     with ThreadPoolExecutor(ASKING) as pool:
         return list(pool.map(store.mark, paths))
@@ -132,7 +136,7 @@ class _Patience:
         raise AssertionError
 
 
-def _remote_mark(path: AnyPath) -> str:
+def _remote_mark(path: UPath) -> str:
     info = path.fs.info(path.path)
     known = [str(info[key]) for key in CONTENT_MARKS if info.get(key)]
     times = [str(info[key]) for key in ("LastModified", "last_modified", "updated", "mtime", "created") if info.get(key)]

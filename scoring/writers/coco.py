@@ -40,7 +40,7 @@ def _entries(predictions: Iterable[Instances], dataset: Dataset) -> Iterator[dic
     for one in predictions:
         number, sample = sources[one.image_id]
         for i, box in enumerate(xyxy_to_xywh(one.boxes)):
-            entry = {
+            entry: dict[str, Any] = {
                 "image_id": number,
                 "file_name": sample.path.name if own else _named(sample),
                 # A model's classes are numbered from 0; where there is truth, it has but one.

@@ -29,8 +29,8 @@ def write_geojson(predictions: Iterable[Instances], dataset: Dataset, folder: Pa
     written = 0
     remove_earlier(dataset, folder, ".geojson")
     for sample, one in side_by_side(predictions, dataset):
-        here = isinstance(sample.path, Path) and sample.path.suffix.lower() in WINDOWED_SUFFIXES
-        placed = _georeference(sample.path) if here else None
+        path = sample.path
+        placed = _georeference(path) if isinstance(path, Path) and path.suffix.lower() in WINDOWED_SUFFIXES else None
         if placed is None:
             continue
         transform, crs = placed

@@ -154,16 +154,15 @@ def cached_tiles(tiles: Dataset, folder: Path, progress: Progress, unreadable: U
     """
     unreadable = unreadable or Unreadable()
     # Quoted, so that the names of "a/b" and "a_b" differ.
-    samples = tuple(
-        replace(s, path=folder / f"{quoted_name(s.image_id)}.png", window=None, rendering=DEFAULT) for s in tiles.samples
-    )
+    files = {t.image_id: folder / f"{quoted_name(t.image_id)}.png" for t in tiles.samples}
+    samples = tuple(replace(t, path=files[t.image_id], window=None, rendering=DEFAULT) for t in tiles.samples)
     with held(lock_of(folder), "cutting tiles", wait=True):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             clear_temporaries(folder)
             known = _known(folder / DONE)
             pairs = zip(tiles.samples, samples, strict=True)
-            missing = {t.image_id: s.path for t, s in pairs if not _is_whole(s, known.get(s.path.name))}
+            missing = {t.image_id: files[t.image_id] for t, s in pairs if not _is_whole(s, files[t.image_id], known)}
             if missing:
                 _write([t for t in tiles.samples if t.image_id in missing], missing, progress, unreadable)
             sizes = {s.path.name: s.path.stat().st_size for s in samples if s.path.is_file()}
@@ -184,12 +183,12 @@ def _known(path: Path) -> dict[str, int]:
     return content if isinstance(content, dict) else {}
 
 
-def _is_whole(tile: Sample, size: int | None) -> bool:
+def _is_whole(tile: Sample, file: Path, known: Mapping[str, int]) -> bool:
     try:
-        if size is not None:
-            return tile.path.stat().st_size == size
+        if file.name in known:
+            return file.stat().st_size == known[file.name]
         # Written by a call that did not come to its end.
-        with Image.open(tile.path) as image:
+        with Image.open(file) as image:
             image.load()
             return image.size == (tile.width, tile.height)
     except (OSError, SyntaxError, ValueError):

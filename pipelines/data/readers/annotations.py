@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ class Plane:
     crowd: bool
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: AnyPath) -> Any:
     """Parse a JSON file.
 
     Raises:
@@ -198,7 +197,7 @@ def extent(entries: Sequence[Mapping[str, Any]], stated: bool = True) -> tuple[i
 
 def make_sample(
     image_id: str,
-    path: Path,
+    path: AnyPath,
     size: tuple[int, int],
     scene: str,
     planes: list[Plane],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from models.errors import DataError
@@ -80,7 +79,7 @@ def find_image(root: AnyPath, file_name: str, split: str, stem: str) -> AnyPath 
     return find_image(root.parent, file_name, split, stem) if root.name == "annotations" else None
 
 
-def _category_ids(content: Mapping[str, Any], category: str, path: Path) -> tuple[set[Any], set[Any]]:
+def _category_ids(content: Mapping[str, Any], category: str, path: AnyPath) -> tuple[set[Any], set[Any]]:
     """(ids of the wanted category, all known ids)."""
     categories = content.get("categories")
     if not isinstance(categories, list):
@@ -94,7 +93,7 @@ def _category_ids(content: Mapping[str, Any], category: str, path: Path) -> tupl
     return ids, set(names)
 
 
-def _images(entries: list[Any], path: Path) -> dict[Any, Mapping[str, Any]]:
+def _images(entries: list[Any], path: AnyPath) -> dict[Any, Mapping[str, Any]]:
     images: dict[Any, Mapping[str, Any]] = {}
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or "id" not in entry or not entry.get("file_name"):
@@ -106,7 +105,7 @@ def _images(entries: list[Any], path: Path) -> dict[Any, Mapping[str, Any]]:
 
 
 def _by_image(
-    entries: Any, images: Mapping[Any, Any], *, wanted: set[Any], known: set[Any], path: Path, problems: Problems
+    entries: Any, images: Mapping[Any, Any], *, wanted: set[Any], known: set[Any], path: AnyPath, problems: Problems
 ) -> dict[Any, list[Mapping[str, Any]]]:
     grouped: dict[Any, list[Mapping[str, Any]]] = {}
     seen: set[Any] = set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from models.errors import DataError
@@ -85,6 +84,6 @@ def _by_file(content: list[Mapping[str, Any]], category: str, problems: Problems
     return grouped
 
 
-def list_images(folder: Path) -> list[Path]:
+def list_images(folder: AnyPath) -> list[AnyPath]:
     """Image files directly in a folder, by ending, sorted by name."""
     return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import glob
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from models.errors import DataError, one_line
 from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
@@ -13,6 +15,9 @@ from pipelines.data.readers.annotations import make_sample, read_json
 from pipelines.data.readers.coco import read_coco
 from pipelines.data.readers.course import list_images, read_course
 from pipelines.data.remote import AnyPath, is_url, list_remote, to_path
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 # Folders of images that are splits even where nothing is annotated.
 USUAL_SPLITS = ("train", "val", "valid", "validation", "test")
@@ -111,7 +116,7 @@ def check_exists(where: str | Path) -> None:
         raise DataError(f"{where}: no such file or folder")
 
 
-def _open_remote(path: AnyPath, split: str, *, category: str, scene_pattern: str | None, keep: bool) -> Dataset:
+def _open_remote(path: UPath, split: str, *, category: str, scene_pattern: str | None, keep: bool) -> Dataset:
     if path.suffix.lower() == ".json":
         return _read_json_file(path, _label(path, split), category=category, scene_pattern=scene_pattern, keep=keep)
     files = _listed(path) if path.suffix.lower() in (".csv", ".parquet") else list_remote(path)
@@ -153,7 +158,7 @@ def _listed(path: AnyPath) -> list[AnyPath]:
     return [to_path(one) if is_url(one) or Path(one).is_absolute() else path.parent / one for one in named]
 
 
-def _plain(files: list[AnyPath], where: AnyPath, *, split: str, category: str, scene_pattern: str | None) -> Dataset:
+def _plain(files: Sequence[AnyPath], where: AnyPath, *, split: str, category: str, scene_pattern: str | None) -> Dataset:
     if not files:
         raise DataError(f"{where}: no images there (PNG, JPEG, TIFF, BMP, WebP)")
     unknown = (0, 0)
