@@ -46,7 +46,7 @@ def differences(ours: Measurement, theirs: Measurement) -> str:
     other = f"{compared.unequal} of {images} images have another number" if compared.unequal else ""
     if compared.unequal == images:
         return other
-    return f"{other}{'; ' if other else ''}{compared.pixels:.2g} pixels, {compared.score:.2g} of score"
+    return f"{other}{'; ' if other else ''}{compared}"
 
 
 def main() -> None:

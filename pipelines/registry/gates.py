@@ -14,6 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import RecipeError, invalid_field, one_line
+from models.geometry.rle import rle_iou
+from models.instances import Instances
 from models.runtime.devices import TwinPrecision
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation.metrics import SIZE_CLASSES
@@ -28,7 +30,7 @@ ROUNDING = 0.0005
 # A loss is significant where fewer resampled sets of images than this show none.
 SIGNIFICANT = 0.025
 # In full precision a twin's detections are its parent's: this far, in pixels and in score.
-SAME_PIXELS, SAME_SCORE = 0.01, 1e-4
+SAME_PIXELS, SAME_SCORE, SAME_MASKS = 0.01, 1e-4, 0.95
 
 
 class _Settings(BaseModel):
@@ -255,19 +257,38 @@ def judge_twin(gate: TwinGate, precision: TwinPrecision, twin: Measurement, pare
 
 @dataclass(frozen=True)
 class Differences:
-    """How far detections of the same images differ: the largest over matched ones, and images with another number."""
+    """How far detections of the same images differ.
+
+    Attributes:
+        pixels: largest distance of a border of matched boxes.
+        score: largest difference of their scores.
+        mask_iou: least IoU of their masks; None without masks.
+        unequal: images with another number of detections.
+        first_unequal: the first of them, in words.
+    """
 
     pixels: float = 0.0
     score: float = 0.0
+    mask_iou: float | None = None
     unequal: int = 0
     first_unequal: str | None = None
+
+    @property
+    def rounding(self) -> bool:
+        """Whether they are no more than another order of additions makes."""
+        masks = self.mask_iou is None or self.mask_iou >= SAME_MASKS
+        return not self.unequal and self.pixels <= SAME_PIXELS and self.score <= SAME_SCORE and masks
+
+    def __str__(self) -> str:
+        masks = "" if self.mask_iou is None else f", masks' IoU at least {self.mask_iou:.3f}"
+        return f"within {self.pixels:.2g} pixels, {self.score:.2g} of score{masks}"
 
 
 def largest_differences(twin: Measurement, parent: Measurement) -> Differences:
     """Match every detection of the parent with the nearest of the twin, and the other way, image by image."""
     by_id = {p.image_id: p for p in twin.predictions}
     pixels = score = 0.0
-    unequal = []
+    mask_ious, unequal = [], []
     for theirs in parent.predictions:
         ours = by_id.get(theirs.image_id)
         if ours is None or len(ours) != len(theirs):
@@ -278,17 +299,31 @@ def largest_differences(twin: Measurement, parent: Measurement) -> Differences:
             # Of both, so that none stands for two.
             pixels = max(pixels, float(distances.min(axis=1).max()), float(distances.min(axis=0).max()))
             score = max(score, float(np.abs(theirs.scores - ours.scores[nearest]).max()))
-    return Differences(pixels, score, len(unequal), unequal[0] if unequal else None)
+            if theirs.masks is not None or ours.masks is not None:
+                mask_ious.append(_least_mask_iou(theirs, ours, nearest))
+    return Differences(
+        pixels=pixels,
+        score=score,
+        mask_iou=min(mask_ious, default=None),
+        unequal=len(unequal),
+        first_unequal=unequal[0] if unequal else None,
+    )
+
+
+def _least_mask_iou(theirs: Instances, ours: Instances, nearest: np.ndarray) -> float:
+    """The least IoU of their masks and those of the nearest of ours; of equal masks it is 1, empty ones too."""
+    if theirs.masks is None or ours.masks is None:
+        return 0.0
+    pairs = [(mask, ours.masks[i]) for mask, i in zip(theirs.masks, nearest, strict=True)]
+    return min(1.0 if a == b else float(rle_iou([a], [b])[0, 0]) for a, b in pairs)
 
 
 def _same_detections(where: str, twin: Measurement, parent: Measurement) -> Check:
     """Whether every detection of the parent is there again, and no other."""
-    required = f"within {SAME_PIXELS:g} pixels, {SAME_SCORE:g} of score"
     largest = largest_differences(twin, parent)
-    if largest.first_unequal:
-        return Check("detections", where, required, largest.first_unequal, "-", False)
-    shown = f"within {largest.pixels:.2g} pixels, {largest.score:.2g} of score"
-    return Check("detections", where, required, shown, "-", largest.pixels <= SAME_PIXELS and largest.score <= SAME_SCORE)
+    masks = "" if largest.mask_iou is None else f", masks' IoU {SAME_MASKS:g}"
+    required = f"within {SAME_PIXELS:g} pixels, {SAME_SCORE:g} of score{masks}"
+    return Check("detections", where, required, largest.first_unequal or str(largest), "-", largest.rounding)
 
 
 def _slice(gate: SliceGate, main: str, of: Measurement) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.errors import DataError, PlanesError, RegistryError, one_line
+from models.errors import DataError, EngineMissing, PlanesError, RegistryError, one_line
 from models.geometry.rle import checked_rle, rle_iou
 from models.images.decoding import read_image
 from models.instances import RLE, Instances, from_rows
@@ -112,6 +112,8 @@ def verify(registry: Registry, version: Resolved) -> list[Finding]:
             predicted = predictor.predict([example.decoded()])[0].named("0")
             logged = from_rows(row.model_dump() for row in example.rows)
             findings.append(_compare(predicted, logged[0] if logged else None))
+    except EngineMissing as error:
+        findings.append(Finding("model", None, f"not loaded: {one_line(error)}"))
     except PlanesError as error:
         step = ("files", "model", "example")[min(len(findings), 2)]
         findings.append(Finding(step, False, one_line(error)))

@@ -24,6 +24,7 @@ from pipelines.registry.gates import (
     judge_data,
     judge_size,
     judge_twin,
+    largest_differences,
     parse_gates,
 )
 
@@ -155,6 +156,37 @@ def test_in_full_precision_a_twins_detections_are_its_parents(dataset, pixels, s
     assert not [c for c in judge_twin(TwinGate(), "bf16", twin, parent) if not c.passed]
     fewer = replace(parent, predictions=[*parent.predictions[:-1], first.take(np.array([0]))])
     assert "detections" in [c.gate for c in judge_twin(TwinGate(max_loss=1), "f32", fewer, parent) if not c.passed]
+
+
+@pytest.mark.parametrize("segmenter", [False, True])
+@pytest.mark.parametrize(("columns", "passed"), [(20, True), (19.5, True), (18, False), (0, False)])
+def test_in_full_precision_each_mask_is_its_parents(dataset, columns, passed, segmenter):
+    """The small plane of one image has 20 columns; half a column is ten of its 400 pixels, IoU 0.975."""
+    parent = _finds(dataset, ALL, ALL, segmenter=segmenter)
+    first = parent.predictions[0]
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[10:30, 10 : 10 + int(columns)] = True
+    if columns % 1:
+        mask[10:20, 10 + int(columns)] = True
+    # The mask's box is as before, so that nothing but the masks tells them apart.
+    order = [int(np.flatnonzero((first.boxes == box).all(axis=1))[0]) for box in dataset.samples[0].boxes]
+    masks = list(first.masks)
+    masks[order[0]] = rle_encode(mask)
+    twin = replace(parent, predictions=[replace(first, masks=tuple(masks)), *parent.predictions[1:]])
+    differences = largest_differences(twin, parent)
+    assert (differences.pixels, differences.score) == (0, 0)
+    assert differences.mask_iou == pytest.approx({20: 1, 19.5: 0.975, 18: 0.9, 0: 0}[columns])
+    refused = [c.gate for c in judge_twin(TwinGate(max_loss=1), "f32", twin, parent) if not c.passed]
+    assert ("detections" in refused) == (not passed)
+    assert "detections" not in [c.gate for c in judge_twin(TwinGate(max_loss=1), "bf16", twin, parent)]
+
+
+def test_masks_that_are_empty_in_both_are_the_same(dataset):
+    parent = _finds(dataset, ALL, ALL)
+    first = parent.predictions[0]
+    empty = replace(first, masks=(rle_encode(np.zeros((SIDE, SIDE), bool)), first.masks[1]))
+    parent = replace(parent, predictions=[empty, *parent.predictions[1:]])
+    assert largest_differences(parent, parent).mask_iou == 1
 
 
 def test_a_twin_that_cannot_predict_what_its_parent_can_is_refused(dataset):

@@ -1,11 +1,15 @@
 """An example predicted again: rounding of other machines passes, anything else does not."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from models.errors import EngineMissing
 from models.geometry.rle import rle_encode
 from models.instances import Instances
-from pipelines.registry.verification import _compare
+from pipelines.registry import verification
+from pipelines.registry.verification import _compare, verify
 
 
 def _example(move=0.0, score=0.0, rows=20, masks=True, planes=2):
@@ -30,6 +34,18 @@ def _example(move=0.0, score=0.0, rows=20, masks=True, planes=2):
 )
 def test_what_is_as_logged(change, passed):
     assert _compare(_example(**change), _example()).passed == passed
+
+
+def test_a_model_whose_library_is_missing_is_not_called_wrong(tmp_path, monkeypatch):
+    def missing(folder, device):
+        raise EngineMissing("Detectron2 is not installed: get it")
+
+    monkeypatch.setattr(verification, "load_model", missing)
+    monkeypatch.setattr(verification, "folder_digest", lambda folder: "0" * 64)
+    registry = SimpleNamespace(fetch=lambda version: tmp_path)
+    findings = verify(registry, SimpleNamespace(digest="0" * 64, name=None))
+    assert [(f.what, f.passed) for f in findings] == [("files", True), ("model", None)]
+    assert "Detectron2 is not installed" in findings[1].result
 
 
 def test_nothing_then_and_now_is_the_same():
