@@ -20,7 +20,7 @@ from models.saved.allowed_files import COMPONENTS
 from pipelines.registry import journal
 from pipelines.registry.model_versions import DIGEST, Registry, Resolved
 from pipelines.registry.training_images import TRAINING_IMAGES_FILE, TrainingImages
-from pipelines.registry.twins import twins_of
+from pipelines.registry.twins import delete_unnamed, twins_of
 from pipelines.tracking.mlflow_runs import store_errors
 
 # Of a list of training images: some twenty million of them.
@@ -276,7 +276,5 @@ def delete(registry: Registry, name: str, version: str, keep_newest: int) -> Non
         twins = []
     with store_errors(f"{name}/{version}: cannot be deleted"):
         registry.client.delete_model_version(name, version)
-        for twin in twins:
-            # A copy within the registry names the same ones.
-            if not registry.search_versions(f"tags.{twin.tag} = '{record.tags[twin.tag]}'"):
-                registry.client.delete_logged_model(twin.model_id)
+    for twin in twins:
+        delete_unnamed(registry, twin.tag, record.tags[twin.tag])

@@ -6,18 +6,22 @@ tag ``twin_f32``, ``twin_bf16`` or ``twin_int8`` that names it, and works as bef
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 
+from mlflow import MlflowException
 from mlflow.entities.model_registry import ModelVersion
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.engines.openvino.network import supports
-from models.errors import RegistryError
+from models.errors import RegistryError, one_line
 from models.runtime.devices import TwinPrecision
 from models.twins import check_twin
 from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.tracking.mlflow_runs import store_errors
+
+log = logging.getLogger(__name__)
 
 TAG = "twin_"
 PRECISIONS: tuple[TwinPrecision, ...] = ("f32", "bf16", "int8")
@@ -88,21 +92,41 @@ def fetch_twin(registry: Registry, version: Resolved, parent: Path, twin: Twin) 
 
 
 def name_twin(registry: Registry, version: Resolved, twin: Twin) -> None:
-    """Tag a version with its twin; one of the same precision gives way.
+    """Tag a version with its twin; one of the same precision gives way, and is deleted where no other version names it.
 
     Raises:
         RegistryError: the store refuses.
     """
+    earlier = registry.version_of(version).tags.get(twin.tag)
     with store_errors(f"{version.label}: cannot be tagged"):
         registry.client.set_model_version_tag(str(version.name), str(version.version), twin.tag, twin.model_dump_json())
+    if earlier is not None and earlier != twin.model_dump_json():
+        delete_unnamed(registry, twin.tag, earlier)
 
 
 def forget_twin(registry: Registry, version: Resolved, precision: TwinPrecision) -> None:
-    """Remove the tag of a twin that does not pass its gates any more.
+    """Remove the tag of a twin that does not pass its gates any more, and the twin where no other version names it.
 
     Raises:
         RegistryError: the store refuses.
     """
-    if TAG + precision in registry.version_of(version).tags:
+    earlier = registry.version_of(version).tags.get(TAG + precision)
+    if earlier is not None:
         with store_errors(f"{version.label}: its tag cannot be removed"):
             registry.client.delete_model_version_tag(str(version.name), str(version.version), TAG + precision)
+        delete_unnamed(registry, TAG + precision, earlier)
+
+
+def delete_unnamed(registry: Registry, tag: str, text: str) -> None:
+    """Delete the logged model that a tag's text named, unless a version names it still; artefacts stay until ``mlflow gc``.
+
+    Copies within a registry name the same one. Where this user may not delete, or the text names none, nothing is done.
+    """
+    try:
+        twin = Twin.model_validate_json(text)
+        if not registry.search_versions(f"tags.{tag} = '{text}'"):
+            registry.client.delete_logged_model(twin.model_id)
+    except ValidationError:
+        return
+    except (MlflowException, RegistryError) as error:
+        log.warning(f"{tag}: {twin.model_id}, which no version names any more, is not deleted ({one_line(error, 160)})")

@@ -22,7 +22,7 @@ from mlflow import MlflowException
 from models.engines.openvino import network
 from pipelines.registry import lineage
 from pipelines.registry.model_versions import Registry
-from pipelines.registry.twins import twins_of
+from pipelines.registry.twins import forget_twin, name_twin, twins_of
 from tests.journeys.conftest import error_line
 
 pytestmark = pytest.mark.xdist_group("versions")
@@ -366,6 +366,34 @@ def test_a_twin_stays_while_another_version_names_it(twins):
     lineage.delete(Registry(project.client), "swept", "1", 1)
     for twin in twins_of(_version(project)):
         assert project.client.get_logged_model(twin.model_id)
+
+
+def test_a_twin_that_gives_way_is_deleted_unless_a_copy_names_it(twins):
+    """A second one is named in its place, then forgotten: no run of `accelerate` leaves anything that nobody names."""
+    project, *_ = twins
+    registry = Registry(project.client)
+    project.register(_saved(project), "again")
+    first, copied = registry.resolve("again/1"), twins_of(_version(project))[0]
+    client = project.client
+    made = [client.create_logged_model(client.get_run(copied.run_id).info.experiment_id, f"t{i}") for i in range(3)]
+    named = [copied.model_copy(update={"model_id": one.model_id}) for one in made]
+    for twin in named[:2]:
+        name_twin(registry, first, twin)
+        # Named again, it stays.
+        name_twin(registry, first, twin)
+    with pytest.raises(MlflowException):
+        client.get_logged_model(named[0].model_id)
+    assert client.get_logged_model(named[1].model_id)
+    project.registry("copy", "again/1", "kept")
+    name_twin(registry, first, named[2])
+    assert client.get_logged_model(named[1].model_id)
+    forget_twin(registry, registry.resolve("kept/1"), copied.precision)
+    with pytest.raises(MlflowException):
+        client.get_logged_model(named[1].model_id)
+    forget_twin(registry, first, copied.precision)
+    with pytest.raises(MlflowException):
+        client.get_logged_model(named[2].model_id)
+    assert not twins_of(_version(project, "1", "again"))
 
 
 def test_a_changed_twin_is_refused(twins, tmp_path):
