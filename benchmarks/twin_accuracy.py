@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from tabulate import tabulate
 
 from models.engines.openvino.network import supports
-from models.instances import Instances
 from models.loading import load_model
 from models.predictor import Predictor
-from models.runtime.devices import precision
+from models.runtime.half_precision import in_precision
 from models.saved.spec import read_spec
 from models.twins import make_twin
 from pipelines.data.readers.opening import open_dataset
@@ -26,18 +23,6 @@ from pipelines.steps.cli_support import show_progress
 from pipelines.use_cases.accelerate import calibration_examples
 
 METRICS = ("AP", "AP50", "mask_AP", "mask_AP50", "IoU")
-
-
-class HalfPrecision:
-    """A predictor of PyTorch under bfloat16 autocast."""
-
-    def __init__(self, predictor: Predictor) -> None:
-        self.predictor = predictor
-
-    def predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
-        """See `Predictor`."""
-        with precision("cpu", "bf16-mixed"):
-            return self.predictor.predict(images)
 
 
 def differences(ours: Measurement, theirs: Measurement) -> str:
@@ -62,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         predictors: dict[str, Predictor] = {"PyTorch float32": load_model(folder, "cpu")}
         if read_spec(folder).kind != "segmenter":
-            predictors["PyTorch bfloat16"] = HalfPrecision(predictors["PyTorch float32"])
+            predictors["PyTorch bfloat16"] = in_precision(predictors["PyTorch float32"], "cpu", "bf16-mixed")
         kinds = [p for p in PRECISIONS if supports(p) and (p != "int8" or options.calibration)]
         for kind in kinds:
             # Opened on use: only int8 needs it.

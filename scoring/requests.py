@@ -93,7 +93,10 @@ class ScoreRequest:
     execution: Execution = field(default=LOCAL, metadata={"help": "What runs the scoring."})
     runtime: Runtime = field(
         default="auto",
-        metadata={"help": "What runs the networks; auto: the fastest approved twin that this CPU computes, else PyTorch."},
+        metadata={
+            "help": "What runs the networks; auto: the fastest approved twin that this CPU computes, else PyTorch, on a "
+            "GPU in the fastest approved precision."
+        },
     )
 
 

@@ -1,4 +1,4 @@
-"""What runs a version's networks: PyTorch, or the fastest of its twins that this CPU can compute."""
+"""What runs a version's networks: the fastest twin that this CPU computes, or PyTorch, on a GPU in what was approved."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from models.errors import DataError, RegistryError
-from models.runtime.devices import TwinPrecision
+from models.runtime.devices import Precision, TwinPrecision
 from models.twins import is_twin, precisions_of
+from pipelines.registry.gpu_precisions import gpu_precisions_of, usable_on
 from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.registry.twins import Twin, fetch_twin, twins_of, usable
 from scoring.jobs.manifest import MANIFEST, read_manifest
@@ -21,10 +22,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Chosen:
-    """The saved folder whose networks are run, and by what: ``torch`` or ``openvino bf16``."""
+    """What is run.
+
+    Attributes:
+        folder: saved folder whose networks are run.
+        name: of what runs them: ``torch`` or ``openvino bf16``.
+        precision: of PyTorch's networks, where an approved one takes the place of the requested one.
+    """
 
     folder: Path
     name: str = TORCH
+    precision: Precision | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +70,8 @@ def choose_runtime(registry: Registry, version: Resolved, parent: Path, *, runti
         return Chosen(parent, _name_of_folder(parent))
     if runtime == "torch":
         return Chosen(parent)
+    if runtime == "auto" and now.device.startswith("cuda"):
+        return Chosen(parent, precision=_on_gpu(registry, version, now))
     twins = twins_of(registry.version_of(version)) if version.name else []
     unusable = {twin.precision: usable(twin) for twin in twins}
     ready = [twin for twin in twins if unusable[twin.precision] is None]
@@ -85,6 +95,31 @@ def choose_runtime(registry: Registry, version: Resolved, parent: Path, *, runti
     return Chosen(parent)
 
 
+def _on_gpu(registry: Registry, version: Resolved, now: Conditions) -> Precision | None:
+    """The approved half precision that a GPU takes, None for the requested one."""
+    if now.elsewhere or not version.name or now.precision != "32":
+        return None
+    approved = gpu_precisions_of(registry.version_of(version))
+    reasons = {one: usable_on(now.device, one) for one in approved}
+    ready = [one for one in approved if reasons[one] is None]
+    held = _held(now, "precision")
+    if held is not None:
+        ready = [one for one in ready if one.precision == held]
+    if ready:
+        log.info(f"{version.label}: runs in {ready[0]}")
+        return ready[0].precision
+    if held == "32":
+        why = "as the scoring in the folder began"
+    elif held is not None:
+        why = f"the scoring in the folder began in {held}, which this version has no more"
+    elif approved:
+        why = "; ".join(str(reason) for reason in reasons.values())
+    else:
+        why = f"no other is approved; planes-registry accelerate {version.label} --device cuda measures them"
+    log.info(f"{version.label}: runs in full precision ({why})")
+    return None
+
+
 def _name(twin: Twin) -> str:
     return f"openvino {twin.precision}"
 
@@ -93,12 +128,12 @@ def _name_of_folder(folder: Path) -> str:
     return f"openvino {' '.join(dict.fromkeys(precisions_of(folder)))}"
 
 
-def _held(now: Conditions) -> str | None:
-    """What runs the job in the folder, if there is one."""
+def _held(now: Conditions, setting: str = "runtime") -> str | None:
+    """A setting of the job in the folder, if there is one."""
     if now.fresh or not (now.job / MANIFEST).exists():
         return None
     try:
-        return str(read_manifest(now.job).settings["runtime"])
+        return str(read_manifest(now.job).settings[setting])
     except DataError:
         # Said where the folder is claimed.
         return None

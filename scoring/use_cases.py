@@ -207,7 +207,7 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
             one.folder,
             dataset,
             out=out,
-            settings=replace(request.settings, runtime=one.name),
+            settings=replace(request.settings, runtime=one.name, precision=one.precision or request.settings.precision),
             device=device,
             execution=execution,
             display=display,

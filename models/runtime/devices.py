@@ -43,6 +43,7 @@ def pick_device(device: str) -> str:
 
 
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
+HalfPrecisionKind = Literal["bf16-mixed", "16-mixed"]
 # Of a network that was converted to another runtime.
 TwinPrecision = Literal["f32", "bf16", "int8"]
 
@@ -57,11 +58,25 @@ def pick_precision(device: str, requested: Literal["auto", "32", "bf16-mixed", "
         return requested
     if device == "cpu":
         return "bf16-mixed" if has_bfloat16_tiles() else "32"
+    return "bf16-mixed" if computes_in(device, "bf16-mixed") else "16-mixed"
+
+
+def computes_in(device: str, kind: Precision) -> bool:
+    """Whether a GPU computes in a precision by itself; another one is emulated, slower than full precision."""
+    if kind == "32":
+        return True
     import torch
 
-    # torch.cuda.is_bf16_supported() says yes where bfloat16 is emulated too (T4, V100), slower than float32.
-    native = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
-    return "bf16-mixed" if native else "16-mixed"
+    # torch.cuda.is_bf16_supported() says yes where bfloat16 is emulated too (T4, V100).
+    least = 8 if kind == "bf16-mixed" else 7
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= least
+
+
+def gpu_name(device: str) -> str:
+    """What the maker calls a GPU."""
+    import torch
+
+    return str(torch.cuda.get_device_name(device))
 
 
 @contextmanager

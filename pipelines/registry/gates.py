@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from models.errors import RecipeError, invalid_field, one_line
 from models.geometry.rle import rle_iou
 from models.instances import Instances
-from models.runtime.devices import TwinPrecision
+from models.runtime.devices import HalfPrecisionKind, TwinPrecision
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation.metrics import SIZE_CLASSES
 from pipelines.evaluation.side_by_side import Measurement, gain_confidence, slowdown
@@ -105,19 +105,21 @@ class RequiredData(_Settings):
 
 
 class TwinGate(_Settings):
-    """What a twin must show beside its parent before it is used."""
+    """What a twin, or a half precision on a GPU, must show beside its parent before it is used."""
 
     max_loss: float | None = Field(
         default=None,
         ge=0,
         description="Largest loss of AP, AP50, mask AP and IoU; null: 0.0005 in f32, which is rounding, "
-        "0.005 in bf16, 0.01 in int8.",
+        "0.005 in bf16, bf16-mixed and 16-mixed, 0.01 in int8.",
     )
     min_speedup: float = Field(default=1.0, gt=0, description="Least gain in speed: the parent's time over the twin's.")
 
-    def loss(self, precision: TwinPrecision) -> float:
+    def loss(self, precision: TwinPrecision | HalfPrecisionKind) -> float:
         """The largest loss in a precision."""
-        return self.max_loss if self.max_loss is not None else {"f32": ROUNDING, "bf16": 0.005, "int8": 0.01}[precision]
+        if self.max_loss is not None:
+            return self.max_loss
+        return {"f32": ROUNDING, "int8": 0.01}.get(precision, 0.005)
 
 
 class GateFile(_Settings):
@@ -125,7 +127,9 @@ class GateFile(_Settings):
 
     data: list[RequiredData] = Field(default=[], description="Data sets to evaluate on.")
     gates: dict[str, Gates] = Field(description="Gates by alias.")
-    accelerate: dict[TwinPrecision, TwinGate] = Field(default={}, description="Gates of twins by precision.")
+    accelerate: dict[TwinPrecision | HalfPrecisionKind, TwinGate] = Field(
+        default={}, description="Gates of twins, and of half precisions on a GPU, by precision."
+    )
 
     def of(self, alias: str) -> Gates:
         """The gates of an alias.
@@ -227,8 +231,10 @@ def judge(gates: Gates, main: str, candidate: Measurement, baseline: Measurement
     return checks
 
 
-def judge_twin(gate: TwinGate, precision: TwinPrecision, twin: Measurement, parent: Measurement) -> list[Check]:
-    """The gates of a twin on one data set, its parent measured beside it."""
+def judge_twin(
+    gate: TwinGate, precision: TwinPrecision | HalfPrecisionKind, twin: Measurement, parent: Measurement
+) -> list[Check]:
+    """The gates of a twin, or of a half precision, on one data set, its parent measured beside it."""
     where = f"{twin.dataset.name}/{twin.dataset.split}"
     failed = [len(m.failed) for m in (twin, parent)]
     checks = [Check("images that failed", where, "as many", str(failed[0]), str(failed[1]), failed[0] == failed[1])]

@@ -18,6 +18,7 @@ from mlflow.entities.model_registry import ModelVersion
 from models.errors import RegistryError
 from models.saved.allowed_files import COMPONENTS
 from pipelines.registry import journal
+from pipelines.registry.gpu_precisions import gpu_precisions_of
 from pipelines.registry.model_versions import DIGEST, Registry, Resolved
 from pipelines.registry.training_images import TRAINING_IMAGES_FILE, TrainingImages
 from pipelines.registry.twins import delete_unnamed, twins_of
@@ -81,6 +82,14 @@ def _twins(record: ModelVersion) -> dict[str, str]:
         return {"damaged": str(error)}
 
 
+def _gpu_precisions(record: ModelVersion) -> dict[str, str]:
+    """Half precisions that were approved on a GPU, the fastest first; a damaged tag is shown."""
+    try:
+        return {one.precision: str(one) for one in gpu_precisions_of(record)}
+    except RegistryError as error:
+        return {"damaged": str(error)}
+
+
 def _date(milliseconds: int | None) -> str:
     return datetime.fromtimestamp((milliseconds or 0) / 1000, UTC).strftime("%Y-%m-%d %H:%MZ")
 
@@ -111,6 +120,7 @@ def lineage(registry: Registry, version: Resolved) -> dict[str, Any]:
     facts["metrics"] = _metrics(tags)
     facts["files"] = f"digest {tags.get(DIGEST, 'none')}, weights sha256 {tags.get('weights_sha256', 'unknown')}"
     facts["twins"] = list(_twins(record).values())
+    facts["on a GPU"] = list(_gpu_precisions(record).values())
     facts["gates"] = _gates(registry, _run(registry, tags.get("last_gates_run")))
     entries = journal.read_journal(registry, str(version.name))
     facts["moves"] = [format_entry(e) for e in entries if str(version.version) in (e.move.to, e.move.origin)]
@@ -196,6 +206,7 @@ def difference(registry: Registry, first: Resolved, second: Resolved) -> list[tu
         "code": [_some(r, ("git_commit", "git_changed", "engine", "recipe", *COMPONENTS)) for r in records],
         "files": [_some(r, (DIGEST, "weights_sha256")) for r in records],
         "twins": [_twins(r) for r in records],
+        "on a GPU": [_gpu_precisions(r) for r in records],
     }
     rows = []
     for section, (ours, theirs) in sections.items():

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import click
 
 from models.errors import RegistryError
-from models.runtime.devices import TwinPrecision
+from models.runtime.devices import HalfPrecisionKind, TwinPrecision
 from pipelines.registry import journal, promotion
 from pipelines.registry.model_versions import Registry
 from pipelines.steps.cli_support import TERMINAL
@@ -23,25 +23,26 @@ from pipelines.use_cases.rollback import rollback
 def accelerate_version(
     model: str,
     *,
-    precisions: tuple[TwinPrecision, ...],
+    precisions: tuple[TwinPrecision | HalfPrecisionKind, ...],
+    device: str,
     gates: str | None,
     data: tuple[str, ...],
     split: str | None,
     calibration: str | None,
 ) -> bool:
-    """Make and measure twins. False where one was not approved."""
+    """Make and measure twins, or half precisions on a GPU. False where one was not approved."""
     from pipelines.use_cases.accelerate import accelerate
 
     request = AccelerateRequest(
         model=model,
         precisions=tuple(dict.fromkeys(precisions)) or None,
+        device=device,
         gates=gates,
         data=data,
         split=split,
         calibration=calibration,
     )
-    result = accelerate(Registry.connect(), request, TERMINAL)
-    return len(result.twins) == len(result.checks)
+    return accelerate(Registry.connect(), request, TERMINAL).all_approved
 
 
 def promote_version(

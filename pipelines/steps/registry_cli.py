@@ -89,8 +89,9 @@ def promote(*, model: str, version: str | None, target: str, force: bool, reason
     "--precision",
     multiple=True,
     default=(),
-    type=click.Choice(["f32", "bf16", "int8"]),
+    type=click.Choice(["f32", "bf16", "int8", "bf16-mixed", "16-mixed"]),
 )
+@option(AccelerateRequest, "device")
 @option(AccelerateRequest, "gates")
 @option(AccelerateRequest, "data")
 @option(AccelerateRequest, "split")
@@ -98,7 +99,8 @@ def promote(*, model: str, version: str | None, target: str, force: bool, reason
 def accelerate(model: str, version: str | None, **options: Any) -> None:
     """Convert MODEL VERSION to OpenVINO, measure both side by side, and name as its twins what passes the gates.
 
-    `score` takes the fastest twin that this CPU can compute. Exit code 0: each precision was approved; 2: one was not.
+    `score` takes the fastest twin that this CPU can compute. With --device cuda nothing is converted: half precision
+    is measured on that GPU, and `score` takes what passed. Exit code 0: each precision was approved; 2: one was not.
     """
     if not _run("pipelines.steps.alias_commands:accelerate_version", _named(model, version), **options):
         raise SystemExit(2)

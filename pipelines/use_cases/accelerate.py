@@ -1,10 +1,10 @@
-"""Twins of a version made, measured beside it, and named by its tags where they pass their gates."""
+"""Twins of a version, or half precisions on a GPU, measured beside it and named by its tags where they pass gates."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -17,7 +17,9 @@ from models.engines.openvino.network import supports
 from models.errors import DataError, RegistryError, one_line
 from models.images.rendering import Rendering
 from models.loading import load_model
-from models.runtime.devices import TwinPrecision
+from models.predictor import Predictor
+from models.runtime.devices import HalfPrecisionKind, TwinPrecision, computes_in, gpu_name, pick_device
+from models.runtime.half_precision import in_precision
 from models.saved.folder import folder_digest
 from models.saved.spec import read_spec
 from models.twins import check_twin, make_twin
@@ -26,6 +28,7 @@ from pipelines.data.readers.opening import open_dataset
 from pipelines.evaluation.categories import category_of
 from pipelines.evaluation.side_by_side import Measurement, measure, slowdown
 from pipelines.registry.gates import Check, GateFile, TwinGate, find_gates, judge_twin
+from pipelines.registry.gpu_precisions import KINDS, GpuPrecision, forget_gpu_precision, name_gpu_precision
 from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.registry.registration import log_and_register
 from pipelines.registry.training_images import images_of
@@ -43,19 +46,39 @@ CALIBRATION_IMAGES = 64
 
 @dataclass(frozen=True)
 class Accelerated:
-    """The twins that passed, the fastest first, and every gate's verdict by precision."""
+    """What was approved.
+
+    Attributes:
+        twins: those that passed.
+        gpu_precisions: half precisions that passed on a GPU.
+        checks: every gate's verdict by precision.
+    """
 
     twins: list[Twin] = field(default_factory=list)
-    checks: dict[TwinPrecision, list[Check]] = field(default_factory=dict)
+    gpu_precisions: list[GpuPrecision] = field(default_factory=list)
+    checks: dict[TwinPrecision | HalfPrecisionKind, list[Check]] = field(default_factory=dict)
+
+    @property
+    def all_approved(self) -> bool:
+        """Whether everything that was tried passed its gates."""
+        return len(self.twins) + len(self.gpu_precisions) == len(self.checks)
 
 
 def accelerate(registry: Registry, request: AccelerateRequest, display: Display = SILENT) -> Accelerated:
-    """Convert, measure original and twins side by side on the gates' data, log a run, name what passes.
+    """Measure original and faster forms side by side on the gates' data, log a run, name what passes.
+
+    On the CPU these are twins, which are converted first; on a GPU the version itself in half precision.
 
     Raises:
-        PlanesError: model, data, gates or store that cannot be used; a network that cannot be converted.
+        PlanesError: model, data, gates, device or store that cannot be used; a network that cannot be converted.
     """
-    version = registered(registry, request.model)
+    version, device = registered(registry, request.model), pick_device(request.device)
+    if device == "cpu":
+        return _make_twins(registry, request, version, display)
+    return _try_half_precisions(registry, request, version, device, display)
+
+
+def _make_twins(registry: Registry, request: AccelerateRequest, version: Resolved, display: Display) -> Accelerated:
     precisions = _precisions(version, request)
     parent, example = registry.fetch(version), read_example(registry, version)
     if example is None:
@@ -81,15 +104,13 @@ def accelerate(registry: Registry, request: AccelerateRequest, display: Display 
                 parent, Path(work) / precision, precision, calibration=examples, exact=folders.get("f32")
             )
             check_twin(parent, folders[precision])
-        measured = [_measure(version, parent, folders, dataset, display) for dataset in datasets]
+        predictors: dict[str, Predictor] = {version.label: load_model(parent, "cpu")}
+        predictors |= {precision: load_model(folder, "cpu") for precision, folder in folders.items()}
+        measured = [_measure(version, parent, predictors, dataset, display) for dataset in datasets]
         result = Accelerated()
         for precision, folder in folders.items():
-            checks = _judge(file, precision, version, measured)
-            result.checks[precision] = checks
-            table = show_checks(checks)
-            log.info(f"twin {precision} of {version.label}, gates of {source}:\n{table}")
-            mlflow.log_text(table + "\n", f"checks_{precision}.txt")
-            if not all(check.passed for check in checks):
+            result.checks[precision] = _judge(file, source, precision, version=version, measured=measured)
+            if not all(check.passed for check in result.checks[precision]):
                 forget_twin(registry, version, precision)
                 log.info(f"twin {precision}: not approved")
                 continue
@@ -118,9 +139,67 @@ def accelerate(registry: Registry, request: AccelerateRequest, display: Display 
     return result
 
 
+def _try_half_precisions(
+    registry: Registry, request: AccelerateRequest, version: Resolved, device: str, display: Display
+) -> Accelerated:
+    kinds = _half_precisions(version, request, device)
+    parent = registry.fetch(version)
+    file, source = find_gates(str(version.name), request.gates)
+    category = category_of(parent, version.label)
+    datasets = open_gate_data(request.model, request.data, request.split, file, category=category)
+    gpu = gpu_name(device)
+    tags = {"task": "accelerate", "version": version.label}
+    with mlflow_runs.tracked_run(registry.client, f"accelerate {version.label} on {gpu}", tags) as run:
+        params = {"version": version.label, "precisions": " ".join(kinds), "gates": source, "device": f"{device} ({gpu})"}
+        mlflow_runs.log_params(params)
+        mlflow.log_dict(file.model_dump(), "gates.yaml")
+        model = load_model(parent, device)
+        predictors: dict[str, Predictor] = {version.label: model}
+        predictors |= {kind: in_precision(model, device, kind) for kind in kinds}
+        measured = [_measure(version, parent, predictors, dataset, display) for dataset in datasets]
+        result = Accelerated()
+        for kind in kinds:
+            result.checks[kind] = _judge(file, source, kind, version=version, measured=measured)
+            if not all(check.passed for check in result.checks[kind]):
+                forget_gpu_precision(registry, version, kind)
+                log.info(f"{kind} on {gpu}: not approved")
+                continue
+            speedup = _speedup(kind, version, measured)
+            one = GpuPrecision(precision=kind, gpu=gpu, speedup=speedup, run_id=run.info.run_id)
+            name_gpu_precision(registry, version, one)
+            result.gpu_precisions.append(one)
+            log.info(f"{kind} on {gpu}: approved, {speedup:.2f} times as fast as {version.label} in full precision")
+        mlflow.set_tag("approved", " ".join(one.precision for one in result.gpu_precisions) or "none")
+        log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client, run.info.run_id)}")
+    return result
+
+
+def _half_precisions(version: Resolved, request: AccelerateRequest, device: str) -> list[HalfPrecisionKind]:
+    """Those that a GPU computes in; says which are left out."""
+    if request.calibration is not None:
+        raise RegistryError(f"{version.label}: --calibration is for int8 twins, which are for CPUs; leave out --device")
+    twins = [precision for precision in request.precisions or () if precision not in KINDS]
+    if twins:
+        raise RegistryError(f"{version.label}: {twins[0]}: is a twin's, which is for CPUs; leave out --device {device}")
+    kinds: list[HalfPrecisionKind] = []
+    for kind in KINDS:
+        if request.precisions is not None and kind not in request.precisions:
+            continue
+        if computes_in(device, kind):
+            kinds.append(kind)
+        else:
+            log.info(f"{kind}: left out, this GPU does not compute in it")
+    if not kinds:
+        raise RegistryError(f"{version.label}: this GPU computes in none of {', '.join(request.precisions or KINDS)}")
+    return kinds
+
+
 def _precisions(version: Resolved, request: AccelerateRequest) -> list[TwinPrecision]:
     """Those that can be made here; says which are left out, and why."""
-    wanted = request.precisions or PRECISIONS
+    halves = [precision for precision in request.precisions or () if precision in KINDS]
+    if halves:
+        raise RegistryError(f"{version.label}: {halves[0]}: is for GPUs (--device cuda); a twin has f32, bf16 or int8")
+    wanted = [p for p in PRECISIONS if request.precisions is None or p in request.precisions]
     missing = "--calibration names no data set" if request.calibration is None else None
     if missing is None and find_spec("nncf") is None:
         missing = "NNCF is not installed (pip install nncf)"
@@ -178,12 +257,10 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def _measure(
-    version: Resolved, parent: Path, folders: dict[TwinPrecision, Path], dataset: Dataset, display: Display
+    version: Resolved, parent: Path, predictors: Mapping[str, Predictor], dataset: Dataset, display: Display
 ) -> dict[str, Measurement]:
-    """The parent, by its label, and its twins, by their precision, on one data set; logged."""
+    """The parent, by its label, and its faster forms, by their precision, on one data set; logged."""
     mlflow_runs.log_dataset(dataset, "acceleration")
-    predictors = {version.label: load_model(parent, "cpu")}
-    predictors |= {precision: load_model(folder, "cpu") for precision, folder in folders.items()}
     rendering = read_spec(parent).rendering
     measured = measure(predictors, dataset, display.items, renderings=dict.fromkeys(predictors, rendering))
     for label, measurement in measured.items():
@@ -193,12 +270,25 @@ def _measure(
 
 
 def _judge(
-    file: GateFile, precision: TwinPrecision, version: Resolved, measured: Sequence[dict[str, Measurement]]
+    file: GateFile,
+    source: str,
+    precision: TwinPrecision | HalfPrecisionKind,
+    *,
+    version: Resolved,
+    measured: Sequence[dict[str, Measurement]],
 ) -> list[Check]:
+    """The verdicts on one precision, shown and logged."""
     gate = file.accelerate.get(precision, TwinGate())
-    return [check for m in measured for check in judge_twin(gate, precision, m[precision], m[version.label])]
+    checks = [check for m in measured for check in judge_twin(gate, precision, m[precision], m[version.label])]
+    table = show_checks(checks)
+    what = precision if precision in KINDS else f"twin {precision}"
+    log.info(f"{what} of {version.label}, gates of {source}:\n{table}")
+    mlflow.log_text(table + "\n", f"checks_{precision}.txt")
+    return checks
 
 
-def _speedup(precision: TwinPrecision, version: Resolved, measured: Sequence[dict[str, Measurement]]) -> float:
+def _speedup(
+    precision: TwinPrecision | HalfPrecisionKind, version: Resolved, measured: Sequence[dict[str, Measurement]]
+) -> float:
     """The least over the data sets; they passed a gate that requires it to be known."""
     return min(1 / slowdown(m[precision], m[version.label]) for m in measured)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from models.runtime.devices import TwinPrecision
+from models.runtime.devices import HalfPrecisionKind, TwinPrecision
 
 WORK_DIR = ".planes/training"
 
@@ -97,12 +97,17 @@ class PromotionRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class AccelerateRequest:
-    """Of what to make twins, in which precisions, and what to measure them on."""
+    """What to make faster, on which device, in which precisions, and what to measure it on."""
 
     model: str = field(metadata={"help": "NAME/VERSION or NAME@ALIAS."})
-    precisions: tuple[TwinPrecision, ...] | None = field(
+    device: str = field(
+        default="cpu", metadata={"help": "cpu: twins; cuda or cuda:N: half precision on that GPU, measured there."}
+    )
+    precisions: tuple[TwinPrecision | HalfPrecisionKind, ...] | None = field(
         default=None,
-        metadata={"help": "What the twin computes in; repeatable; without it all that can be made and that this CPU has."},
+        metadata={
+            "help": "f32, bf16, int8 of twins, bf16-mixed, 16-mixed on a GPU; repeatable; without it all that can be had."
+        },
     )
     gates: str | None = field(default=None, metadata=GATES)
     data: tuple[str, ...] = field(

@@ -21,8 +21,10 @@ from mlflow import MlflowException
 
 from models.engines.openvino import network
 from pipelines.registry import lineage
+from pipelines.registry.gpu_precisions import gpu_precisions_of
 from pipelines.registry.model_versions import Registry
 from pipelines.registry.twins import forget_twin, name_twin, twins_of
+from tests.gpu import fake_gpu
 from tests.journeys.conftest import error_line
 
 pytestmark = pytest.mark.xdist_group("versions")
@@ -366,6 +368,71 @@ def test_a_twin_stays_while_another_version_names_it(twins):
     lineage.delete(Registry(project.client), "swept", "1", 1)
     for twin in twins_of(_version(project)):
         assert project.client.get_logged_model(twin.model_id)
+
+
+def test_half_precision_is_approved_on_a_gpu_and_taken_there(twins, tmp_path, monkeypatch):
+    """On a GPU that is faked: bfloat16 of this CPU, what moves there stays."""
+    project, arguments, *_ = twins
+    project.register(_saved(project), "halved")
+    arguments = ("--model", "halved/1", *arguments[2:])
+    fake_gpu(monkeypatch)
+    gates = tmp_path / "halved.yaml"
+    content = {"data": [{"path": str(project.data)}], "gates": {}}
+    halve = ("accelerate", "halved", "1", "--gates", str(gates), "--device", "cuda", "--precision", "bf16-mixed")
+    gates.write_text(yaml.safe_dump(content | {"accelerate": {"bf16-mixed": {"min_speedup": 1000}}}))
+    done = project.registry(*halve, code=2)
+    assert re.search(r"FAIL +speed", done.stdout)
+    assert "bf16-mixed on a GPU that is not there: not approved" in done.stdout
+    assert "gpu_bf16-mixed" not in _version(project, name="halved").tags
+
+    gates.write_text(yaml.safe_dump(content | {"accelerate": {"bf16-mixed": {"min_speedup": 1e-6, "max_loss": 1}}}))
+    done = project.registry(*halve)
+    assert "bf16-mixed on a GPU that is not there: approved" in done.stdout
+    (approved,) = gpu_precisions_of(_version(project, name="halved"))
+    run = project.client.get_run(approved.run_id)
+    assert (run.data.tags["task"], run.data.tags["approved"]) == ("accelerate", "bf16-mixed")
+    assert run.data.params["device"] == "cuda (a GPU that is not there)"
+    assert {"parent/airfield/AP", "bf16-mixed/airfield/AP"} <= set(run.data.metrics)
+    assert "bf16-mixed, " in project.registry("show", "halved/1").stdout
+
+    out = tmp_path / "out"
+    done = project.score(*arguments, str(out), "--device", "cuda")
+    assert "halved/1: runs in bf16-mixed, " in done.stdout
+    settings = json.loads((out / "halved-1" / "manifest.json").read_text())["settings"]
+    assert (settings["precision"], settings["runtime"], settings["device"]) == ("bf16-mixed", "torch", "cuda")
+    same = project.score(*arguments, str(tmp_path / "named"), "--device", "cuda", "--precision", "bf16-mixed")
+    assert "runs in" not in same.stdout
+    assert _table(out / "halved-1") == _table(tmp_path / "named" / "halved-1")
+    # A job keeps what it began in; another is refused.
+    assert "runs in bf16-mixed" in project.score(*arguments, str(out), "--device", "cuda").stdout
+    refused = project.score(*arguments, str(out), "--device", "cuda", "--runtime", "torch", code=1)
+    assert "precision bf16-mixed, not 32" in error_line(refused)
+
+    # What fails later is taken no more.
+    gates.write_text(yaml.safe_dump(content | {"accelerate": {"bf16-mixed": {"min_speedup": 1000}}}))
+    project.registry(*halve, code=2)
+    assert not gpu_precisions_of(_version(project, name="halved"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "cuda", "--precision", "int8"), "int8: is a twin's, which is for CPUs"),
+        (("--device", "cuda", "--calibration", "x"), "--calibration is for int8 twins"),
+        (("--device", "cuda", "--precision", "bf16-mixed"), "this GPU computes in none of bf16-mixed"),
+        (("--precision", "16-mixed"), "16-mixed: is for GPUs (--device cuda)"),
+    ],
+)
+def test_precisions_that_a_device_has_not_are_refused(twins, options, message, monkeypatch):
+    project, *_ = twins
+    fake_gpu(monkeypatch, (7, 5))
+    assert message in error_line(project.registry("accelerate", "fast", "1", *options, code=1))
+
+
+def test_without_a_gpu_the_device_is_refused(twins):
+    project, *_ = twins
+    done = project.registry("accelerate", "fast", "1", "--device", "cuda", code=1)
+    assert "no CUDA device here" in error_line(done)
 
 
 def test_a_twin_that_gives_way_is_deleted_unless_a_copy_names_it(twins):

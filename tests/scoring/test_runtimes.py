@@ -11,11 +11,13 @@ import torch
 
 from models.errors import ModelError, RegistryError
 from models.runtime import devices
+from pipelines.registry.gpu_precisions import GpuPrecision
 from pipelines.registry.model_versions import Resolved
 from pipelines.registry.twins import Twin
 from scoring import runtimes
 from scoring.jobs.manifest import MANIFEST, Manifest
 from scoring.runtimes import Chosen, Conditions, choose_runtime
+from tests.gpu import fake_gpu
 
 VERSION = Resolved("det/1", "det", "1")
 
@@ -47,17 +49,16 @@ def conditions(tmp_path):
     return {"device": "cpu", "precision": "32", "job": tmp_path / "job"}
 
 
-def _holds(job, runtime):
+def _holds(job, runtime, precision="32"):
     job.mkdir()
     rest = {"label": "det/1", "model": "0", "data": "d", "split": "test", "category_id": 1, "inputs": "0"}
-    settings = {} if runtime is None else {"runtime": runtime}
+    settings = {"precision": precision, **({} if runtime is None else {"runtime": runtime})}
     (job / MANIFEST).write_text(Manifest(**rest, settings=settings, images=1, shard_size=1).model_dump_json())
 
 
 @pytest.mark.parametrize(
     ("registry", "change", "reason"),
     [
-        (BOTH, {"device": "cuda:0"}, "twins are for CPUs, the device is cuda:0"),
         (BOTH, {"precision": "bf16-mixed"}, "--precision bf16-mixed is PyTorch's"),
         (BOTH, {"elsewhere": True}, "of the cluster's CPUs nothing is known here"),
         (_registry(), {}, "no twin is approved; planes-registry accelerate det/1 makes them"),
@@ -72,6 +73,90 @@ def test_where_no_twin_can_run_pytorch_does_and_why_is_said(registry, change, re
         choose_runtime(registry, VERSION, tmp_path, runtime="openvino", now=now)
     assert reason in str(error.value)
     assert choose_runtime(registry, VERSION, tmp_path, runtime="torch", now=now) == Chosen(tmp_path, "torch")
+
+
+def test_on_a_gpu_there_are_no_twins(conditions, tmp_path):
+    now = Conditions(**{**conditions, "device": "cuda:0"})
+    with pytest.raises(RegistryError, match="--runtime openvino: twins are for CPUs, the device is cuda:0"):
+        choose_runtime(BOTH, VERSION, tmp_path, runtime="openvino", now=now)
+
+
+HALVES = _registry(
+    GpuPrecision(precision="bf16-mixed", gpu="G", speedup=1.5, run_id="a"),
+    GpuPrecision(precision="16-mixed", gpu="G", speedup=2, run_id="a"),
+)
+
+
+def _on_gpu(registry, tmp_path, conditions, **change):
+    now = Conditions(**{**conditions, "device": "cuda:0", **change})
+    return choose_runtime(registry, VERSION, tmp_path, runtime="auto", now=now)
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "reason"),
+    [
+        ((8, 0), "16-mixed", "runs in 16-mixed, 2.00 times as fast when measured (G, run a)"),
+        ((7, 5), "16-mixed", "runs in 16-mixed"),
+        ((6, 0), None, "runs in full precision (this GPU does not compute in 16-mixed; this GPU does not compute in bf16"),
+    ],
+)
+def test_a_gpu_takes_the_fastest_approved_precision(
+    capability, precision, reason, conditions, tmp_path, monkeypatch, caplog
+):
+    fake_gpu(monkeypatch, capability)
+    with caplog.at_level("INFO", "scoring"):
+        assert _on_gpu(HALVES, tmp_path, conditions) == Chosen(tmp_path, "torch", precision)
+    assert reason in caplog.text
+    now = Conditions(**{**conditions, "device": "cuda:0"})
+    assert choose_runtime(HALVES, VERSION, tmp_path, runtime="torch", now=now) == Chosen(tmp_path, "torch")
+
+
+def test_a_gpu_without_an_approved_precision_runs_in_full(conditions, tmp_path, caplog):
+    with caplog.at_level("INFO", "scoring"):
+        assert _on_gpu(_registry(), tmp_path, conditions) == Chosen(tmp_path)
+    assert "no other is approved; planes-registry accelerate det/1 --device cuda measures them" in caplog.text
+
+
+@pytest.mark.parametrize("change", [{"elsewhere": True}, {"precision": "bf16-mixed"}])
+def test_what_was_requested_or_what_nobody_knows_stays(change, conditions, tmp_path, monkeypatch):
+    fake_gpu(monkeypatch)
+    assert _on_gpu(HALVES, tmp_path, conditions, **change) == Chosen(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("held", "fresh", "precision", "reason"),
+    [
+        ("32", False, None, "as the scoring in the folder began"),
+        ("bf16-mixed", False, "bf16-mixed", "runs in bf16-mixed"),
+        ("32", True, "16-mixed", "runs in 16-mixed"),
+    ],
+)
+def test_a_job_keeps_the_precision_that_it_began_in(
+    held, fresh, precision, reason, conditions, tmp_path, monkeypatch, caplog
+):
+    fake_gpu(monkeypatch)
+    _holds(conditions["job"], "torch", held)
+    with caplog.at_level("INFO", "scoring"):
+        assert _on_gpu(HALVES, tmp_path, conditions, fresh=fresh).precision == precision
+    assert reason in caplog.text
+
+
+def test_a_job_in_a_precision_that_is_gone_says_so(conditions, tmp_path, monkeypatch, caplog):
+    fake_gpu(monkeypatch)
+    _holds(conditions["job"], "torch", "bf16-mixed")
+    with caplog.at_level("INFO", "scoring"):
+        assert _on_gpu(_registry(), tmp_path, conditions).precision is None
+    # The manifest then refuses it.
+    assert "began in bf16-mixed, which this version has no more" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["{", GpuPrecision(precision="16-mixed", gpu="G", speedup=2, run_id="a").model_dump_json()]
+)
+def test_a_tag_that_names_no_precision_says_what_to_do(text, conditions, tmp_path):
+    record = SimpleNamespace(name="det", version="1", tags={"gpu_bf16-mixed": text})
+    with pytest.raises(RegistryError, match=r"det/1: its tag gpu_bf16-mixed names no precision; .*--device cuda"):
+        _on_gpu(SimpleNamespace(version_of=lambda version: record), tmp_path, conditions)
 
 
 @pytest.mark.parametrize("runtime", ["auto", "openvino"])
