@@ -312,13 +312,19 @@ def scene_of(image_id: str, pattern: str | None = None) -> str:
 
     ``pattern`` is a regular expression whose first group (or whole match) is the scene.
 
+    Raises:
+        DataError: it is none.
+
     >>> scene_of("P0001__1__824___0"), scene_of("harbour_512_0"), scene_of("P0699")
     ('P0001', 'harbour', 'P0699')
     >>> scene_of("P02211", r"^(P\\d{4})")
     'P0221'
     """
     if pattern:
-        match = re.search(pattern, image_id)
+        try:
+            match = re.search(pattern, image_id)
+        except re.error as error:
+            raise DataError(f"scene pattern {pattern!r}: is no regular expression ({error})") from error
         if match:
             return match.group(1) if match.groups() else match.group(0)
         return image_id

@@ -98,7 +98,7 @@ def log_and_register(
     """
     if name == JOURNAL:
         raise RegistryError(f"{name}: is the journal of promotions; give the model another name")
-    with store_errors(f"{name}: cannot be registered"):
+    with store_errors(f"{name}: cannot be registered", OSError):
         for known in registry.search_versions(f"run_id = '{run_id}'"):
             if known.name == name:
                 return known, str(registry.logged_model_id(known))

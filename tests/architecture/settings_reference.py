@@ -42,7 +42,9 @@ SECTIONS: list[tuple[str, type[BaseModel]]] = [
 REQUESTS_HEAD = """
 ## Requests
 
-What the functions of [the Python API](python.md) take. The commands' options have these names and texts."""
+What the functions of [the Python API](python.md) take. The commands' options have these texts, and most have these names.
+Those that differ: `register_as` is `--name`, `overrides` `--set`, `models` `--model`, `batch_size` `--batch`, `shard_size`
+`--shard`, `value_range` `--range`, `address` `--ray-address`, `precisions` `--precision`, `alias` of a promotion `--to`."""
 REQUESTS: list[tuple[str, type]] = [
     ("train", TrainingRequest),
     ("ablate", AblationRequest),

@@ -172,3 +172,7 @@ def test_a_crop_pastes_back_to_its_mask(bits):
         assert crop.mask[:, [0, -1]].any(axis=0).all()
     else:
         assert (crop.mask.shape, crop.left, crop.top) == ((0, 0), 0, 0)
+
+
+def test_a_score_at_the_threshold_is_kept():
+    assert len(Instances.make("a", 9, 9, [[0, 0, 1, 1]], [0.5]).above(0.5)) == 1

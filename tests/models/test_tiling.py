@@ -275,3 +275,13 @@ def test_a_mask_in_the_black_beyond_the_image_is_empty():
     shown = Instances.make("0", 64, 64, [[20, 20, 62, 60]], [0.9], masks=[rle_encode(mask)])
     merged = merge_tiles("0", 40, 45, [TileResult(shown, (0, 0, 64, 64))], tiling=Tiling(size=64))
     assert merged == Instances.make("0", 40, 45, [[20, 20, 45, 40]], [0.9], masks=[rle_encode(np.zeros((40, 45)))])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_the_last_batch_may_hold_a_single_tile(batch):
+    class Each:
+        def predict(self, images):
+            return [Instances.make(str(i), *m.shape[:2], [[20, 20, 40, 40]], [0.9]) for i, m in enumerate(images)]
+
+    image = np.random.default_rng(0).integers(0, 255, (64, 192, 3)).astype(np.uint8)
+    assert len(Tiled(Each(), Tiling(size=64, overlap=0, batch=batch)).predict([image])[0]) == 3

@@ -17,11 +17,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 
 from models.engines.openvino import network
-from models.engines.openvino.compiled import compiled_folder
+from models.engines.openvino.compiled import LOCK, compiled_folder
 from models.engines.openvino.inputs import prepared
 from models.engines.openvino.predictor import load_twin
 from models.engines.openvino.settings import ImageInput
@@ -426,6 +427,31 @@ def _in_a_new_process(script, *arguments):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
+
+
+def test_a_network_is_compiled_by_one_process_at_a_time(copies, tmp_path, monkeypatch):
+    """OpenVINO writes into the very file that another process may have mapped."""
+    _, twin = copies
+    monkeypatch.setenv("PLANES_CACHE", str(tmp_path))
+    load_model(twin)
+    (folder,) = compiled_folder().iterdir()
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(folder / LOCK):
+            loading = pool.submit(load_model, twin)
+            with pytest.raises(TimeoutError):
+                loading.result(1.5)
+        assert loading.result(60)
+
+
+def test_a_full_disk_is_said_when_a_twin_is_written(pair, tmp_path, monkeypatch):
+    import openvino
+
+    def full(*_, **__):
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(openvino, "save_model", full)
+    with pytest.raises(ModelError, match=r"cannot be written .*is the disk full"):
+        make_twin(pair[0], tmp_path / "twin", "f32")
 
 
 def test_openvino_tells_nobody_of_its_use():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import DataError
-from pipelines.data.dataset import Dataset, Sample, split_by_scene
+from pipelines.data.dataset import Dataset, Sample, scene_of, split_by_scene
 from pipelines.data.readers.opening import open_dataset
 
 
@@ -96,3 +96,8 @@ class Counted(tuple):
     def __iter__(self):
         self.passes += 1
         return super().__iter__()
+
+
+def test_a_pattern_that_is_none_is_said():
+    with pytest.raises(DataError, match=r"scene pattern '\^P\(': is no regular expression"):
+        scene_of("P0001", "^P(")

@@ -11,7 +11,7 @@ import pytest
 
 from models.engines.unet.predictor import build_segmenter, segmenter_spec
 from models.engines.unet.settings import SegmenterArchitecture
-from models.errors import RegistryError
+from models.errors import PlanesError, RegistryError
 from models.saved.folder import folder_digest, save_model
 from pipelines.registry import journal, lineage, promotion
 from pipelines.registry.copying import copy_version
@@ -154,3 +154,15 @@ def test_an_address_that_nobody_set_is_not_set_afterwards(pair, saved, monkeypat
         assert mlflow.get_tracking_uri() == pair[1].uri
         raise ZeroDivisionError
     assert not mlflow.is_tracking_uri_set()
+
+
+def test_a_changed_version_is_not_copied(pair, saved, third):
+    first, second = pair
+    _register(first, saved[0], "changed.planes-unet")
+    version = first.resolve("changed.planes-unet/1")
+    weights = first.fetch(version) / "weights.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(PlanesError, match="not those that were registered"):
+        copy_version(first, version, "changed.planes-unet", second)
+    assert "changed.planes-unet" not in second.registered_names()

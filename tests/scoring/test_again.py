@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +15,8 @@ from models.errors import DataError
 from models.images import decoding as image_module
 from models.instances import Instances
 from pipelines.data import remote
+from pipelines.data.dataset import Dataset
+from pipelines.data.readers.annotations import make_sample
 from pipelines.data.readers.opening import open_dataset
 from scoring.jobs import manifest, retry, shards
 from scoring.jobs.export import export_job
@@ -368,3 +371,14 @@ def test_shards_that_were_tried_again_before_a_stop_are_kept(store, tmp_path):
     counting = Brightness()
     again = _run(tmp_path / "out", _remote(store), predictor=counting)
     assert (counting.seen, again.images, again.failures) == (1, 9, 0)
+
+
+def test_a_missing_file_that_is_still_gone_is_not_tried_again(tmp_path, monkeypatch):
+    gone = make_sample("a", tmp_path / "a.png", (0, 0), "a", [], truth=False)
+    monkeypatch.setattr(retry, "totals_of", lambda folder: object())
+    monkeypatch.setattr(retry.parquet, "read_failures", lambda path: [Failure("a", "a.png", "missing", "")])
+    dataset = Dataset("d", tmp_path, "all", "plane", (gone,))
+    manifest = SimpleNamespace(shard_size=4)
+    assert retry.failed_before(tmp_path, manifest, dataset) == {}
+    (tmp_path / "a.png").touch()
+    assert retry.failed_before(tmp_path, manifest, dataset) == {0: [0]}

@@ -170,3 +170,21 @@ def test_what_cannot_be_opened_is_one_line():
         open_dataset("http://127.0.0.1:9/x.csv")
     with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9/x\.json: "):
         open_dataset("http://127.0.0.1:9/x.json")
+
+
+def test_an_image_whose_store_fails_once_is_fetched(monkeypatch):
+    monkeypatch.setattr(image_module, "RETRIES", (0.0,))
+    calls = []
+
+    class Once:
+        path = "x"
+        fs = property(lambda self: self)
+
+        def cat_file(self, path):
+            calls.append(path)
+            if len(calls) == 1:
+                raise ConnectionError("no route")
+            return b"bytes"
+
+    assert image_module._fetched(Once()) == b"bytes"
+    assert len(calls) == 2

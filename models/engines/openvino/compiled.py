@@ -11,6 +11,8 @@ from pathlib import Path
 
 KEPT_DAYS = 30
 BLOB, DIGEST = ".blob", ".sha256"
+# Held while a network is compiled.
+LOCK = ".lock"
 
 
 def compiled_folder() -> Path:

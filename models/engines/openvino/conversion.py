@@ -72,7 +72,11 @@ def save_twin(folder: str | Path, predictor: Predictor, spec: ModelSpec, digest:
 
     def fill(into: Path) -> None:
         # Otherwise weights would be saved as float16.
-        openvino.save_model(network, str(into / NETWORK_FILE), compress_to_fp16=False)
+        try:
+            openvino.save_model(network, str(into / NETWORK_FILE), compress_to_fp16=False)
+        except RuntimeError as error:
+            # Of a full disk it tells no more than that the stream failed.
+            raise ModelError(f"{into}: cannot be written ({one_line(error, 160)}); is the disk full?") from error
 
     return write_folder(folder, made, fill)
 

@@ -14,8 +14,9 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
-from models.engines.openvino.compiled import note_digests, open_cache
+from models.engines.openvino.compiled import LOCK, note_digests, open_cache
 from models.engines.openvino.telemetry import opt_out
 from models.errors import EngineMissing, ModelError, one_line
 from models.runtime.devices import TwinPrecision
@@ -156,7 +157,8 @@ class Network:
         settings = {**self._settings, "NUM_STREAMS": streams}
         if self._cache is not None:
             # A full disk costs the compiled form, not the job.
-            with contextlib.suppress(RuntimeError):
+            # One process at a time: OpenVINO writes into the file itself, which another one may have mapped by then.
+            with contextlib.suppress(RuntimeError, OSError), FileLock(self._cache / LOCK):
                 compiled = shared_core().compile_model(model, "CPU", {**settings, "CACHE_DIR": str(self._cache)})
                 note_digests(self._cache)
                 return compiled
