@@ -5,11 +5,13 @@ The weights are the version's own: a precision is no artefact, only the tag ``gp
 
 from __future__ import annotations
 
-from mlflow.entities.model_registry import ModelVersion
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import ClassVar
 
-from models.errors import RegistryError
+from mlflow.entities.model_registry import ModelVersion
+from pydantic import Field
+
 from models.runtime.devices import HalfPrecisionKind, computes_in
+from pipelines.registry.approvals import Approved, approved_of
 from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.tracking.mlflow_runs import store_errors
 
@@ -17,23 +19,21 @@ TAG = "gpu_"
 KINDS: tuple[HalfPrecisionKind, ...] = ("bf16-mixed", "16-mixed")
 
 
-class GpuPrecision(BaseModel):
+class GpuPrecision(Approved):
     """What a version's tag says of a half precision that passed its gates."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    prefix: ClassVar[str] = TAG
 
     precision: HalfPrecisionKind
     gpu: str = Field(max_length=200, description="Name of the GPU that it was measured on.")
-    speedup: float = Field(gt=0, description="Seconds an image in full precision over those in this one.")
-    run_id: str = Field(pattern=r"^\w{1,64}$", description="Run that measured it.")
-
-    @property
-    def tag(self) -> str:
-        """Name of the tag that names it."""
-        return TAG + self.precision
 
     def __str__(self) -> str:
         return f"{self.precision}, {self.speedup:.2f} times as fast when measured ({self.gpu}, run {self.run_id})"
+
+
+def usable_on(device: str, one: GpuPrecision) -> str | None:
+    """Why a precision cannot be used on a GPU, if so."""
+    return None if computes_in(device, one.precision) else f"this GPU does not compute in {one.precision}"
 
 
 def gpu_precisions_of(record: ModelVersion) -> list[GpuPrecision]:
@@ -42,26 +42,7 @@ def gpu_precisions_of(record: ModelVersion) -> list[GpuPrecision]:
     Raises:
         RegistryError: a tag that names none.
     """
-    known = []
-    for kind in KINDS:
-        text = record.tags.get(TAG + kind)
-        if text is None:
-            continue
-        try:
-            one = GpuPrecision.model_validate_json(text)
-            if one.precision != kind:
-                raise ValueError(f"is {one.precision}")
-        except (ValidationError, ValueError) as error:
-            label = f"{record.name}/{record.version}"
-            remedy = f"planes-registry accelerate {label} --device cuda makes it again"
-            raise RegistryError(f"{label}: its tag {TAG}{kind} names no precision; {remedy}") from error
-        known.append(one)
-    return sorted(known, key=lambda one: -one.speedup)
-
-
-def usable_on(device: str, one: GpuPrecision) -> str | None:
-    """Why a precision cannot be used on a GPU, if so."""
-    return None if computes_in(device, one.precision) else f"this GPU does not compute in {one.precision}"
+    return approved_of(record, GpuPrecision, KINDS, "--device cuda")
 
 
 def name_gpu_precision(registry: Registry, version: Resolved, one: GpuPrecision) -> None:

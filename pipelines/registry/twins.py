@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 from mlflow import MlflowException
 from mlflow.entities.model_registry import ModelVersion
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from models.engines.openvino.network import supports
 from models.errors import RegistryError, one_line
 from models.runtime.devices import TwinPrecision
 from models.twins import check_twin
+from pipelines.registry.approvals import Approved, approved_of
 from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.tracking.mlflow_runs import store_errors
 
@@ -27,21 +29,14 @@ TAG = "twin_"
 PRECISIONS: tuple[TwinPrecision, ...] = ("f32", "bf16", "int8")
 
 
-class Twin(BaseModel):
+class Twin(Approved):
     """What a version's tag says of one of its twins, which passed its gates."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    prefix: ClassVar[str] = TAG
 
     precision: TwinPrecision
     model_id: str = Field(pattern=r"^m-\w{1,64}$", description="MLflow's id of the logged model.")
     digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of its saved folder.")
-    speedup: float = Field(gt=0, description="Its parent's seconds an image over its own, when it was measured.")
-    run_id: str = Field(pattern=r"^\w{1,64}$", description="Run that measured it.")
-
-    @property
-    def tag(self) -> str:
-        """Name of the tag that names it."""
-        return TAG + self.precision
 
     def __str__(self) -> str:
         return f"openvino {self.precision}, {self.speedup:.2f} times as fast when measured (run {self.run_id})"
@@ -53,21 +48,7 @@ def twins_of(record: ModelVersion) -> list[Twin]:
     Raises:
         RegistryError: a tag that names none.
     """
-    twins = []
-    for precision in PRECISIONS:
-        text = record.tags.get(TAG + precision)
-        if text is None:
-            continue
-        try:
-            twin = Twin.model_validate_json(text)
-            if twin.precision != precision:
-                raise ValueError(f"is of {twin.precision}")
-        except (ValidationError, ValueError) as error:
-            label = f"{record.name}/{record.version}"
-            remedy = f"planes-registry accelerate {label} makes it again"
-            raise RegistryError(f"{label}: its tag {TAG}{precision} names no twin; {remedy}") from error
-        twins.append(twin)
-    return sorted(twins, key=lambda twin: -twin.speedup)
+    return approved_of(record, Twin, PRECISIONS, "")
 
 
 def usable(twin: Twin) -> str | None:
@@ -100,7 +81,7 @@ def name_twin(registry: Registry, version: Resolved, twin: Twin) -> None:
     earlier = registry.version_of(version).tags.get(twin.tag)
     with store_errors(f"{version.label}: cannot be tagged"):
         registry.client.set_model_version_tag(str(version.name), str(version.version), twin.tag, twin.model_dump_json())
-    if earlier is not None and earlier != twin.model_dump_json():
+    if earlier is not None and twin.model_id not in earlier:
         delete_unnamed(registry, twin.tag, earlier)
 
 

@@ -27,6 +27,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.readers.opening import open_dataset
 from pipelines.evaluation.categories import category_of
 from pipelines.evaluation.side_by_side import Measurement, measure, slowdown
+from pipelines.registry.approvals import Approved
 from pipelines.registry.gates import Check, GateFile, TwinGate, find_gates, judge_twin
 from pipelines.registry.gpu_precisions import KINDS, GpuPrecision, forget_gpu_precision, name_gpu_precision
 from pipelines.registry.model_versions import Registry, Resolved
@@ -134,8 +135,7 @@ def _make_twins(registry: Registry, request: AccelerateRequest, version: Resolve
             name_twin(registry, version, twin)
             result.twins.append(twin)
             log.info(f"twin {precision}: approved, {speedup:.2f} times as fast as {version.label}")
-        mlflow.set_tag("approved", " ".join(twin.precision for twin in result.twins) or "none")
-        log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client, run.info.run_id)}")
+        _report(registry, run.info.run_id, result.twins)
     return result
 
 
@@ -169,9 +169,14 @@ def _try_half_precisions(
             name_gpu_precision(registry, version, one)
             result.gpu_precisions.append(one)
             log.info(f"{kind} on {gpu}: approved, {speedup:.2f} times as fast as {version.label} in full precision")
-        mlflow.set_tag("approved", " ".join(one.precision for one in result.gpu_precisions) or "none")
-        log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client, run.info.run_id)}")
+        _report(registry, run.info.run_id, result.gpu_precisions)
     return result
+
+
+def _report(registry: Registry, run_id: str, approved: Sequence[Approved]) -> None:
+    """Note in the run what was approved, and say where the run is."""
+    mlflow.set_tag("approved", " ".join(one.precision for one in approved) or "none")
+    log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client, run_id)}")
 
 
 def _half_precisions(version: Resolved, request: AccelerateRequest, device: str) -> list[HalfPrecisionKind]:

@@ -320,8 +320,8 @@ def test_another_versions_twin_and_a_tag_that_names_none_are_refused(twins, tmp_
     out = ("--model", "odd/1", *arguments[2:], str(tmp_path / "out"))
     for tag, message in (
         (_version(project).tags["twin_f32"], "is the twin of another model"),
-        ("{}", "its tag twin_f32 names no twin; planes-registry accelerate odd/1 makes it again"),
-        ("openvino", "names no twin"),
+        ("{}", "its tag twin_f32 names none; planes-registry accelerate odd/1 makes it again"),
+        ("openvino", "names none"),
         (_version(project).tags["twin_f32"].replace("m-", "m-0"), "cannot be fetched"),
     ):
         project.client.set_model_version_tag("odd", "1", "twin_f32", tag)

@@ -155,7 +155,7 @@ def test_a_job_in_a_precision_that_is_gone_says_so(conditions, tmp_path, monkeyp
 )
 def test_a_tag_that_names_no_precision_says_what_to_do(text, conditions, tmp_path):
     record = SimpleNamespace(name="det", version="1", tags={"gpu_bf16-mixed": text})
-    with pytest.raises(RegistryError, match=r"det/1: its tag gpu_bf16-mixed names no precision; .*--device cuda"):
+    with pytest.raises(RegistryError, match=r"det/1: its tag gpu_bf16-mixed names none; .*--device cuda"):
         _on_gpu(SimpleNamespace(version_of=lambda version: record), tmp_path, conditions)
 
 
