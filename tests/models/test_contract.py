@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from models.engines.composed import ComposedArchitecture, save_composed
 from models.engines.torchvision.network import DetectorArchitecture, MaskArchitecture, build_detector
@@ -215,3 +216,27 @@ def test_weights_of_another_model_initialise_what_fits(tmp_path):
     model = build_detector(SMALL, 1, str(folder))
     source = read_weights(folder)
     assert all(torch.equal(v, source[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("maker", ["detector", "detector zoomed", "mask rcnn", "composed"])
+@pytest.mark.parametrize("height", [8, 20, 40, 66])
+def test_an_image_does_not_decide_how_later_ones_are_predicted(maker, height, tmp_path):
+    """Padded to a multiple of 32, small ones grow by half and more: torchvision took strides of the first one for all."""
+    folder = MAKERS[maker](tmp_path / "model")
+    rng = np.random.default_rng(0)
+    small, large = (rng.integers(0, 256, (side, 128, 3), dtype=np.uint8) for side in (height, 128))
+    first, second = load_model(folder), load_model(folder)
+    alone = first.predict([large])[0], first.predict([small])[0]
+    later = second.predict([small])[0], second.predict([large])[0]
+    assert len(alone[0])
+    assert alone == later[::-1]
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_an_image_that_becomes_a_single_column_keeps_its_rows(width):
+    network = build_detector(SMALL.model_copy(update={"zoom": 0.5}), 1).eval()
+    image = torch.arange(8.0).reshape(1, 8, 1).repeat(3, 1, width)
+    resized = network.transform.resize(image)[0]
+    pillow = Image.fromarray(image[0].numpy()).resize((resized.shape[2], 4), Image.Resampling.BILINEAR)
+    torch.testing.assert_close(resized, torch.from_numpy(np.array(pillow)).expand_as(resized))
+    assert len(resized.unique()) == 4

@@ -88,6 +88,16 @@ def test_a_twin_in_full_precision_predicts_what_its_parent_does(maker, tmp_path)
     assert planes
 
 
+@pytest.mark.parametrize("size", [(40, 40), (8, 70), (66, 33)])
+def test_of_a_small_first_image_a_twin_predicts_what_its_parent_does(pair, size):
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    ours, its = (load_model(folder).predict([image])[0] for folder in pair)
+    assert len(ours) == len(its) > 0
+    order = _partners(ours, its)
+    np.testing.assert_allclose(ours.boxes, its.boxes[order], atol=0.01)
+    np.testing.assert_allclose(ours.scores, its.scores[order], atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """A detector and its twin in full precision; tests take copies."""

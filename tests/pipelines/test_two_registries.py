@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from importlib import import_module
 
 import mlflow
 import numpy as np
@@ -166,3 +167,13 @@ def test_a_changed_version_is_not_copied(pair, saved, third):
     with pytest.raises(PlanesError, match="not those that were registered"):
         copy_version(first, version, "changed.planes-unet", second)
     assert "changed.planes-unet" not in second.registered_names()
+
+
+def test_a_full_disk_where_models_are_kept_is_one_line(pair, saved, monkeypatch):
+    def full(**_):
+        raise OSError(28, "No space left on device")
+
+    # The module itself: mlflow holds another object in its place until it is used.
+    monkeypatch.setattr(import_module("mlflow.pyfunc"), "log_model", full)
+    with pytest.raises(RegistryError, match=r"full.planes-unet: cannot be registered .*No space left"):
+        _register(pair[0], saved[0], "full.planes-unet")

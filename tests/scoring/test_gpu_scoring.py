@@ -9,9 +9,11 @@ import torch
 from models.engines.composed import ComposedArchitecture, save_composed
 from models.loading import load_model
 from models.runtime.devices import pick_device
+from models.runtime.half_precision import in_precision
 from models.saved.folder import save_model
 from models.tiling.settings import Tiling
 from pipelines.data.readers.opening import open_dataset
+from pipelines.evaluation.inference import is_segmenter, predict_image
 from scoring.runners.local import LocalRunner, auto_batch, auto_workers
 from scoring.runners.ray_runner import device_in_actor
 from tests.gpu import fake_gpu
@@ -104,3 +106,20 @@ def test_tiles_are_batched_for_a_gpu(airfield, saved, monkeypatch):
 
 def test_an_actor_has_one_gpu_whatever_its_number_outside():
     assert [device_in_actor(d) for d in ("cpu", "cuda", "cuda:3")] == ["cpu", "cuda", "cuda"]
+
+
+def test_what_accelerate_measures_on_a_gpu_is_what_score_runs_there(airfield, saved, tmp_path, monkeypatch):
+    """Of a detector, and of a segmenter in given boxes."""
+    folders = saved("detector"), _segmenter(tmp_path / "s", network="unet", encoder="resnet18")
+    data = open_dataset(str(airfield), "test")
+    # Once before torch.ones is replaced: torch notes for good which functions make tensors.
+    whole = [load_model(folder, "cpu") for folder in folders]
+    fake_gpu(monkeypatch)
+    for folder, on_cpu in zip(folders, whole, strict=True):
+        expected, _ = _score(folder, data, "cuda", "bf16-mixed")
+        predictor = load_model(folder, "cuda")
+        half = in_precision(predictor, "cuda", "bf16-mixed")
+        assert is_segmenter(half) == is_segmenter(predictor)
+        measured = [predict_image(half, s.read(), s) for s in data.samples]
+        assert measured == expected
+        assert measured != [predict_image(on_cpu, s.read(), s) for s in data.samples]

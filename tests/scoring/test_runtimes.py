@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mlflow import MlflowException
 
 from models.errors import ModelError, RegistryError
 from models.runtime import devices
 from pipelines.registry.gpu_precisions import GpuPrecision
 from pipelines.registry.model_versions import Resolved
-from pipelines.registry.twins import Twin
+from pipelines.registry.twins import Twin, delete_unnamed
 from scoring import runtimes
 from scoring.jobs.manifest import MANIFEST, Manifest
 from scoring.runtimes import Chosen, Conditions, choose_runtime
@@ -223,3 +224,16 @@ def test_without_torch_there_is_the_cpu_alone(monkeypatch):
     assert [devices.pick_device(d) for d in ("auto", "cpu")] == ["cpu", "cpu"]
     with pytest.raises(ModelError, match="PyTorch is not installed"):
         devices.pick_device("cuda")
+
+
+@pytest.mark.parametrize("found", [MlflowException("denied"), RegistryError("the store is away")])
+def test_a_twin_that_cannot_be_deleted_hinders_nothing(found, caplog):
+    def refuses(*_):
+        raise found
+
+    client = SimpleNamespace(delete_logged_model=refuses)
+    registry = SimpleNamespace(search_versions=lambda condition: [], client=client)
+    delete_unnamed(registry, "twin_f32", _twin("f32", 2).model_dump_json())
+    assert "twin_f32: m-f32, which no version names any more, is not deleted" in caplog.text
+    # A text that names none deletes nothing.
+    delete_unnamed(registry, "twin_f32", "{")

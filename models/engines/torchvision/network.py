@@ -39,6 +39,8 @@ Backbone = Literal[
 
 Sizes = Annotated[list[Annotated[int, Field(ge=1, le=10_000)]], Field(max_length=20)]
 
+# Images are padded to a multiple of it, in pixels.
+DIVISOR = 32
 # (masks, backbone, heads) -> torchvision's weights of the whole network, trained on COCO.
 COCO_WEIGHTS = {
     (False, "resnet50", "v1"): "FasterRCNN_ResNet50_FPN_Weights",
@@ -147,7 +149,7 @@ def build_detector(architecture: DetectorArchitecture, classes: int, weights: st
     else:
         model = FasterRCNN(backbone, **components)
     old = model.transform
-    model.transform = _Transform(old.min_size[-1], old.max_size, old.image_mean, old.image_std)
+    model.transform = _Transform(old.min_size[-1], old.max_size, old.image_mean, old.image_std, size_divisible=DIVISOR)
     for component in (model.rpn, model.roi_heads):
         component.box_coder = _FullPrecision(component.box_coder.weights)
     model.transform.zoom = architecture.zoom if architecture.min_size is None else None
@@ -166,7 +168,7 @@ def _components(architecture: DetectorArchitecture, classes: int) -> dict[str, n
     )
     components = {
         "rpn_anchor_generator": anchors,
-        "box_roi_pool": MultiScaleRoIAlign(_map_names(architecture), output_size=7, sampling_ratio=2),
+        "box_roi_pool": _Pooling(_map_names(architecture), output_size=7, sampling_ratio=2),
         "box_predictor": FastRCNNPredictor(hidden, classes + 1),
     }
     if architecture.heads == "v1":
@@ -180,7 +182,7 @@ def _mask_components(architecture: MaskArchitecture, classes: int) -> dict[str, 
     width = architecture.mask_channels
     norm = nn.BatchNorm2d if architecture.heads == "v2" else None
     return {
-        "mask_roi_pool": MultiScaleRoIAlign(_map_names(architecture), output_size=14, sampling_ratio=2),
+        "mask_roi_pool": _Pooling(_map_names(architecture), output_size=14, sampling_ratio=2),
         "mask_head": MaskRCNNHeads(architecture.fpn_channels, [width] * 4, 1, norm_layer=norm),
         "mask_predictor": MaskRCNNPredictor(width, width, classes + 1),
     }
@@ -252,8 +254,12 @@ class _Transform(GeneralizedRCNNTransform):
             return super().resize(image, target)
         if self.training or self.zoom == 1:
             return image, target
-        size = [max(1, round(side * self.zoom)) for side in image.shape[-2:]]
-        return nn.functional.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0], target
+        height, width = (max(1, round(side * self.zoom)) for side in image.shape[-2:])
+        # A single column comes out of torch 2.10 with its first row in place of all; a single row comes out right.
+        turned = width == 1
+        image, size = (image.mT, [width, height]) if turned else (image, [height, width])
+        image = nn.functional.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+        return image.mT if turned else image, target
 
     def postprocess(self, result, image_shapes, original_image_sizes):  # type: ignore[no-untyped-def]
         if self.training:
@@ -261,6 +267,18 @@ class _Transform(GeneralizedRCNNTransform):
         masks = [detections.pop("masks", None) for detections in result]
         result = super().postprocess(result, image_shapes, original_image_sizes)
         return [{**f, "masks": m} if m is not None else f for f, m in zip(result, masks, strict=True)]
+
+
+class _Pooling(MultiScaleRoIAlign):
+    """Pools boxes from feature maps at the strides that these have, whatever size the first image has.
+
+    torchvision takes the strides from the first batch, by its size before it is padded, and keeps them: after an image
+    40 pixels high, padded to 64, all later ones would be pooled from other places.
+    """
+
+    def forward(self, x, boxes, image_shapes):  # type: ignore[no-untyped-def]
+        padded = [tuple(-(-int(side) // DIVISOR) * DIVISOR for side in shape) for shape in image_shapes]
+        return super().forward(x, boxes, padded)
 
 
 class _FullPrecision(BoxCoder):
