@@ -5,11 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from models.engines.torchvision.predictor import guess_strides
 from models.errors import EngineMissing
 from models.geometry.rle import rle_encode
 from models.instances import Instances
+from models.loading import load_model
 from pipelines.registry import verification
 from pipelines.registry.verification import _compare, verify
+from tests.models.test_contract import MAKERS
 
 
 def _example(move=0.0, score=0.0, rows=20, masks=True, planes=2):
@@ -51,3 +54,21 @@ def test_a_model_whose_library_is_missing_is_not_called_wrong(tmp_path, monkeypa
 def test_nothing_then_and_now_is_the_same():
     assert _compare(_example(planes=0), None).passed
     assert not _compare(_example(), None).passed
+
+
+@pytest.mark.parametrize("maker", ["detector", "composed"])
+def test_an_example_of_wrong_strides_is_said_to_be_one(maker, tmp_path):
+    """What a release up to 0.6.1 logged of an image 40 pixels high; anything else is no example of this version."""
+    folder = MAKERS[maker](tmp_path / "model")
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    earlier = load_model(folder)
+    assert guess_strides(earlier)
+    logged = earlier.predict([image])[0].named("0")
+    assert verification._compare(load_model(folder).predict([image])[0].named("0"), logged).passed is False
+    example = SimpleNamespace(decoded=lambda: image)
+    finding = verification._compare_as_before(folder, example, logged)
+    assert finding.passed
+    assert "by the strides of releases up to 0.6.1" in finding.result
+    assert verification._compare_as_before(folder, example, logged.above(float(logged.scores[0]))) is None
+    other = MAKERS["unet"](tmp_path / "unet")
+    assert verification._compare_as_before(other, example, logged) is None

@@ -168,7 +168,7 @@ def _components(architecture: DetectorArchitecture, classes: int) -> dict[str, n
     )
     components = {
         "rpn_anchor_generator": anchors,
-        "box_roi_pool": _Pooling(_map_names(architecture), output_size=7, sampling_ratio=2),
+        "box_roi_pool": Pooling(_map_names(architecture), output_size=7, sampling_ratio=2),
         "box_predictor": FastRCNNPredictor(hidden, classes + 1),
     }
     if architecture.heads == "v1":
@@ -182,7 +182,7 @@ def _mask_components(architecture: MaskArchitecture, classes: int) -> dict[str, 
     width = architecture.mask_channels
     norm = nn.BatchNorm2d if architecture.heads == "v2" else None
     return {
-        "mask_roi_pool": _Pooling(_map_names(architecture), output_size=14, sampling_ratio=2),
+        "mask_roi_pool": Pooling(_map_names(architecture), output_size=14, sampling_ratio=2),
         "mask_head": MaskRCNNHeads(architecture.fpn_channels, [width] * 4, 1, norm_layer=norm),
         "mask_predictor": MaskRCNNPredictor(width, width, classes + 1),
     }
@@ -269,14 +269,20 @@ class _Transform(GeneralizedRCNNTransform):
         return [{**f, "masks": m} if m is not None else f for f, m in zip(result, masks, strict=True)]
 
 
-class _Pooling(MultiScaleRoIAlign):
+class Pooling(MultiScaleRoIAlign):
     """Pools boxes from feature maps at the strides that these have, whatever size the first image has.
 
     torchvision takes the strides from the first batch, by its size before it is padded, and keeps them: after an image
     40 pixels high, padded to 64, all later ones would be pooled from other places.
     """
 
+    # As releases up to 0.6.1 did, to see that a version gives what they logged.
+    guessing = False
+
     def forward(self, x, boxes, image_shapes):  # type: ignore[no-untyped-def]
+        """See `MultiScaleRoIAlign`; ``image_shapes`` are those before padding."""
+        if self.guessing:
+            return super().forward(x, boxes, image_shapes)
         padded = [tuple(-(-int(side) // DIVISOR) * DIVISOR for side in shape) for shape in image_shapes]
         return super().forward(x, boxes, padded)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from models.engines.torchvision.network import DetectorArchitecture, MaskArchitecture, build_detector
+from models.engines.torchvision.network import DetectorArchitecture, MaskArchitecture, Pooling, build_detector
 from models.geometry.boxes import clip_boxes
 from models.geometry.mask_pasting import paste_masks
 from models.images.rendering import DEFAULT, Rendering
@@ -79,6 +79,22 @@ def _fold(conv: nn.Conv2d, norm: Any) -> None:
         bias = torch.zeros_like(norm.bias) if conv.bias is None else conv.bias
         conv.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias, requires_grad=False)
         conv.weight = nn.Parameter(conv.weight * scale[:, None, None, None], requires_grad=False)
+
+
+def guess_strides(predictor: Any) -> bool:
+    """Let a predictor that has predicted nothing yet pool as releases up to 0.6.1 did: see `Pooling`.
+
+    Returns:
+        False where no torchvision network is in it, be it in tiles or a composition.
+    """
+    while not isinstance(predictor, TorchvisionDetector):
+        predictor = getattr(predictor, "predictor", None) or getattr(predictor, "detector", None)
+        if predictor is None:
+            return False
+    for module in predictor.model.modules():
+        if isinstance(module, Pooling):
+            module.guessing = True
+    return True
 
 
 class TorchvisionDetector:
