@@ -81,7 +81,7 @@ def speed(count: int, device: str) -> None:
     score(detector, work / "0", work / "warm", device)
     for chunk in range(CHUNKS):
         folder = work / f"{chunk}"
-        tensors = [detector.tensor(s.read()) for s in open_dataset(folder).samples]
+        tensors = [detector.tensors([s.read()])[0] for s in open_dataset(folder).samples]
 
         @torch.inference_mode()
         def bare(tensors: list[torch.Tensor] = tensors) -> None:

@@ -46,10 +46,11 @@ def random_model(folder: Path, tiled: bool = False) -> Path:
 
 
 def plain_network(folder: Path) -> torch.nn.Module:
-    """torchvision's network of a saved folder as it is, in torch's usual memory layout."""
+    """torchvision's network of a saved folder, in torch's usual memory layout, filtering image by image as it does."""
     spec = read_spec(folder)
     model = build_detector(parse_architecture(spec, DetectorArchitecture), len(spec.classes))
     load_strict(model, read_weights(folder), str(folder))
+    model.rpn.devices = model.roi_heads.devices = ()
     return model.eval()
 
 
@@ -133,7 +134,7 @@ def main() -> None:
     @torch.inference_mode()
     def bare() -> None:
         for start in range(0, len(tiles), tiled.batch):
-            detector.model([detector.tensor(t) for t in tiles[start : start + tiled.batch]])
+            detector.model([detector.tensors([t])[0] for t in tiles[start : start + tiled.batch]])
 
     batches = [int(b) for b in options.batches.split(",")]
     ways: dict[str, Callable[[], object]] = {"ours": lambda: tiled.predict([image])[0], "bare": bare}

@@ -57,7 +57,9 @@ def fills_little(image: AnyImage) -> bool:
     else:
         tops, lefts = (np.linspace(0, max(extent - 64, 0), 4).astype(int) for extent in image.shape[:2])
         seen = np.concatenate([image[y : y + 64, x : x + 64].reshape(-1, 3) for y in tops for x in lefts])
-    counts = np.bincount(seen[seen.any(axis=1)].ravel(), minlength=256)
+    counts = np.bincount(seen.ravel(), minlength=256)
+    # Of black pixels alone all three values are 0.
+    counts[0] -= 3 * np.count_nonzero((seen[:, 0] | seen[:, 1] | seen[:, 2]) == 0)
     if not counts.any():
         return False
     low, high = np.searchsorted(np.cumsum(counts), [0.01 * counts.sum(), 0.99 * counts.sum()])

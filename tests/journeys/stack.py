@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -46,12 +47,19 @@ class Process:
         self.folder = folder
         self.process: subprocess.Popen | None = None
 
-    def launch(self, command: list[str], env: dict[str, str], answers: Callable[[], bool], seconds: float = 120) -> None:
+    def launch(
+        self,
+        command: list[str],
+        env: dict[str, str],
+        answers: Callable[[], bool],
+        seconds: float = 120,
+        cwd: Path | None = None,
+    ) -> None:
         """Start and wait until ``answers``."""
         log_file = self.folder / "server.log"
         with open(log_file, "ab") as log:
             self.process = subprocess.Popen(
-                command, env=env, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
+                command, env=env, stdout=log, stderr=log, start_new_session=True, cwd=cwd or self.folder
             )
         deadline = time.monotonic() + seconds
         while not answers():
@@ -163,22 +171,25 @@ class Postgres(Process):
     def start(self) -> None:
         """Make the cluster and the data base ``planes``."""
         self.port = free_port()
-        data = self.folder / "data"
+        # Not in pytest's folder: that is for root alone, and is closed again whenever another run begins.
+        self._place = Path(tempfile.mkdtemp(prefix="planes-postgres-"))
+        data = self._place / "data"
         self._as_user = []
         if os.geteuid() == 0:
             account = pwd.getpwnam("postgres")
-            os.chown(self.folder, account.pw_uid, account.pw_gid)
-            for parent in self.folder.parents:
-                # pytest's folders are for their owner alone.
-                if parent.stat().st_uid == 0 and not parent.stat().st_mode & 0o001:
-                    parent.chmod(parent.stat().st_mode | 0o011)
+            os.chown(self._place, account.pw_uid, account.pw_gid)
             self._as_user = ["setpriv", "--reuid", "postgres", "--regid", "postgres", "--clear-groups"]
         initdb = [_postgres_program("initdb"), "-D", str(data), "-U", "planes", "--auth", "trust", "--no-sync"]
-        subprocess.run([*self._as_user, *initdb], check=True, capture_output=True, cwd=self.folder)
-        options = ["-p", str(self.port), "-c", "listen_addresses=127.0.0.1", "-k", str(self.folder), "-c", "fsync=off"]
+        subprocess.run([*self._as_user, *initdb], check=True, capture_output=True, cwd=self._place)
+        options = ["-p", str(self.port), "-c", "listen_addresses=127.0.0.1", "-k", str(self._place), "-c", "fsync=off"]
         command = [*self._as_user, str(_postgres_program("postgres")), "-D", str(data), *options]
-        self.launch(command, dict(os.environ), self._answers)
+        self.launch(command, dict(os.environ), self._answers, cwd=self._place)
         self.uri = f"postgresql://planes@127.0.0.1:{self.port}/postgres"
+
+    def stop(self) -> None:
+        """Kill it; its cluster goes too."""
+        super().stop()
+        shutil.rmtree(self._place, ignore_errors=True)
 
     def _answers(self) -> bool:
         import psycopg

@@ -107,6 +107,20 @@ def test_gates_on_a_metric(dataset, gate, candidate, baseline, failed):
     assert all("AP" in str(c) for c in checks)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_of_a_version_that_finds_nothing_no_twin_is_approved(dataset, precision):
+    nothing = _finds(dataset)
+    failed = [c for c in judge_twin(TwinGate(), precision, nothing, nothing) if not c.passed]
+    assert [(c.gate, c.candidate) for c in failed] == [("metrics", "the version itself reaches 0")]
+
+
+def test_a_twin_fails_on_the_same_images_as_its_parent(dataset):
+    measured = _finds(dataset, ALL, ALL)
+    ours, theirs = (replace(measured, failed={name: DataError("damaged")}) for name in ("A0", "B1"))
+    assert "images that failed" in [c.gate for c in judge_twin(TwinGate(), "bf16", ours, theirs) if not c.passed]
+    assert all(c.passed for c in judge_twin(TwinGate(), "bf16", ours, ours))
+
+
 def test_the_confidence_is_the_share_of_resamples_that_gain(dataset):
     """One image of six differs: it is drawn at least once with probability 1 - (5/6)^6."""
     ours, theirs = _finds(dataset, ALL, ALL), _finds(dataset, [1, 2, 3, 4, 5], ALL)
@@ -132,6 +146,11 @@ def test_the_confidence_is_the_share_of_resamples_that_gain(dataset):
         ({"seconds": 1.01}, "bf16", {"min_speedup": 0.9}, []),
         ({"seconds": 0.26}, "bf16", {"min_speedup": 4}, ["speed"]),
         ({"seconds": 0.24}, "bf16", {"min_speedup": 4}, []),
+        # On a GPU twice the same differs by some percent.
+        ({"seconds": 0.95}, "bf16-mixed", {}, ["speed"]),
+        ({"seconds": 0.95}, "16-mixed", {}, ["speed"]),
+        ({"seconds": 0.9}, "16-mixed", {}, []),
+        ({"seconds": 0.95}, "16-mixed", {"min_speedup": 1}, []),
     ],
 )
 def test_a_twin_is_held_against_its_parent(dataset, twin, precision, gate, failed):

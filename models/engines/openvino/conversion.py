@@ -18,7 +18,7 @@ from models.engines.openvino.dense import is_dense
 from models.engines.openvino.network import require_openvino, shared_core
 from models.engines.openvino.settings import ImageInput, TwinArchitecture
 from models.engines.torchvision.predictor import TorchvisionDetector
-from models.engines.unet.predictor import TorchSegmenter
+from models.engines.unet.predictor import Probabilities, TorchSegmenter
 from models.engines.unet.settings import CropSettings
 from models.errors import ModelError, one_line
 from models.predictor import Predictor
@@ -141,7 +141,11 @@ def parts_of(predictor: Predictor, spec: ModelSpec) -> tuple[nn.Module, Any, Inp
     if isinstance(predictor, TorchSegmenter):
         size = predictor.settings.crop_size
         crop = CropSettings(**{name: getattr(predictor.settings, name) for name in CropSettings.model_fields})
-        return _Probabilities(predictor.model), torch.rand(2, 3, size, size, generator=own), InputSettings(crop=crop)
+        return (
+            Probabilities(predictor.model, flips=False),
+            torch.rand(2, 3, size, size, generator=own),
+            InputSettings(crop=crop),
+        )
     example = torch.rand(1, 3, *TRACED, generator=own), torch.tensor([side - 10 for side in TRACED])
     if isinstance(predictor, TorchvisionDetector):
         return _TorchvisionNetwork(predictor.model), example, InputSettings(image=_torchvision_input(predictor.model))
@@ -156,13 +160,6 @@ class _Wrapped(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network: Any = network
-
-
-class _Probabilities(_Wrapped):
-    """A segmenter's network, from normalised crops (B, 3, S, S) to probabilities (B, S, S)."""
-
-    def forward(self, crops: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self.network(crops))[:, 0]
 
 
 class _TorchvisionNetwork(_Wrapped):

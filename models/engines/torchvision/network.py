@@ -19,6 +19,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from models.engines.torchvision.batched import batched
 from models.errors import ModelError
 from models.saved.checkpoints import download_error, load_matching, read_checkpoint
 
@@ -152,6 +153,7 @@ def build_detector(architecture: DetectorArchitecture, classes: int, weights: st
     model.transform = _Transform(old.min_size[-1], old.max_size, old.image_mean, old.image_std, size_divisible=DIVISOR)
     for component in (model.rpn, model.roi_heads):
         component.box_coder = _FullPrecision(component.box_coder.weights)
+        batched(component)
     model.transform.zoom = architecture.zoom if architecture.min_size is None else None
     if weights == "coco":
         load_matching(model, _coco_weights(architecture), "coco")

@@ -17,6 +17,7 @@ from models.geometry.mask_pasting import paste_masks
 from models.images.rendering import DEFAULT, Rendering
 from models.instances import Instances
 from models.runtime.devices import channels_last, library_versions, pick_device, to_device
+from models.runtime.replay import MOST_PIXELS, Replayed
 from models.runtime.timing import timed
 from models.saved.checkpoints import build_fitting
 from models.saved.spec import ModelSpec, parse_architecture
@@ -103,6 +104,8 @@ class TorchvisionDetector:
     def __init__(self, model: nn.Module, device: str = "cpu") -> None:
         self.device = pick_device(device)
         self.model = channels_last(model.to(self.device)).eval()
+        if self.device != "cpu":
+            replay_dense_layers(self.model)
 
     @timed("forward")
     @torch.inference_mode()
@@ -117,24 +120,46 @@ class TorchvisionDetector:
         for i, image in enumerate(images):
             by_size.setdefault(image.shape, []).append(i)
         for group in by_size.values():
-            tensors = [self.tensor(images[i]) for i in group]
-            for i, output in zip(group, self.model(tensors), strict=True):
+            tensors = self.tensors([images[i] for i in group])
+            for i, output in zip(group, on_host(self.model(tensors)), strict=True):
                 results[i] = self._instances(str(i), images[i], output)
         return [r for r in results if r is not None]
 
-    def tensor(self, image: np.ndarray) -> torch.Tensor:
-        """The network's input of an RGB uint8 image, float32 (3, H, W) in 0..1, on the device."""
-        pixels = to_device(torch.from_numpy(np.ascontiguousarray(image)), self.device).permute(2, 0, 1)
-        return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    def tensors(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """The network's inputs of RGB uint8 images of one size, float32 (3, H, W) in 0..1, on the device."""
+        pixels = to_device(torch.from_numpy(together(images)), self.device).permute(0, 3, 1, 2)
+        return list(pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255))
 
     @staticmethod
-    def _instances(image_id: str, image: np.ndarray, output: Mapping[str, torch.Tensor]) -> Instances:
+    def _instances(image_id: str, image: np.ndarray, output: Mapping[str, np.ndarray]) -> Instances:
         height, width = image.shape[:2]
-        boxes = clip_boxes(output["boxes"].float().cpu().numpy(), height, width)
+        boxes = clip_boxes(output["boxes"], height, width)
         keep = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
-        scores = output["scores"].float().cpu().numpy()
-        labels = output["labels"].cpu().numpy() - 1
         masks = None
         if "masks" in output:
-            masks = paste_masks(output["masks"][keep, 0].float().cpu().numpy(), boxes[keep], height, width)
-        return Instances.make(image_id, height, width, boxes[keep], scores[keep], labels=labels[keep], masks=masks)
+            masks = paste_masks(output["masks"][keep, 0], boxes[keep], height, width)
+        scores, labels = output["scores"][keep], output["labels"][keep] - 1
+        return Instances.make(image_id, height, width, boxes[keep], scores, labels=labels, masks=masks)
+
+
+def replay_dense_layers(model: Any) -> None:
+    """Let a torchvision detector replay what has the image's shape alone; see `Replayed`."""
+    model.backbone = Replayed(model.backbone)
+    # The first of its inputs has stride 4 or more.
+    model.rpn.head = Replayed(model.rpn.head, MOST_PIXELS // 4**2)
+
+
+def together(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images of one size as one array (B, H, W, 3); a single one is not copied."""
+    return np.stack(images) if len(images) > 1 else np.ascontiguousarray(images[0])[None]
+
+
+def on_host(outputs: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, np.ndarray]]:
+    """The outputs of a torchvision detector in the CPU's memory, floats as float32: one copy a kind, not one an image."""
+    counts = [len(output["boxes"]) for output in outputs]
+    parts = {}
+    for name in outputs[0]:
+        joined = torch.cat([output[name] for output in outputs])
+        whole = (joined.float() if joined.is_floating_point() else joined).cpu().numpy()
+        parts[name] = np.split(whole, np.cumsum(counts)[:-1])
+    return [{name: part[place] for name, part in parts.items()} for place in range(len(outputs))]

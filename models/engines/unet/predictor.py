@@ -13,6 +13,7 @@ from models.engines.unet.settings import SegmenterArchitecture
 from models.errors import ModelError, one_line
 from models.images.rendering import DEFAULT, Rendering
 from models.runtime.devices import channels_last, library_versions, pick_device, to_device
+from models.runtime.replay import Replayed
 from models.saved.checkpoints import build_fitting, download_error, load_matching, read_checkpoint
 from models.saved.spec import ModelSpec, parse_architecture
 
@@ -87,6 +88,10 @@ def load_segmenter(spec: ModelSpec, weights: Mapping[str, torch.Tensor], device:
     return TorchSegmenter(model, architecture, device)
 
 
+# On a GPU a batch is filled up to one of these sizes: each size costs a choice of kernels, and small ones are recorded.
+SIZES = (1, 2, 4, 8, *range(16, GPU_BATCH + 1, 16))
+
+
 class TorchSegmenter(CropSegmenter):
     """Segments the plane in a crop, with a network of torch."""
 
@@ -94,14 +99,39 @@ class TorchSegmenter(CropSegmenter):
         self.device = pick_device(device)
         super().__init__(architecture, CPU_BATCH if self.device == "cpu" else GPU_BATCH)
         self.model = channels_last(model.to(self.device)).eval()
+        whole = Probabilities(self.model, architecture.flips)
+        self._probabilities = whole if self.device == "cpu" else Replayed(whole)
 
     @torch.inference_mode()
     def forward(self, batch: np.ndarray) -> np.ndarray:
         """See `CropSegmenter`."""
+        number = len(batch)
+        if self.device != "cpu":
+            batch = filled_up(batch)
         tensor = to_device(torch.from_numpy(batch), self.device)
-        total = torch.sigmoid(self.model(tensor))
-        if self.settings.flips:
+        return self._probabilities(tensor)[:number].float().cpu().numpy()
+
+
+def filled_up(batch: np.ndarray) -> np.ndarray:
+    """The batch (B, ...) with zeros up to the next of `SIZES`, in the same memory layout."""
+    size = next((size for size in SIZES if size >= len(batch)), len(batch))
+    filled = np.zeros_like(batch, shape=(size, *batch.shape[1:]))
+    filled[: len(batch)] = batch
+    return filled
+
+
+class Probabilities(nn.Module):
+    """Of being plane, (B, S, S), for crops (B, 3, S, S); with ``flips`` the mean over both mirrored axes."""
+
+    def __init__(self, model: nn.Module, flips: bool) -> None:
+        super().__init__()
+        self.model, self.flips = model, flips
+
+    def forward(self, crops: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        total = torch.sigmoid(self.model(crops))
+        if self.flips:
             for dims in ((2,), (3,), (2, 3)):
-                total = total + torch.sigmoid(self.model(tensor.flip(dims))).flip(dims)
+                total = total + torch.sigmoid(self.model(crops.flip(dims))).flip(dims)
             total = total / 4
-        return total[:, 0].float().cpu().numpy()
+        return total[:, 0]
