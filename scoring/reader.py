@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import AsyncResult, ThreadPool
 
 import numpy as np
 
@@ -36,20 +36,20 @@ def read_ahead(
 
     With ``windows`` files too large for memory are opened only; without they are failures.
     """
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        pending: deque[tuple[Sample, Future[AnyImage | Failure]]] = deque()
-        try:
-            for sample in samples:
-                pending.append((sample, pool.submit(_read, sample, windows)))
-                while len(pending) > ahead or (pending and sum(_bytes(f) for _, f in pending) > MOST_BYTES):
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            while pending:
-                first, future = pending.popleft()
-                yield first, future.result()
-        finally:
-            for _, future in pending:
-                future.cancel()
+    # Threads that the process does not wait for when it ends: one may hang on a server that does not answer.
+    pool = ThreadPool(workers)
+    pending: deque[tuple[Sample, AsyncResult[AnyImage | Failure]]] = deque()
+    try:
+        for sample in samples:
+            pending.append((sample, pool.apply_async(_read, (sample, windows))))
+            while len(pending) > ahead or (pending and sum(_bytes(f) for _, f in pending) > MOST_BYTES):
+                first, result = pending.popleft()
+                yield first, result.get()
+        while pending:
+            first, result = pending.popleft()
+            yield first, result.get()
+    finally:
+        pool.terminate()
 
 
 def size_in_bytes(image: object) -> int:
@@ -57,8 +57,8 @@ def size_in_bytes(image: object) -> int:
     return image.nbytes if isinstance(image, np.ndarray) else 0
 
 
-def _bytes(future: Future[AnyImage | Failure]) -> int:
-    return size_in_bytes(future.result()) if future.done() else 0
+def _bytes(result: AsyncResult[AnyImage | Failure]) -> int:
+    return size_in_bytes(result.get()) if result.ready() else 0
 
 
 @timed("decode")

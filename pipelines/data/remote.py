@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,6 +21,8 @@ AnyPath: TypeAlias = "Path | UPath"
 
 # Questions to a store that are open at a time.
 ASKING = 16
+# Seconds in which a web server must take a connection, and after which one that says nothing is given up.
+CONNECT, SILENCE = 30, 60
 # Failures in a row after which a store is taken for down, and requested no more than once for each file.
 MOST_FAILURES = 3 * ASKING
 # The mark of a file of which nothing is known; it says nothing about whether the file has changed.
@@ -48,12 +50,22 @@ def to_path(where: str | os.PathLike) -> AnyPath:
     from upath import UPath
 
     try:
-        path = UPath(text)
+        path = UPath(text, **(_limits() if text.startswith(("http://", "https://")) else {}))
         # Made on first use; only then does a missing library show.
         _ = path.fs
     except (ImportError, ValueError) as error:
         raise DataError(f"{text}: cannot be opened ({one_line(error, 160)})") from error
     return path
+
+
+def _limits() -> dict[str, Any]:
+    """How long a web server may keep silent, unless fsspec's own settings say otherwise; a large file may take its time."""
+    import aiohttp
+    from fsspec.config import conf
+
+    if "client_kwargs" in conf.get("http", {}):
+        return {}
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=CONNECT, sock_read=SILENCE)}}
 
 
 def absolute(path: AnyPath) -> str:
@@ -98,8 +110,9 @@ def fingerprints(paths: Sequence[AnyPath]) -> list[str]:
     if len(local) == len(paths):
         return [_local_mark(path) for path in local]
     store = _Patience()
-    with ThreadPoolExecutor(ASKING) as pool:
-        return list(pool.map(store.mark, paths))
+    # Unlike an executor's, its threads are not waited for where Ctrl-C ends the command.
+    with ThreadPool(ASKING) as pool:
+        return pool.map(store.mark, paths)
 
 
 def _local_mark(path: Path) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from tabulate import tabulate
 
-from models.errors import DataError
+from models.errors import DataError, RecipeError
 from models.geometry.boxes import xyxy_to_xywh
 from models.geometry.rle import rle_iou, rle_text
 from models.instances import RLE, Instances
@@ -22,6 +22,18 @@ from pipelines.data.dataset import Dataset
 MASK_METRICS = ("IoU", "Dice", "IoU_min", "IoU_median", "IoU_above_75")
 # The order in which COCOeval prints its twelve numbers.
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+def check_metric(metric: str, kind: str) -> None:
+    """Refuse a metric that models of a kind do not have.
+
+    Raises:
+        RecipeError: the kind has others.
+    """
+    known = list(MASK_METRICS if kind == "segmenter" else COCO_METRICS)
+    known += [f"mask_{name}" for name in COCO_METRICS] if kind == "instance_segmenter" else []
+    if metric not in known:
+        raise RecipeError(f"metric {metric}: a {kind.replace('_', ' ')} has none of that name; known: {', '.join(known)}")
 
 
 # COCO's size classes: least and largest area of a plane in pixels.

@@ -7,7 +7,7 @@ import logging
 from models.errors import RegistryError
 from pipelines.registry.lineage import read_training_images
 from pipelines.registry.model_versions import DIGEST, Registry, Resolved
-from pipelines.registry.registration import log_and_register
+from pipelines.registry.registration import check_name, log_and_register
 from pipelines.registry.twins import fetch_twin, twins_of, usable
 from pipelines.registry.verification import read_example
 from pipelines.tracking import mlflow_runs
@@ -28,6 +28,7 @@ def copy_version(registry: Registry, version: Resolved, name: str, to: Registry 
     Raises:
         RegistryError: the copy is of itself, or a store refuses.
     """
+    check_name(name)
     record = registry.version_of(version)
     if to is None and name == version.name:
         raise RegistryError(f"{version.label}: is a version of {name} already; give another name")

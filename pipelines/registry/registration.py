@@ -69,6 +69,18 @@ SIGNATURE = ModelSignature(
 )
 
 
+def check_name(name: str) -> None:
+    """Refuse what cannot be the name of a model, before anything is done for it.
+
+    Raises:
+        RegistryError: the journal's name, or one that MLflow does not take.
+    """
+    if name == JOURNAL:
+        raise RegistryError(f"{name}: is the journal of promotions; give the model another name")
+    if not name.strip() or name in (".", "..") or set(name) & set("/:"):
+        raise RegistryError(f"{name!r}: cannot be the name of a model: it is empty, a folder's, or has / or : in it")
+
+
 def log_and_register(
     registry: Registry,
     folder: Path,
@@ -96,8 +108,7 @@ def log_and_register(
     Raises:
         RegistryError: the store refuses.
     """
-    if name == JOURNAL:
-        raise RegistryError(f"{name}: is the journal of promotions; give the model another name")
+    check_name(name)
     with store_errors(f"{name}: cannot be registered", OSError):
         for known in registry.search_versions(f"run_id = '{run_id}'"):
             if known.name == name:

@@ -17,6 +17,7 @@ from models.errors import ModelError, PlanesError, one_line
 from pipelines import ablation
 from pipelines.evaluation import figures
 from pipelines.evaluation.inference import MAIN_METRIC
+from pipelines.evaluation.metrics import check_metric
 from pipelines.locking import held, lock_of
 from pipelines.recipes.reading import load_recipe
 from pipelines.registry.model_versions import Registry
@@ -58,6 +59,7 @@ def plan_ablation(request: AblationRequest) -> AblationPlan:
     variants = ablation.make_variants(request.grid, request.variants)
     task = load_recipe(request.recipe, engine=request.engine).task
     main_metric = MAIN_METRIC[KIND[task]] if request.metric == "auto" else request.metric
+    check_metric(main_metric, KIND[task])
     plans = [plan_training(_request(request, task, v)) for v in variants]
     key = ablation.ablation_key([p.key for p in plans])
     return AblationPlan(request, variants, plans, key, main_metric)

@@ -15,6 +15,7 @@ from models.saved.spec import read_spec
 from pipelines.data.readers.opening import open_dataset
 from pipelines.registry.lineage import read_training_images
 from pipelines.registry.model_versions import Registry, Resolved
+from pipelines.registry.registration import check_name
 from pipelines.registry.training_images import TrainingImages, united
 from pipelines.tracking import mlflow_runs
 from pipelines.use_cases.publishing import Publication, example_image, publish
@@ -30,6 +31,7 @@ def compose(registry: Registry, request: ComposeRequest) -> str:
     Raises:
         PlanesError: components, data or store that cannot be used.
     """
+    check_name(request.name)
     components = {"detector": registry.resolve(request.detector), "segmenter": registry.resolve(request.segmenter)}
     named = {role: component.label for role, component in components.items()}
     folders = {role: registry.fetch(component) for role, component in components.items()}

@@ -21,6 +21,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.data.readers.opening import open_dataset
 from pipelines.evaluation.categories import category_of, common_category
 from pipelines.evaluation.inference import MAIN_METRIC
+from pipelines.evaluation.metrics import check_metric
 from pipelines.evaluation.side_by_side import Measurement, measure
 from pipelines.registry import lineage
 from pipelines.registry.gates import (
@@ -169,6 +170,9 @@ def _check(
     """All gates on all data sets."""
     device = pick_device(request.device)
     folders = {v.label: registry.fetch(v) for v in ([candidate] if baseline is None else [candidate, baseline])}
+    kind = read_spec(folders[candidate.label]).kind
+    for metric in gates.metrics:
+        check_metric(metric, kind)
     category = common_category({k: category_of(f, k, measured=gates.need_data) for k, f in folders.items()}, "promote")
     datasets = (
         open_gate_data(request.model, request.data, request.split, file, category=category)
@@ -182,7 +186,7 @@ def _check(
     checks = judge_data(required, [d.digest() for d in datasets])
     checks += _image_checks(registry, versions, datasets, trained_on)
     checks += judge_size(gates, sizes[0], None if baseline is None else sizes[1])
-    main = MAIN_METRIC.get(read_spec(folders[candidate.label]).kind, "AP")
+    main = MAIN_METRIC.get(kind, "AP")
     predictors = {label: load_model(folder, device) for label, folder in folders.items()} if datasets else {}
     renderings = {label: read_spec(folder).rendering for label, folder in folders.items()}
     for dataset in datasets:

@@ -27,6 +27,7 @@ from pipelines.locking import held, lock_of
 from pipelines.recipes.reading import load_recipe
 from pipelines.recipes.settings import Detectron2Recipe, Recipe, UNetRecipe
 from pipelines.registry.model_versions import Registry
+from pipelines.registry.registration import check_name
 from pipelines.registry.training_images import TrainingImages, images_of
 from pipelines.tracking import mlflow_runs
 from pipelines.training.detector import train_detector
@@ -113,8 +114,9 @@ def plan_training(request: TrainingRequest) -> Plan:
     """Read recipe and data; nothing is written yet.
 
     Raises:
-        PlanesError: recipe, data or engine that cannot be used.
+        PlanesError: recipe, data, engine or name that cannot be used.
     """
+    check_name(request.register_as)
     recipe = load_recipe(request.recipe, request.overrides, task=request.task, engine=request.engine)
     device = pick_device(request.device)
     more = []

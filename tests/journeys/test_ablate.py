@@ -87,3 +87,7 @@ def test_mistakes_end_in_one_line(project_copy):
     assert "give either --grid" in error_line(none)
     unknown = project_copy.step("ablate", "--data", str(project_copy.data), "--grid", "optimizer.lrr=1,2", code=1)
     assert "did you mean 'optimizer.lr'" in error_line(unknown)
+    metric = project_copy.step(
+        "ablate", "--data", str(project_copy.data), "--grid", "optimizer.lr=1,2", "--metric", "APP", code=1
+    )
+    assert "metric APP: a detector has none of that name; known: AP, AP50" in error_line(metric)

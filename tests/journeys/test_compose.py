@@ -70,6 +70,8 @@ def test_it_is_promoted_by_its_masks(composed):
 def test_parts_that_do_not_fit_end_in_one_line(project):
     swapped = ("--detector", "planes-unet/1", "--segmenter", "planes-det/1", "--data", str(project.data))
     assert "planes-unet/1: is a segmenter, a detector is needed" in error_line(project.step("compose", *swapped, code=1))
+    named = ("--detector", "planes-det/1", "--segmenter", "planes-unet/1", "--data", str(project.data), "--name", "a:b")
+    assert "'a:b': cannot be the name of a model" in error_line(project.step("compose", *named, code=1))
 
 
 def test_real_planes_are_submitted_and_read_back(composed, isaid):

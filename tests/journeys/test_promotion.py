@@ -62,7 +62,9 @@ def test_the_story_of_an_alias(gated):
 
 def test_mistakes_are_one_line(gated):
     project = gated
-    assert "known: IoU, Dice" in error_line(_promote(project, "gated/2", "--metric", "AP", code=1))
+    wrong = _promote(project, "gated/2", "--metric", "AP", code=1)
+    assert "metric AP: a segmenter has none of that name; known: IoU, Dice" in error_line(wrong)
+    assert "evaluating" not in wrong.stdout + wrong.stderr
     assert "no version, alias or stage '77'; versions: 1, 2, 3" in error_line(_promote(project, "gated/77", code=1))
     assert "registered: gated" in error_line(_promote(project, "nobody/1", code=1))
     done = project.step("promote", "--model", "gated/3", "--data", "absent", code=1)

@@ -128,11 +128,16 @@ def test_an_equal_training_is_reused_when_asked_for(project):
         (("--recipe", "demo_unett"), "did you mean 'demo_unet'"),
         (("--set", "optimizer.lrr=1"), "did you mean 'optimizer.lr'"),
         (("--data", "absent"), "absent: no such file or folder"),
+        (("--name", "planes/unet"), "'planes/unet': cannot be the name of a model"),
+        (("--name", "planes-journal"), "planes-journal: is the journal of promotions"),
         (("--weights", "/absent.pth"), "weights /absent.pth: no such file"),
     ],
 )
 def test_mistakes_are_one_line(project, arguments, message):
-    assert message in error_line(project.train_unet(*arguments, code=1))
+    done = project.train_unet(*arguments, code=1)
+    assert message in error_line(done)
+    # Nothing was trained for it.
+    assert "loss" not in done.stdout + done.stderr
 
 
 def test_a_store_that_is_down_is_one_line(project):

@@ -6,15 +6,22 @@ import functools
 import http.server
 import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 from importlib.util import find_spec
 
+import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from models.errors import DataError
 from models.images import decoding as image_module
+from pipelines.data import remote
 from pipelines.data.readers.opening import open_dataset
 from scoring.jobs.export import export_job
 from scoring.jobs.job import run_job
@@ -170,6 +177,47 @@ def test_what_cannot_be_opened_is_one_line():
         open_dataset("http://127.0.0.1:9/x.csv")
     with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9/x\.json: "):
         open_dataset("http://127.0.0.1:9/x.json")
+
+
+@pytest.fixture
+def silent():
+    """A server that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_server_that_says_nothing_is_given_up(silent, monkeypatch):
+    monkeypatch.setattr(image_module, "RETRIES", ())
+    monkeypatch.setattr(remote, "SILENCE", 0.2)
+    with pytest.raises(DataError, match=r"a\.png: cannot be fetched") as caught:
+        image_module.read_image(remote.to_path(f"{silent}/a.png"))
+    assert caught.value.kind == "unreachable"
+
+
+def test_what_fsspec_is_told_of_web_servers_stays(silent, monkeypatch):
+    monkeypatch.setitem(fsspec.config.conf, "http", {"client_kwargs": {"trust_env": True}})
+    assert remote.to_path(f"{silent}/b.png").fs.client_kwargs == {"trust_env": True}
+
+
+@pytest.mark.parametrize("work", ["list(read_ahead(samples, workers=2))", "fingerprints(paths)"])
+def test_one_interrupt_ends_what_waits_for_a_silent_server(silent, work):
+    lines = [
+        "from types import SimpleNamespace",
+        "from models.images.rendering import DEFAULT",
+        "from pipelines.data.remote import fingerprints, to_path",
+        "from scoring.reader import read_ahead",
+        f"paths = [to_path(f'{silent}/{{i}}.png') for i in range(40)]",
+        "samples = [SimpleNamespace(image_id='', path=path, rendering=DEFAULT, part_of=None) for path in paths]",
+        "print('begins', flush=True)",
+        work,
+    ]
+    process = subprocess.Popen([sys.executable, "-c", "\n".join(lines)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"begins\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=15)
+    assert process.returncode == -signal.SIGINT
+    assert b"KeyboardInterrupt" in said
 
 
 def test_an_image_whose_store_fails_once_is_fetched(monkeypatch):
