@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,9 @@ from tests.models.test_contract import MAKERS
 
 # What its fixtures convert is converted once.
 pytestmark = pytest.mark.xdist_group("twins")
+
+# Types of the layers with the work.
+DENSE = ("Convolution", "MatMul")
 
 
 @pytest.fixture(autouse=True)
@@ -544,22 +548,43 @@ def test_it_takes_the_threads_that_it_is_given(copies, monkeypatch):
 
 
 def test_the_geometry_of_boxes_stays_in_full_precision(pair, half):
-    """In bfloat16 what is pooled from a box is of another place; of the layers with the work none is kept back."""
+    """In bfloat16 what is pooled from a box is of another place: kept back, as are the last of the layers with the work."""
     _, full = pair
-    kept = {}
+    kept, exact = {}, set()
     for folder in (full, half):
-        layers = ElementTree.parse(folder / "network.xml").iterfind("layers/layer")
-        kept[folder] = {
-            (layer.get("type"), layer.find("rt_info/attribute[@name='precise']") is not None) for layer in layers
-        }
+        layers = list(ElementTree.parse(folder / "network.xml").iterfind("layers/layer"))
+        marked = [layer.find("rt_info/attribute[@name='precise']") is not None for layer in layers]
+        kept[folder] = {(layer.get("type"), mark) for layer, mark in zip(layers, marked, strict=True)}
+        work = [(layer.get("name"), mark) for layer, mark in zip(layers, marked, strict=True) if layer.get("type") in DENSE]
+        exact = {re.search(r"network\.(.*?)/", name)[1] for name, mark in work if mark}
+        assert len([mark for _, mark in work if not mark]) > 20
+    assert exact == {
+        "rpn.head.cls_logits",
+        "rpn.head.bbox_pred",
+        "roi_heads.box_predictor.cls_score",
+        "roi_heads.box_predictor.bbox_pred",
+    }
     # Left to itself OpenVINO saves weights as float16.
     assert 'element_type="f16"' not in (full / "network.xml").read_text() + (half / "network.xml").read_text()
-    dense = ("Convolution", "MatMul")
     assert not any(marked for _, marked in kept[full])
     assert {marked for kind, marked in kept[half] if kind in ("Gather", "Concat", "NonMaxSuppression")} == {True}
     assert {marked for kind, marked in kept[half] if kind == "ROIAlign"} == {False}
-    assert {marked for kind, marked in kept[half] if kind in dense} == {False}
     assert not any(marked for kind, marked in kept[half] if kind == "Relu")
+
+
+@pytest.mark.parametrize("name", ["detectron2 detector", "detectron2 retinanet"])
+def test_the_last_layers_of_detectron2_stay_in_full_precision(name, tmp_path):
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    twin = make_twin(MAKERS[name](tmp_path / "parent"), tmp_path / "half", "bf16")
+    exact, other = set(), 0
+    for layer in ElementTree.parse(twin / "network.xml").iterfind("layers/layer"):
+        if layer.get("type") in DENSE and layer.find("rt_info/attribute[@name='precise']") is not None:
+            exact.add(re.search(r"network\.(.*?)/", layer.get("name"))[1])
+        other += layer.get("type") in DENSE
+    two_stages = {"proposal_generator.rpn_head." + last for last in ("objectness_logits", "anchor_deltas")}
+    two_stages |= {"roi_heads.box_predictor." + last for last in ("cls_score", "bbox_pred")}
+    assert exact == ({"head.cls_score", "head.bbox_pred"} if "retinanet" in name else two_stages)
+    assert other > 40
 
 
 @pytest.mark.parametrize(("threads", "streams"), [(1, 1), (3, 3), (9, 4)])
