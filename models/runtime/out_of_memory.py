@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,9 +29,18 @@ def predict_in_halves(predictor: Predictor, images: Sequence[np.ndarray]) -> lis
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
+    if _freed():
+        return predict_in_halves(predictor, images)
     if len(images) == 1:
         height, width = images[0].shape[:2]
         raise DataError(f"{width} x {height} pixels need more memory than there is; predict by tiles (--tile)", "too large")
     half = len(images) // 2
     predictions = predict_in_halves(predictor, images[:half]) + predict_in_halves(predictor, images[half:])
     return [instances.named(str(i)) for i, instances in enumerate(predictions)]
+
+
+def _freed() -> bool:
+    """Whether memory was held that the work can do without: recorded kernels of a GPU (`models.runtime.replay`)."""
+    # Only where torch is used anyway.
+    replay = sys.modules.get("models.runtime.replay")
+    return replay is not None and replay.forget_recordings()

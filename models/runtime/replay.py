@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,18 @@ SIGHTINGS = 3
 HELD, MOST_RECORDED = 8, 24
 # Passes before a recording, in which libraries choose their kernels.
 WARM_UP = 3
+
+
+# Those of this process.
+_all: weakref.WeakSet[Replayed] = weakref.WeakSet()
+
+
+def forget_recordings() -> bool:
+    """Give the memory of all recordings back, and record no more; whether there was any."""
+    forgotten = [replayed.forget() for replayed in list(_all)]
+    if any(forgotten) and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return any(forgotten)
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,15 @@ class Replayed(nn.Module):
         self._sightings: LRUCache[Any, int] = LRUCache(256)
         self._recorded = 0
         self._lock = threading.Lock()
+        _all.add(self)
+
+    def forget(self) -> bool:
+        """Drop the recordings, and make no more; whether there was one."""
+        with self._lock:
+            had = bool(self._recordings)
+            self._recordings.clear()
+            self._recorded = MOST_RECORDED
+        return had
 
     def forward(self, *arguments: Any) -> Any:
         """What the network returns, in memory of its own."""
@@ -77,7 +99,7 @@ class Replayed(nn.Module):
     def _record(self, key: Any, inputs: list[Tensor], form: Any, half: tuple[bool, torch.dtype]) -> _Recording | None:
         """Record a shape that came often enough; None if it did not or cannot be."""
         seen = self._sightings[key] = self._sightings.get(key, 0) + 1
-        if seen < SIGHTINGS or self._recorded >= MOST_RECORDED:
+        if seen < SIGHTINGS or self._recorded >= MOST_RECORDED or not _much_is_free(inputs[0].device):
             return None
         self._recorded += 1
         try:
@@ -89,6 +111,12 @@ class Replayed(nn.Module):
             return None
         self._recordings[key] = recording
         return recording
+
+
+def _much_is_free(device: torch.device) -> bool:
+    """Whether half of a GPU's memory is: what recordings take, larger batches cannot have."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free >= total / 2
 
 
 def _recorded(network: nn.Module, inputs: list[Tensor], form: Any, half: tuple[bool, torch.dtype]) -> _Recording:

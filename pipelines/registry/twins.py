@@ -67,7 +67,11 @@ def fetch_twin(registry: Registry, version: Resolved, parent: Path, twin: Twin) 
         RegistryError: its files are gone, or not those that were measured.
         ModelError: it is of another model.
     """
-    folder = registry.fetch_logged(twin.model_id, twin.digest, f"{version.label}, {twin.tag}")
+    try:
+        folder = registry.fetch_logged(twin.model_id, twin.digest, f"{version.label}, {twin.tag}")
+    except RegistryError as error:
+        remedy = f"planes-registry accelerate {version.label} makes it anew, --runtime torch does without"
+        raise RegistryError(f"{one_line(error)}; {remedy}") from error
     check_twin(parent, folder)
     return folder
 

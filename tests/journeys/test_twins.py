@@ -322,7 +322,7 @@ def test_another_versions_twin_and_a_tag_that_names_none_are_refused(twins, tmp_
         (_version(project).tags["twin_f32"], "is the twin of another model"),
         ("{}", "its tag twin_f32 names none; planes-registry accelerate odd/1 makes it again"),
         ("openvino", "names none"),
-        (_version(project).tags["twin_f32"].replace("m-", "m-0"), "cannot be fetched"),
+        (_version(project).tags["twin_f32"].replace("m-", "m-0"), "accelerate odd/1 makes it anew, --runtime torch does"),
     ):
         project.client.set_model_version_tag("odd", "1", "twin_f32", tag)
         assert message in error_line(project.score(*out, code=1))

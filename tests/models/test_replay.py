@@ -9,7 +9,9 @@ from torch import nn
 
 from models.engines.unet import predictor as unet
 from models.engines.unet.settings import SegmenterArchitecture
+from models.instances import Instances
 from models.runtime import replay
+from models.runtime.out_of_memory import predict_in_halves
 from models.runtime.replay import Replayed
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -58,6 +60,7 @@ def faked(monkeypatch):
 
     monkeypatch.setattr(Replayed, "_gains", lambda self, inputs: inputs[0].shape[0] <= 4)
     monkeypatch.setattr(replay, "_recorded", recorded)
+    monkeypatch.setattr(replay, "_much_is_free", lambda device: True)
     return graphs
 
 
@@ -131,6 +134,45 @@ def test_what_cannot_be_recorded_runs_as_it_is(faked, monkeypatch):
         pixels = torch.rand(1, 3, 8, 8)
         equal(replayed(pixels), network(pixels))
     assert len(tries) == 1
+
+
+@torch.inference_mode()
+def test_nothing_is_recorded_where_little_memory_is_left(faked, monkeypatch):
+    monkeypatch.setattr(replay, "_much_is_free", lambda device: False)
+    replayed = Replayed(Network())
+    for _ in range(5):
+        replayed(torch.rand(1, 3, 8, 8))
+    assert not faked
+
+
+@pytest.mark.parametrize(("free", "much"), [(8, True), (7, False)])
+def test_half_of_the_memory_must_be_free(free, much, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 16))
+    assert replay._much_is_free(torch.device("cuda")) == much
+
+
+@torch.inference_mode()
+def test_recordings_give_way_to_a_batch_that_does_not_fit(faked):
+    network = Network()
+    replayed = Replayed(network)
+    for _ in range(4):
+        replayed(torch.rand(1, 3, 8, 8))
+    assert len(replayed._recordings) == 1
+    batches = []
+
+    class Predictor:
+        def predict(self, images):
+            batches.append(len(images))
+            if replayed._recordings:
+                raise torch.OutOfMemoryError
+            return [Instances.empty(str(i), 8, 8) for i in range(len(images))]
+
+    assert len(predict_in_halves(Predictor(), [np.zeros((8, 8, 3), np.uint8)] * 4)) == 4
+    assert batches == [4, 4]
+    # What did not fit beside recordings would not fit beside new ones.
+    for _ in range(5):
+        replayed(torch.rand(1, 3, 8, 8))
+    assert not replayed._recordings
 
 
 def test_a_cpu_records_nothing():

@@ -43,6 +43,15 @@ def _run(out, data, **more):
     return run_job(predictor, "m/1", dataset, out, settings=settings, progress=lambda r, *_: r)
 
 
+@pytest.mark.parametrize(("runtime", "why"), [("openvino f32", r" \(its twin was made anew since\)"), ("torch", "")])
+def test_a_job_of_a_twin_that_was_made_anew_says_so(images, tmp_path, runtime, why):
+    settings = JobSettings(score_threshold=0.0, runtime=runtime)
+    how = {"settings": settings, "progress": lambda r, *_: r}
+    run_job(Brightness(), "m/1", open_dataset(images), tmp_path / "out", model="aa", **how)
+    with pytest.raises(DataError, match=rf"holds a scoring with model aa, not bb{why}; name another --out"):
+        run_job(Brightness(), "m/1", open_dataset(images), tmp_path / "out", model="bb", **how)
+
+
 def test_fresh_leaves_nothing_of_the_old_job(images, tmp_path):
     job = _run(tmp_path / "out", images)
     folder = job.folder
