@@ -69,6 +69,15 @@ SIGNATURE = ModelSignature(
 )
 
 
+def logged_name(name: str) -> str:
+    """What the logged model of a registered one is called: its name knows fewer characters.
+
+    >>> logged_name("dev.planes-det")
+    'dev-planes-det'
+    """
+    return re.sub(r"[/:.%\"']", "-", name)
+
+
 def check_name(name: str) -> None:
     """Refuse what cannot be the name of a model, before anything is done for it.
 
@@ -122,8 +131,7 @@ def log_and_register(
                 listed.write_text(trained_on.model_dump_json())
                 artifacts["training_images"] = str(listed)
             info = mlflow.pyfunc.log_model(
-                # Names of logged models know fewer characters than those of registered ones, such as dev.planes-det.
-                name=re.sub(r"[/:.%\"']", "-", name),
+                name=logged_name(name),
                 python_model=str(PACKAGE / "pyfunc.py"),
                 artifacts=artifacts,
                 code_paths=[str(PACKAGE)],

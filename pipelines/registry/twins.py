@@ -7,11 +7,13 @@ tag ``twin_f32``, ``twin_bf16`` or ``twin_int8`` that names it, and works as bef
 from __future__ import annotations
 
 import logging
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
 from mlflow import MlflowException
+from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from pydantic import Field, ValidationError
 
@@ -21,12 +23,15 @@ from models.runtime.devices import TwinPrecision
 from models.twins import check_twin
 from pipelines.registry.approvals import Approved, approved_of
 from pipelines.registry.model_versions import Registry, Resolved
+from pipelines.registry.registration import logged_name
 from pipelines.tracking.mlflow_runs import store_errors
 
 log = logging.getLogger(__name__)
 
 TAG = "twin_"
 PRECISIONS: tuple[TwinPrecision, ...] = ("f32", "bf16", "int8")
+# Milliseconds after which a twin that no version names was left by an `accelerate` that was killed: naming takes seconds.
+LEFT_BEHIND = 24 * 3600 * 1000
 
 
 class Twin(Approved):
@@ -115,3 +120,49 @@ def delete_unnamed(registry: Registry, tag: str, text: str) -> None:
         return
     except (MlflowException, RegistryError) as error:
         log.warning(f"{tag}: {twin.model_id}, which no version names any more, is not deleted ({one_line(error, 160)})")
+
+
+def unnamed_twins(registry: Registry, name: str) -> list[LoggedModel]:
+    """Twins that were made of versions of a model at least a day ago and that no version names.
+
+    An ``accelerate`` that was killed between logging and naming leaves one, and two at once may.
+
+    Raises:
+        RegistryError: the store refuses.
+    """
+    client, latest = registry.client, time.time() * 1000 - LEFT_BEHIND
+    found: list[LoggedModel] = []
+    with store_errors(f"{name}: its twins cannot be listed"):
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        for precision in PRECISIONS:
+            condition, token = f"name = '{logged_name(f'{name}-{precision}')}'", None
+            while True:
+                page = client.search_logged_models(experiments, condition, page_token=token)
+                found += [m for m in page if m.creation_timestamp <= latest and _made_of(registry, m, name)]
+                token = page.token
+                if not token:
+                    break
+        return [m for m in found if not any(registry.search_versions(_names(p, m.model_id)) for p in PRECISIONS)]
+
+
+def delete_left(registry: Registry, model: LoggedModel) -> None:
+    """Delete one of `unnamed_twins`; its artefacts stay until ``mlflow gc``.
+
+    Raises:
+        RegistryError: the store refuses.
+    """
+    with store_errors(f"{model.name} {model.model_id}: cannot be deleted"):
+        registry.client.delete_logged_model(model.model_id)
+
+
+def _names(precision: TwinPrecision, model_id: str) -> str:
+    return f"tags.{TAG}{precision} LIKE '%\"{model_id}\"%'"
+
+
+def _made_of(registry: Registry, model: LoggedModel, name: str) -> bool:
+    """Whether a run of ``accelerate`` logged it: a registered model may be called as a twin is."""
+    try:
+        tags = registry.client.get_run(str(model.source_run_id)).data.tags
+    except MlflowException:
+        return False
+    return tags.get("task") == "accelerate" and tags.get("version", "").rpartition("/")[0] == name

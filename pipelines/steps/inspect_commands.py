@@ -10,6 +10,7 @@ import click
 
 from pipelines.registry import copying, lineage
 from pipelines.registry.model_versions import Registry
+from pipelines.registry.twins import delete_left, unnamed_twins
 from pipelines.registry.verification import verify
 from pipelines.tables import text_table
 
@@ -85,7 +86,7 @@ def copy(text: str, name: str, server: str | None) -> None:
 
 
 def sweep(models: Sequence[str], *, keep: int, dry_run: bool, yes: bool) -> None:
-    """Tell which versions nothing names; delete them after asking."""
+    """Tell which versions, and twins that a killed command left, nothing names; delete them after asking."""
     registry = Registry.connect()
     names = models or registry.registered_names()
     if not names:
@@ -95,11 +96,17 @@ def sweep(models: Sequence[str], *, keep: int, dry_run: bool, yes: bool) -> None
         kept = lineage.sweep(registry, name, keep)
         unnamed = [k.version for k in kept if not k.reason]
         rows = [[f"{name}/{k.version}", "keep" if k.reason else "delete", k.reason or "nothing names it"] for k in kept]
+        left = unnamed_twins(registry, name)
+        rows += [[f"{twin.name} {twin.model_id}", "delete", "a twin that no version names"] for twin in left]
         click.echo(text_table(rows))
-        if dry_run or not unnamed:
+        if dry_run or not (unnamed or left):
             continue
-        if not yes and not click.confirm(f"Delete {len(unnamed)} versions of {name}?", default=False):
+        what = " and ".join(f"{len(of)} {kind}" for of, kind in ((unnamed, "versions"), (left, "twins")) if of)
+        if not yes and not click.confirm(f"Delete {what} of {name}?", default=False):
             continue
+        for twin in left:
+            delete_left(registry, twin)
+            click.echo(f"{twin.name} {twin.model_id} deleted; its artefacts stay until `mlflow gc`")
         for version in unnamed:
             lineage.delete(registry, name, version, keep)
             click.echo(f"{name}/{version} deleted; its artefacts stay until `mlflow gc`")

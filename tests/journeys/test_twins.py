@@ -21,6 +21,7 @@ from mlflow import MlflowException
 
 from models.engines.openvino import network
 from pipelines.registry import lineage
+from pipelines.registry import twins as twins_module
 from pipelines.registry.gpu_precisions import gpu_precisions_of
 from pipelines.registry.model_versions import Registry
 from pipelines.registry.twins import forget_twin, name_twin, twins_of
@@ -330,6 +331,31 @@ def test_another_versions_twin_and_a_tag_that_names_none_are_refused(twins, tmp_
         assert "twins" in project.registry("show", "odd/1").stdout
         assert "FAIL" in project.registry("verify", "odd/1", code=1).stdout
     project.score(*out, "--runtime", "torch")
+
+
+def test_what_a_killed_accelerate_left_is_swept(twins, monkeypatch):
+    project, *_ = twins
+    project.register(_saved(project), "left")
+    gates = ("--gates", str(project.folder / "fast.yaml"), "--precision", "f32")
+    project.registry("accelerate", "left", "1", *gates, code=None)
+    twin = twins_of(_version(project, name="left"))[0]
+    # Logged as a twin is, by no accelerate.
+    project.register(_saved(project), "left-f32")
+    assert twin.model_id not in project.registry("gc", "left", "--dry-run").stdout
+    project.client.delete_model_version_tag("left", "1", "twin_f32")
+    assert twin.model_id not in project.registry("gc", "left", "--dry-run").stdout, "it may be one that is being made"
+    monkeypatch.setattr(twins_module, "LEFT_BEHIND", 0)
+    listed = project.registry("gc", "left", "--dry-run").stdout
+    assert re.search(rf"left-f32 {twin.model_id} +delete +a twin that no version names", listed)
+    assert len(re.findall(r"m-\w+", listed)) == 1
+    # A copy names it too.
+    project.client.set_model_version_tag("left-f32", "1", "twin_f32", twin.model_dump_json())
+    assert twin.model_id not in project.registry("gc", "left", "--dry-run").stdout
+    project.client.delete_model_version_tag("left-f32", "1", "twin_f32")
+    assert f"left-f32 {twin.model_id} deleted" in project.registry("gc", "left", "--yes").stdout
+    assert twin.model_id not in project.registry("gc", "left", "--dry-run").stdout
+    assert not re.search(r"m-\w+", project.registry("gc", "fast", "--dry-run").stdout)
+    assert project.registry("verify", "fast/1").returncode == 0
 
 
 def test_a_twin_goes_where_its_version_is_copied(twins, tmp_path, monkeypatch):
