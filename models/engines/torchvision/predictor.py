@@ -57,7 +57,10 @@ def load_detector(spec: ModelSpec, weights: Mapping[str, torch.Tensor], device: 
     architecture = parse_architecture(spec, KINDS[spec.kind])
     classes = len(spec.classes)
     model = build_fitting(lambda: build_detector(architecture, classes), weights, f"detector {architecture.backbone}")
-    return TorchvisionDetector(without_norms(model.eval()), device)
+    detector = TorchvisionDetector(without_norms(model.eval()), device)
+    if detector.device != "cpu":
+        replay_dense_layers(detector.model)
+    return detector
 
 
 def without_norms(model: nn.Module) -> nn.Module:
@@ -104,8 +107,6 @@ class TorchvisionDetector:
     def __init__(self, model: nn.Module, device: str = "cpu") -> None:
         self.device = pick_device(device)
         self.model = channels_last(model.to(self.device)).eval()
-        if self.device != "cpu":
-            replay_dense_layers(self.model)
 
     @timed("forward")
     @torch.inference_mode()
@@ -143,7 +144,10 @@ class TorchvisionDetector:
 
 
 def replay_dense_layers(model: Any) -> None:
-    """Let a torchvision detector replay what has the image's shape alone; see `Replayed`."""
+    """Let a torchvision detector that is trained no more replay what has the image's shape alone; see `Replayed`.
+
+    Its weights have other names after it.
+    """
     model.backbone = Replayed(model.backbone)
     # The first of its inputs has stride 4 or more.
     model.rpn.head = Replayed(model.rpn.head, MOST_PIXELS // 4**2)

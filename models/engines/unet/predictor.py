@@ -85,7 +85,10 @@ def load_segmenter(spec: ModelSpec, weights: Mapping[str, torch.Tensor], device:
     """
     architecture = parse_architecture(spec, SegmenterArchitecture)
     model = build_fitting(lambda: build_segmenter(architecture), weights, f"segmenter {architecture.network}")
-    return TorchSegmenter(model, architecture, device)
+    segmenter = TorchSegmenter(model, architecture, device)
+    if segmenter.device != "cpu":
+        segmenter.replay()
+    return segmenter
 
 
 # On a GPU a batch is filled up to one of these sizes: each size costs a choice of kernels, and small ones are recorded.
@@ -99,8 +102,11 @@ class TorchSegmenter(CropSegmenter):
         self.device = pick_device(device)
         super().__init__(architecture, CPU_BATCH if self.device == "cpu" else GPU_BATCH)
         self.model = channels_last(model.to(self.device)).eval()
-        whole = Probabilities(self.model, architecture.flips)
-        self._probabilities = whole if self.device == "cpu" else Replayed(whole)
+        self._probabilities: nn.Module = Probabilities(self.model, architecture.flips)
+
+    def replay(self) -> None:
+        """Let a network that is trained no more be replayed on its GPU; see `Replayed`."""
+        self._probabilities = Replayed(self._probabilities)
 
     @torch.inference_mode()
     def forward(self, batch: np.ndarray) -> np.ndarray:
