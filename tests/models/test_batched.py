@@ -19,6 +19,7 @@ SMALL = {
     "proposals": 120,
     "min_size": None,
     "score_threshold": 0.01,
+    "max_detections": 20,
 }
 
 
@@ -80,7 +81,8 @@ def test_boxes_without_area_do_not_suppress():
 @pytest.mark.parametrize("sizes", [[(160, 224)] * 3, [(160, 224), (96, 320), (70, 65)]])
 def test_a_batch_is_predicted_as_by_torchvision(at_once, kind, classes, sizes):
     torch.manual_seed(classes)
-    model = build_detector(kind(**SMALL), classes).eval()
+    more = {"mask_channels": 8} if kind is MaskArchitecture else {}
+    model = build_detector(kind(**SMALL, **more), classes).eval()
     with torch.no_grad():
         # Random weights score all boxes alike: spread them.
         model.roi_heads.box_predictor.cls_score.weight.mul_(30)
@@ -146,7 +148,7 @@ def test_images_without_proposals_or_detections(at_once, numbers):
 def test_training_takes_torchvisions_way(at_once, monkeypatch):
     at_once(True)
     monkeypatch.setattr(batched, "suppressed", None)
-    model = build_detector(DetectorArchitecture(**SMALL), 1).train()
+    model = build_detector(DetectorArchitecture(**SMALL, train_proposals=50, roi_batch_size=16), 1).train()
     target = {"boxes": torch.tensor([[10.0, 10, 60, 60]]), "labels": torch.tensor([1])}
     assert model([torch.rand(3, 128, 128)] * 2, [target] * 2)["loss_objectness"] > 0
 

@@ -202,6 +202,8 @@ def test_what_fsspec_is_told_of_web_servers_stays(silent, monkeypatch):
 @pytest.mark.parametrize("work", ["list(read_ahead(samples, workers=2))", "fingerprints(paths)"])
 def test_one_interrupt_ends_what_waits_for_a_silent_server(silent, work):
     lines = [
+        # What is started in the background ignores Ctrl-C.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)",
         "from types import SimpleNamespace",
         "from models.images.rendering import DEFAULT",
         "from pipelines.data.remote import fingerprints, to_path",
