@@ -7,7 +7,7 @@ import torchvision
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from models.engines.torchvision.network import DetectorArchitecture, MaskArchitecture, build_detector
-from models.engines.torchvision.predictor import detector_spec
+from models.engines.torchvision.predictor import TorchvisionDetector, detector_spec
 from models.geometry.mask_pasting import paste_masks, sample_masks
 from models.geometry.rle import rle_decode
 from models.loading import load_model
@@ -80,3 +80,17 @@ def test_masks_of_a_huge_image_need_no_dense_memory(tmp_path):
     assert len(instances) >= 30
     # All masks dense, as floats: 30 x 3,200 x 3,200 x 4 bytes = 1.2 GB.
     assert grown < 0.6, grown
+
+
+def test_a_detection_without_area_takes_its_mask_with_it():
+    masks = np.ones((3, 1, 28, 28), np.float32)
+    masks[2] = 0
+    output = {
+        "boxes": np.array([[5, 5, 5, 9], [10, 10, 20, 20], [30, 30, 40, 44]], np.float32),
+        "scores": np.array([0.9, 0.8, 0.7], np.float32),
+        "labels": np.array([1, 2, 3]),
+        "masks": masks,
+    }
+    instances = TorchvisionDetector._instances("a", np.zeros((50, 60, 3), np.uint8), output)
+    assert instances.labels.tolist() == [1, 2]
+    assert [bool(rle_decode(mask).any()) for mask in instances.masks] == [True, False]
