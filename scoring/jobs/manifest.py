@@ -230,7 +230,8 @@ def _check(folder: Path, held: Manifest, requested: Manifest, dataset: Dataset) 
     what = [f"{k} {held.settings.get(k)}, not {v}" for k, v in requested.settings.items() if held.settings.get(k) != v]
     for key in ("label", "model", "category", "shard_size"):
         if getattr(held, key) != getattr(requested, key):
-            anew = key == "model" and held.label == requested.label and held.settings.get("runtime") != TORCH
+            runtimes = {held.settings.get("runtime"), requested.settings.get("runtime")}
+            anew = key == "model" and held.label == requested.label and len(runtimes) == 1 and TORCH not in runtimes
             why = " (its twin was made anew since)" if anew else ""
             what.append(f"{key} {getattr(held, key)}, not {getattr(requested, key)}{why}")
     if held.inputs != requested.inputs:

@@ -1,6 +1,7 @@
 """Kernels that a GPU replays give what the network gives."""
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,6 +174,22 @@ def test_recordings_give_way_to_a_batch_that_does_not_fit(faked):
     for _ in range(5):
         replayed(torch.rand(1, 3, 8, 8))
     assert not replayed._recordings
+
+
+@pytest.mark.parametrize(
+    ("cuda", "shape", "inference", "capturing", "gains"),
+    [
+        (True, (1, 3, 640, 640), True, False, True),
+        (True, (16, 3, 640, 640), True, False, False),
+        (False, (1, 3, 640, 640), True, False, False),
+        (True, (1, 3, 640, 640), False, False, False),
+        (True, (1, 3, 640, 640), True, True, False),
+    ],
+)
+def test_what_is_replayed(cuda, shape, inference, capturing, gains, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with torch.inference_mode(inference):
+        assert Replayed(Network())._gains([SimpleNamespace(is_cuda=cuda, shape=shape)]) == gains
 
 
 def test_a_cpu_records_nothing():

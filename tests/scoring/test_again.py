@@ -50,6 +50,10 @@ def test_a_job_of_a_twin_that_was_made_anew_says_so(images, tmp_path, runtime, w
     run_job(Brightness(), "m/1", open_dataset(images), tmp_path / "out", model="aa", **how)
     with pytest.raises(DataError, match=rf"holds a scoring with model aa, not bb{why}; name another --out"):
         run_job(Brightness(), "m/1", open_dataset(images), tmp_path / "out", model="bb", **how)
+    # What runs it now is another runtime's, not a twin made anew.
+    how["settings"] = JobSettings(score_threshold=0.0, runtime="openvino bf16")
+    with pytest.raises(DataError, match="model aa, not bb; name another --out"):
+        run_job(Brightness(), "m/1", open_dataset(images), tmp_path / "out", model="bb", **how)
 
 
 def test_fresh_leaves_nothing_of_the_old_job(images, tmp_path):

@@ -10,6 +10,7 @@ from models.engines.composed import ComposedArchitecture, save_composed
 from models.loading import load_model
 from models.runtime.devices import pick_device
 from models.runtime.half_precision import in_precision
+from models.runtime.replay import Replayed
 from models.saved.folder import save_model
 from models.tiling.settings import Tiling
 from pipelines.data.readers.opening import open_dataset
@@ -108,6 +109,10 @@ def test_an_actor_has_one_gpu_whatever_its_number_outside():
     assert [device_in_actor(d) for d in ("cpu", "cuda", "cuda:3")] == ["cpu", "cuda", "cuda"]
 
 
+def _networks(predictor):
+    return [predictor._probabilities] if is_segmenter(predictor) else predictor.model.modules()
+
+
 def test_what_accelerate_measures_on_a_gpu_is_what_score_runs_there(airfield, saved, tmp_path, monkeypatch):
     """Of a detector, and of a segmenter in given boxes."""
     folders = saved("detector"), _segmenter(tmp_path / "s", network="unet", encoder="resnet18")
@@ -120,6 +125,9 @@ def test_what_accelerate_measures_on_a_gpu_is_what_score_runs_there(airfield, sa
         predictor = load_model(folder, "cuda")
         half = in_precision(predictor, "cuda", "bf16-mixed")
         assert is_segmenter(half) == is_segmenter(predictor)
+        # Of the detector what has the image's shape alone, of the segmenter all; on a CPU nothing.
+        replayed = [sum(isinstance(m, Replayed) for m in _networks(p)) for p in (predictor, load_model(folder, "cpu"))]
+        assert replayed == [1 if is_segmenter(predictor) else 2, 0]
         measured = [predict_image(half, s.read(), s) for s in data.samples]
         assert measured == expected
         assert measured != [predict_image(on_cpu, s.read(), s) for s in data.samples]
