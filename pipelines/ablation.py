@@ -17,6 +17,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from models.errors import RecipeError
+from pipelines.evaluation.spread import Spread, difference
 
 PARENT = "mlflow.parentRunId"
 KEY = "ablation_key"
@@ -43,12 +44,37 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One of the trainings that a variant is repeated in: its seed, and which of how many folds it is measured on.
+
+    >>> Member(3, 2, 5).label, Member(3).label
+    ('fold 2/5 seed 3', 'seed 3')
+    """
+
+    seed: int
+    fold: int = 0
+    folds: int = 0
+
+    @property
+    def label(self) -> str:
+        """Short name for run and table."""
+        return f"fold {self.fold}/{self.folds} seed {self.seed}" if self.fold else f"seed {self.seed}"
+
+
+def members(seed: int, seeds: int, folds: int) -> list[Member]:
+    """All seeds from ``seed`` upwards, each over all folds, if any."""
+    return [Member(s, f, folds) for s in range(seed, seed + seeds) for f in (range(1, folds + 1) if folds else (0,))]
+
+
+@dataclass(frozen=True)
 class Result:
-    """Result of a variant: its run, and the error where it failed."""
+    """Result of one training of a variant: its run, and the error where it failed; ``version`` where it is registered."""
 
     variant: Variant
     run: Run | None
     error: str = ""
+    member: Member = Member(0)
+    version: str | None = None
 
 
 def make_variants(grid: Sequence[str], listed: Sequence[str]) -> list[Variant]:
@@ -74,6 +100,9 @@ def make_variants(grid: Sequence[str], listed: Sequence[str]) -> list[Variant]:
     if len(chosen) < 2:
         raise RecipeError(f"an ablation needs at least two variants, found only {chosen[0].label}")
     return chosen
+
+
+AS_THE_RECIPE = Variant(())
 
 
 def _axis(entry: str) -> list[str]:
@@ -131,18 +160,64 @@ def deciding_metric(results: Sequence[Result], main: str) -> str:
     return next((n for n in (f"val/best_{main}", f"test/{main}") if n in names), f"test/{main}")
 
 
-def result_rows(results: Sequence[Result], metric: str) -> list[dict[str, Any]]:
-    """Rows of the table: variant, its overrides, the deciding metric, other metrics, loss, seconds, run."""
-    keys = list(dict.fromkeys(o.partition("=")[0] for r in results for o in r.variant.overrides))
-    rows = []
+def by_variant(results: Sequence[Result]) -> dict[Variant, list[Result]]:
+    """The results of each variant, in the order in which they came."""
+    groups: dict[Variant, list[Result]] = {}
     for result in results:
+        groups.setdefault(result.variant, []).append(result)
+    return groups
+
+
+def values_of(results: Sequence[Result], metric: str) -> dict[str, float]:
+    """A metric of each training by the training's label, of those that have it."""
+    return {r.member.label: r.run.data.metrics[metric] for r in results if r.run and metric in r.run.data.metrics}
+
+
+def result_rows(results: Sequence[Result], metric: str) -> list[dict[str, Any]]:
+    """Rows of the table: variant, its overrides, the deciding metric, other metrics, loss, seconds, runs.
+
+    Of a variant with several trainings a metric is their mean, with its standard deviation beside it (``_sd``), and
+    ``against the best`` says whether the best variant's lead is more than their noise.
+    """
+    groups = by_variant(results)
+    keys = list(dict.fromkeys(o.partition("=")[0] for variant in groups for o in variant.overrides))
+    repeated = any(len(group) > 1 for group in groups.values())
+    means = {variant: Spread.of(list(values_of(group, metric).values())).mean for variant, group in groups.items()}
+    best = max((v for v in groups if math.isfinite(means[v])), key=means.__getitem__, default=None)
+    columns = [metric, *(prefix + name for prefix in ("test/", "val/best_") for name in SHOWN)]
+    columns = [c for c in dict.fromkeys(columns) if c == metric or any(values_of(g, c) for g in groups.values())]
+    rows = []
+    for variant, group in groups.items():
+        given = dict(o.split("=", 1) for o in variant.overrides)
+        row: dict[str, Any] = {"variant": variant.label, **{k: given.get(k, "") for k in keys}}
+        for column in columns:
+            spread = Spread.of(list(values_of(group, column).values()))
+            row[column] = spread.mean
+            if repeated:
+                row[f"{column}_sd"] = spread.sd
+        if repeated:
+            row["trainings"] = sum(r.run is not None for r in group)
+            if len(groups) > 1 and best is not None:
+                folds = group[0].member.folds
+                lag = difference(values_of(groups[best], metric), values_of(group, metric), folds=folds)
+                row["against the best"] = "the best" if variant == best else str(lag)
+        for name, column in (("train/loss", "train/loss"), ("seconds", "wall_seconds")):
+            row[name] = Spread.of(list(values_of(group, column).values())).mean
+        row["run_id"] = " ".join(r.run.info.run_id for r in group if r.run)
+        rows.append({**row, "error": "; ".join(r.error for r in group if r.error)})
+    return rows
+
+
+def training_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """A row for each training: variant, seed, fold, version, all metrics of its evaluation, run, error."""
+    rows: list[dict[str, Any]] = []
+    for result in results:
+        row: dict[str, Any] = {"variant": result.variant.label, "seed": result.member.seed}
+        row |= {"fold": result.member.fold} if result.member.folds else {}
+        row |= {"version": result.version} if result.version else {}
         values = result.run.data.metrics if result.run else {}
-        given = dict(o.split("=", 1) for o in result.variant.overrides)
-        row: dict[str, Any] = {"variant": result.variant.label, **{k: given.get(k, "") for k in keys}}
-        row[metric] = values.get(metric, math.nan)
-        columns = [prefix + name for prefix in ("test/", "val/best_") for name in SHOWN]
-        row |= {name: values[name] for name in columns if name in values}
-        row |= {"train/loss": values.get("train/loss", math.nan), "seconds": values.get("wall_seconds", math.nan)}
+        row |= {k: v for k, v in sorted(values.items()) if k.startswith(("test/", "val/best_"))}
+        row |= {"seconds": values.get("wall_seconds", math.nan)}
         rows.append({**row, "run_id": result.run.info.run_id if result.run else "", "error": result.error})
     columns = list(dict.fromkeys(k for row in rows for k in row))
     return [{k: row.get(k, math.nan) for k in columns} for row in rows]

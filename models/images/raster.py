@@ -90,6 +90,24 @@ def _driver(source: str | Path | bytes, name: str) -> str:
     return "GTiff" if is_tiff(start) else "JP2OpenJPEG"
 
 
+def ground_bounds(path: Path) -> tuple[str, tuple[float, float, float, float]] | None:
+    """Name of a file's coordinate system, and its bounds in it: least x and y, largest x and y; None without any."""
+    rasterio = quiet_rasterio()
+    try:
+        with open(path, "rb") as stream:
+            if not is_tiff(stream.read(16)):
+                return None
+        with rasterio.open(os.path.abspath(path), driver="GTiff") as file:
+            if file.crs is None or file.transform.is_identity:
+                return None
+            t, corners = file.transform, ((0, 0), (file.width, 0), (0, file.height), (file.width, file.height))
+            xs, ys = ([m[0] * x + m[1] * y + m[2] for x, y in corners] for m in ((t.a, t.b, t.c), (t.d, t.e, t.f)))
+            return file.crs.to_string(), (min(xs), min(ys), max(xs), max(ys))
+    except (rasterio.errors.RasterioError, OSError, ValueError):
+        # Whoever reads the image says what is wrong with it.
+        return None
+
+
 class _Extent(TypedDict, total=False):
     """The pixels that rasterio is to read: a window ((y1, y2), (x1, x2)), or all of them at the size (height, width)."""
 

@@ -14,7 +14,7 @@ from models.predictor import Predictor
 from models.runtime.out_of_memory import predict_in_halves
 from models.runtime.timing import timed
 from models.tiling.merging import TileResult, merge_tiles
-from models.tiling.settings import Tiling, Window, cut_tile, tile_grid
+from models.tiling.settings import Tiling, Window, cut_tile, scaled_tile, tile_grid
 
 # Tiles per forward pass. On a CPU a batch is no gain in itself (15 tiles of 512 pixels,
 # torchvision's MobileNet Faster R-CNN: 7.8 s one by one, 11.5 s in batches of 4).
@@ -53,22 +53,29 @@ class Tiled:
                 pending = pool.submit(following, batches, None)
                 predictions = predict_in_halves(self.predictor, [tile for _, _, tile in batch])
                 for (number, window, _), instances in zip(batch, predictions, strict=True):
-                    tile_results[number].append(TileResult(instances, window))
+                    side = window[2] - window[0]
+                    tile_results[number].append(TileResult(rescaled(instances, side, side), window))
         return tile_results
 
     def _batches(self, images: Sequence[AnyImage]) -> Iterator[list[tuple[int, Window, np.ndarray]]]:
         batch = []
         for number, image in enumerate(images):
-            for window in tile_grid(image.shape[0], image.shape[1], self.tiling):
-                tile = cut_tile(image, window)
-                if _shows_nothing_new(tile, window, self.tiling.shared):
-                    continue
+            for window, tile in self._tiles(image):
                 batch.append((number, window, tile))
                 if len(batch) == self.batch:
                     yield batch
                     batch = []
         if batch:
             yield batch
+
+    def _tiles(self, image: AnyImage) -> Iterator[tuple[Window, np.ndarray]]:
+        """The tiles that show something at each zoom, scaled to the tiling's size, with their windows in the image."""
+        for zoom in self.tiling.zooms:
+            grid = self.tiling.at(zoom)
+            for window in tile_grid(image.shape[0], image.shape[1], grid):
+                tile = cut_tile(image, window)
+                if not _shows_nothing_new(tile, window, grid.shared):
+                    yield window, scaled_tile(tile, self.tiling.size)
 
     def _merged(self, image_id: str, image: AnyImage, tile_results: list[TileResult]) -> Instances:
         height, width = image.shape[:2]

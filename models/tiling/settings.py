@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+import cv2
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -44,6 +45,15 @@ class Tiling(BaseModel):
             "overlap; null: no such pass."
         ),
     )
+    zooms: tuple[Annotated[float, Field(ge=0.05, le=4)], ...] = Field(
+        default=(1.0,),
+        min_length=1,
+        max_length=6,
+        description=(
+            "Scales at which an image is looked at, each in tiles of the same size: 0.5 sees planes twice as large as fit "
+            "into a tile, 2 sees small ones enlarged."
+        ),
+    )
     batch: int | None = Field(
         default=None, ge=1, le=1024, description="Tiles per forward pass; null: 1 on a CPU, 16 on a GPU."
     )
@@ -52,6 +62,10 @@ class Tiling(BaseModel):
     def shared(self) -> int:
         """Pixels that neighbouring tiles share."""
         return round(self.size * self.overlap)
+
+    def at(self, zoom: float) -> Tiling:
+        """The tiling of the image as it is whose tiles, scaled by ``zoom``, are of this one's size."""
+        return self if zoom == 1 else self.model_copy(update={"size": max(1, round(self.size / zoom))})
 
 
 def tile_grid(height: int, width: int, tiling: Tiling) -> list[Window]:
@@ -80,3 +94,11 @@ def cut_tile(image: AnyImage, window: Window) -> np.ndarray:
     tile = np.zeros((y2 - y1, x2 - x1, 3), np.uint8)
     tile[: visible.shape[0], : visible.shape[1]] = visible
     return tile
+
+
+def scaled_tile(tile: np.ndarray, size: int) -> np.ndarray:
+    """A tile brought to ``size`` pixels a side, RGB uint8: averaged where it shrinks, interpolated where it grows."""
+    if tile.shape[0] == size:
+        return tile
+    kind = cv2.INTER_AREA if size < tile.shape[0] else cv2.INTER_LINEAR
+    return cv2.resize(tile, (size, size), interpolation=kind)

@@ -38,27 +38,77 @@ def loss_figure(history: Sequence[dict[str, Any]], title: str) -> Figure:
     return figure
 
 
+def scene_figure(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
+    """A bar for each scene, the worst on top, with its standard deviation over seeds where there are several.
+
+    ``rows`` are those of scenes.csv; beside each bar stands how many planes the scene has.
+    """
+    shown = rows[:60]
+    figure = Figure(figsize=(7.5, 1.2 + 0.26 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    values = np.array([row[metric] for row in shown], float)
+    spread = np.array([row.get(f"{metric}_sd", np.nan) for row in shown], float)
+    axes.barh(range(len(shown)), np.nan_to_num(values), color="#1f4e79")
+    known = np.flatnonzero(np.isfinite(values) & np.isfinite(spread))
+    axes.errorbar(values[known], known, xerr=spread[known], fmt="none", ecolor="#c26a1b", capsize=3)
+    for i, (row, value) in enumerate(zip(shown, values, strict=True)):
+        text = f"{value:.2f}" if np.isfinite(value) else "no planes"
+        reach = np.nan_to_num(value) + np.nan_to_num(spread[i])
+        axes.text(reach + 0.015, i, f"{text}, {row['planes']} planes" if np.isfinite(value) else text, va="center", size=8)
+    axes.set_yticks(range(len(shown)), [str(row["scene"])[:40] for row in shown], size=8)
+    axes.invert_yaxis()
+    more = f" (the worst {len(shown)} of {len(rows)})" if len(shown) < len(rows) else ""
+    axes.set(xlabel=f"{metric} out of fold", xlim=(0, 1.25), title=f"by scene, the worst first{more}")
+    axes.set_xticks(np.linspace(0, 1, 6))
+    return figure
+
+
+def seeds_figure(values: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """Mean and standard deviation of each metric over trainings, with a dot for each of them."""
+    figure = Figure(figsize=(max(4.0, 1.0 + 0.8 * len(values)), 4), layout="constrained")
+    axes = figure.subplots()
+    for i, numbers in enumerate(values.values()):
+        known = np.array([v for v in numbers if np.isfinite(v)])
+        if not len(known):
+            continue
+        spread = known.std(ddof=1) if len(known) > 1 else 0.0
+        axes.bar(i, known.mean(), yerr=spread, color="#9db4c8", ecolor="#1f4e79", capsize=5)
+        axes.plot(np.full(len(known), i), known, "o", color="#c26a1b", markersize=4)
+        axes.text(i, 0.01, f"{known.mean():.3f}\n± {spread:.3f}", ha="center", va="bottom", size=8)
+    axes.set_xticks(range(len(values)), list(values), rotation=30, ha="right")
+    axes.set(ylim=(0, 1), title=title)
+    return figure
+
+
 def ablation_figure(
     bars: Sequence[tuple[str, float]],
     metric: str,
     losses: Mapping[str, tuple[Sequence[int], Sequence[float]]],
     validation: Mapping[str, tuple[Sequence[int], Sequence[float]]],
     validated: str,
+    *,
+    spreads: Sequence[float] = (),
 ) -> Figure:
     """Variants side by side: bars of the deciding metric, smoothed training loss, validation; one colour each.
 
-    ``losses`` and ``validation`` are steps and values by the variant's label.
+    ``losses`` and ``validation`` are steps and values by the variant's label, ``spreads`` the standard deviations of the
+    bars, NaN where nothing was repeated.
     """
     panels = 3 if any(len(steps) for steps, _ in validation.values()) else 2
     figure = Figure(figsize=(5.2 * panels, 4.4), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     colours = {label: f"C{i % 10}" for i, (label, _) in enumerate(bars)}
     values = [0.0 if np.isnan(v) else v for _, v in bars]
-    drawn = axes[0].barh(range(len(bars)), values, color=list(colours.values()))
-    axes[0].bar_label(drawn, ["failed" if np.isnan(v) else f"{v:.3f}" for _, v in bars], padding=3)
+    known = np.nan_to_num(np.array([*spreads] or [np.nan] * len(bars), float))
+    errors = {"xerr": known, "capsize": 4} if known.any() else {}
+    drawn = axes[0].barh(range(len(bars)), values, color=list(colours.values()), **errors)
+    texts = [f"{v:.3f}" + (f" ± {s:.3f}" if s else "") for (_, v), s in zip(bars, known, strict=True)]
+    axes[0].bar_label(drawn, ["failed" if np.isnan(v) else t for (_, v), t in zip(bars, texts, strict=True)], padding=3)
     axes[0].set_yticks(range(len(bars)), [label for label, _ in bars])
     axes[0].invert_yaxis()
-    axes[0].set(xlabel=metric, xlim=(0, max([*values, 0.05]) * 1.18), title="result")
+    axes[0].set(
+        xlabel=metric, xlim=(0, max([*(np.array(values) + known), 0.05]) * (1.4 if errors else 1.18)), title="result"
+    )
     for label, (steps, loss) in losses.items():
         width = max(1, len(loss) // 25)
         smooth = np.convolve(loss, np.ones(width) / width, "valid") if len(loss) else np.zeros(0)

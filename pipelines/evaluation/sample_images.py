@@ -22,8 +22,8 @@ COURSE_THRESHOLD = 0.6
 
 def evaluate_with_sheet(
     saved: Path, dataset: Dataset, device: str, samples: int = 3
-) -> tuple[list[tuple[str, Evaluation]], np.ndarray | None]:
-    """Predict a data set with a saved folder: its evaluations, and a sheet of the first samples, if any.
+) -> tuple[list[tuple[str, Evaluation]], np.ndarray | None, list[Instances]]:
+    """Predict a data set with a saved folder: its evaluations, a sheet of the first samples, if any, the predictions.
 
     Detections are evaluated a second time at the course's score threshold, prefixed ``at_0.6_``.
     """
@@ -49,7 +49,7 @@ def evaluate_with_sheet(
         again = evaluate_predictions(predictions.instances, dataset, segmenter, score_threshold=COURSE_THRESHOLD)
         evaluations += [(f"at_{COURSE_THRESHOLD:g}_{prefix}", e) for prefix, e in again]
     sheet = _crops(shown) if segmenter else image_sheet(shown) if shown else None
-    return evaluations, sheet
+    return evaluations, sheet, predictions.instances
 
 
 def _crops(shown: Sequence[tuple[np.ndarray, Sample, Instances]], most: int = 12) -> np.ndarray | None:

@@ -99,6 +99,16 @@ class TrainingSettings(_Settings):
         ),
     )
 
+    ema: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description=(
+            "Share of its past that the moving average of the weights keeps at each step; the version gets the average, "
+            "which is steadier than the last step's weights. 0: no average."
+        ),
+    )
+
     @field_validator("precision", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
@@ -141,6 +151,13 @@ class WindowSettings(_Settings):
         ge=64,
         le=8192,
         description="Side in pixels of random windows to train on; null: whole images or tiles.",
+    )
+    plane_sizes: tuple[float, float] | None = Field(
+        default=None,
+        description=(
+            "Longer side in pixels that the plane a window is placed on is scaled to, drawn evenly on a logarithmic scale; "
+            "enlarged by at most 2, shrunk by at most 8. null: planes keep their size."
+        ),
     )
     focus: float = Field(default=0.8, ge=0, le=1, description="Share of the windows placed on a plane.")
     min_visible: float = Field(

@@ -21,6 +21,8 @@ from pipelines.use_cases.requests import AblationRequest
 @option(AblationRequest, "overrides", "--set")
 @option(AblationRequest, "metric")
 @option(AblationRequest, "engine", type=click.Choice([AS_RECIPE, *ENGINES]), default=AS_RECIPE)
+@option(AblationRequest, "folds", type=click.IntRange(0))
+@option(AblationRequest, "seeds", type=click.IntRange(1))
 @option(AblationRequest, "work_dir")
 @option(AblationRequest, "fresh")
 @click.argument("opts", nargs=-1, metavar="[KEY VALUE]...")
@@ -39,7 +41,8 @@ def main(opts: tuple[str, ...], engine: str, overrides: tuple[str, ...], **optio
     from pipelines.registry.model_versions import Registry
     from pipelines.use_cases.ablate import ablate_planned, plan_ablation
 
-    plan = plan_ablation(AblationRequest(overrides=shared, engine=None if engine == AS_RECIPE else engine, **options))
+    request = AblationRequest(overrides=shared, engine=None if engine == AS_RECIPE else engine, **options)
+    plan = plan_ablation(request, TERMINAL)
     ablate_planned(Registry.connect(), plan, TERMINAL)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
-from pipelines.use_cases.requests import TrainingRequest
+from pipelines.use_cases.requests import AblationRequest, TrainingRequest
 
 AS_RECIPE = "recipe"
 ENGINES = ("torchvision", "detectron2")
@@ -60,6 +60,8 @@ def training_options(recipe: str, name: str, engines: Sequence[str] = ()) -> Dec
         click.option("--seed", default=AS_RECIPE, show_default=True, help="Seed of weights, data order and augmentation."),
         click.option("--weights", default=AS_RECIPE, show_default=True, help="none, a library's weight name, or a path."),
         option(TrainingRequest, "overrides", "--set"),
+        option(AblationRequest, "folds", type=click.IntRange(0)),
+        option(AblationRequest, "seeds", type=click.IntRange(1)),
         option(TrainingRequest, "work_dir"),
         option(TrainingRequest, "reuse", "--reuse/--no-reuse"),
         option(TrainingRequest, "fresh"),

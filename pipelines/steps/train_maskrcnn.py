@@ -20,7 +20,7 @@ def main(**options: Any) -> None:
     """
     from pipelines.steps.training import run_training
 
-    run_training(request_from("maskrcnn", options))
+    run_training(request_from("maskrcnn", options), folds=options["folds"], seeds=options["seeds"])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def main(**options: Any) -> None:
     """Train a segmenter of planes in their box crops, log it to MLflow and register it."""
     from pipelines.steps.training import run_training
 
-    run_training(request_from("unet", options))
+    run_training(request_from("unet", options), folds=options["folds"], seeds=options["seeds"])
 
 
 if __name__ == "__main__":

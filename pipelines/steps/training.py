@@ -8,19 +8,44 @@ from pipelines.evaluation.inference import MAIN_METRIC
 from pipelines.registry.model_versions import Registry
 from pipelines.steps.cli_support import TERMINAL
 from pipelines.tracking import mlflow_runs
-from pipelines.use_cases.requests import TrainingRequest
+from pipelines.use_cases.requests import AblationRequest, TrainingRequest
 from pipelines.use_cases.training import KIND, Trained, plan_training, train_plan
 
 
-def run_training(request: TrainingRequest) -> None:
-    """Train and register; mistakes in recipe and data are reported before a store is opened.
+def run_training(request: TrainingRequest, *, folds: int = 0, seeds: int = 1) -> None:
+    """Train and register, or train with several seeds or over folds; mistakes are reported before a store is opened.
 
     Raises:
         PlanesError: recipe, data, weights, engine or store that cannot be used.
     """
+    if folds or seeds > 1:
+        _run_repeated(request, folds, seeds)
+        return
     plan = plan_training(request)
     registry = Registry.connect()
     report(registry, train_plan(registry, plan, TERMINAL))
+
+
+def _run_repeated(request: TrainingRequest, folds: int, seeds: int) -> None:
+    from pipelines.use_cases.ablate import ablate_planned, plan_ablation
+
+    repeated = AblationRequest(
+        recipe=request.recipe,
+        data=request.data,
+        name=request.register_as,
+        device=request.device,
+        overrides=request.overrides,
+        engine=request.engine,
+        work_dir=request.work_dir,
+        fresh=request.fresh,
+        folds=folds,
+        seeds=seeds,
+        task=request.task,
+        register=True,
+        num_gpus=request.num_gpus,
+    )
+    plan = plan_ablation(repeated, TERMINAL)
+    ablate_planned(Registry.connect(), plan, TERMINAL)
 
 
 def report(registry: Registry, trained: Trained) -> None:

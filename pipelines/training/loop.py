@@ -100,6 +100,38 @@ class _Machine:
     optimizer: torch.optim.Optimizer
     kind: Precision
     scaler: torch.amp.GradScaler
+    average: MovingAverage | None
+
+
+class MovingAverage:
+    """Exponential moving average of a network's floating weights and statistics.
+
+    At step t the past counts ``min(decay, (1 + t) / (10 + t))``, so that the first steps are soon forgotten
+    (as TensorFlow's ExponentialMovingAverage does it).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {k: v.detach().clone() for k, v in _floating(model).items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take the weights after ``step`` (0-based) in."""
+        past = min(self.decay, (1 + step) / (10 + step))
+        for name, value in _floating(model).items():
+            self.values[name].lerp_(value, 1 - past)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the average and the network's weights."""
+        for name, value in _floating(model).items():
+            kept = value.clone()
+            value.copy_(self.values[name])
+            self.values[name].copy_(kept)
+
+
+def _floating(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
 
 
 def run(job: Job) -> Outcome:
@@ -116,6 +148,7 @@ def run(job: Job) -> Outcome:
     """
     machine = _set_up(job)
     state = _restore(job, machine)
+    average = machine.average
     epoch = len(job.batches)
     total = total_steps(job.training, epoch)
     for listener in job.listeners:
@@ -131,8 +164,10 @@ def run(job: Job) -> Outcome:
             step = state["step"]
             record = _step(job, machine, batch, step, total)
             record["epoch"] = (step + 1) / epoch
+            if average is not None:
+                average.update(job.model, step)
             if job.evaluate and _due(step + 1, job.training.evaluate_every or epoch, total):
-                _evaluate(job, machine.model, state, record)
+                _evaluate(job, machine, state, record)
             state["history"].append(record)
             state["step"], whole = step + 1, True
             for listener in job.listeners:
@@ -147,6 +182,8 @@ def run(job: Job) -> Outcome:
     finally:
         interrupt.restore()
     best = state["best_step"] if job.evaluate else None
+    if average is not None:
+        average.swap(job.model)
     weights = job.model.state_dict() if best is None else read_best(job.folder, best)
     return Outcome(weights, best or total, state["best"], state["history"])
 
@@ -165,7 +202,8 @@ def _set_up(job: Job) -> _Machine:
     model, optimizer = fabric.setup(job.model, make_optimizer(job.model, job.optimizer))
     kind = pick_precision(job.device, job.training.precision)
     scaler = torch.amp.GradScaler(fabric.device.type, enabled=kind == "16-mixed")
-    return _Machine(fabric, model, optimizer, kind, scaler)
+    average = MovingAverage(job.model, job.training.ema) if job.training.ema else None
+    return _Machine(fabric, model, optimizer, kind, scaler, average)
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -225,20 +263,26 @@ def is_better(value: float, best: float | None) -> bool:
     return best is None or math.isnan(best) or value > best
 
 
-def _evaluate(job: Job, model: nn.Module, state: dict[str, Any], record: Record) -> None:
+def _evaluate(job: Job, machine: _Machine, state: dict[str, Any], record: Record) -> None:
+    if machine.average is not None:
+        machine.average.swap(job.model)
     # In full precision: so the version will be measured too.
-    model.eval()
+    machine.model.eval()
     metrics = job.evaluate(job.model) if job.evaluate else {}
     record |= {f"val/{k}": v for k, v in metrics.items()}
     value = metrics.get(job.metric, math.nan)
     if is_better(value, state["best"]):
         save_best(job.model.state_dict(), job.folder, record["step"])
         state["best"], state["best_step"] = value, record["step"]
+    if machine.average is not None:
+        machine.average.swap(job.model)
 
 
 def _save(job: Job, machine: _Machine, state: dict[str, Any]) -> None:
     content = {"model": job.model.state_dict(), "optimizer": machine.optimizer.state_dict(), **state}
     content |= {"scaler": machine.scaler.state_dict(), "history": json.dumps(state["history"])}
+    if machine.average is not None:
+        content["average"] = machine.average.values
     write_atomically(content, job.folder / CHECKPOINT)
     keep_best(job.folder, state["best_step"])
     for listener in job.listeners:
@@ -257,6 +301,8 @@ def _restore(job: Job, machine: _Machine) -> dict[str, Any]:
         # Without one: written by 0.6.0, or in another precision.
         if machine.scaler.is_enabled() and content.get("scaler"):
             machine.scaler.load_state_dict(content["scaler"])
+        if machine.average is not None:
+            machine.average.values = {k: v.to(machine.fabric.device) for k, v in content["average"].items()}
         state = {**{k: content[k] for k in ("step", "best", "best_step")}, "history": json.loads(content["history"])}
     except Exception as error:
         raise ModelError(f"{path}: cannot be resumed from ({one_line(error, 200)}); train with --fresh") from error

@@ -1,10 +1,11 @@
-"""Variants of a recipe trained as child runs of one parent, with a table and a chart."""
+"""Variants of a recipe, seeds and folds of them, trained as child runs of one parent, with tables and charts."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,24 @@ import mlflow
 import pandas as pd
 from mlflow.tracking import MlflowClient
 
-from models.errors import ModelError, PlanesError, one_line
+from models.errors import ModelError, PlanesError, RecipeError, one_line
 from pipelines import ablation
+from pipelines.data.dataset import Dataset
 from pipelines.evaluation import figures
 from pipelines.evaluation.inference import MAIN_METRIC
 from pipelines.evaluation.metrics import check_metric
+from pipelines.evaluation.spread import Spread
 from pipelines.locking import held, lock_of
 from pipelines.recipes.reading import load_recipe
+from pipelines.recipes.settings import Recipe
 from pipelines.registry.model_versions import Registry
+from pipelines.tables import text_table
 from pipelines.tracking import mlflow_runs
 from pipelines.use_cases.display import SILENT, Display
+from pipelines.use_cases.folds import Folds
+from pipelines.use_cases.out_of_fold import log_out_of_fold
 from pipelines.use_cases.requests import AblationRequest, TrainingRequest
-from pipelines.use_cases.training import KIND, Plan, plan_training, run_plan
+from pipelines.use_cases.training import KIND, Plan, TrainingData, plan_training, run_plan, split_data
 
 log = logging.getLogger(__name__)
 
@@ -36,33 +43,73 @@ def ablate(registry: Registry, request: AblationRequest, display: Display = SILE
         PlanesError: recipe, variants or data that cannot be used, every variant failed, or an
             equal ablation is going on.
     """
-    return ablate_planned(registry, plan_ablation(request), display)
+    return ablate_planned(registry, plan_ablation(request, display), display)
 
 
 @dataclass(frozen=True)
 class AblationPlan:
-    """An ablation that is ready to start; ``key`` is a digest of its variants' trainings."""
+    """An ablation that is ready to start; ``key`` is a digest of its trainings.
+
+    Attributes:
+        request: what was asked for.
+        trainings: each with the variant and the member that it is of, variant by variant.
+        key: a digest of all trainings.
+        kind: detector, segmenter or instance_segmenter.
+        main_metric: by which variants are ranked.
+        everything: the images that are parted into folds, None where there are none.
+    """
 
     request: AblationRequest
-    variants: Sequence[ablation.Variant]
-    plans: Sequence[Plan]
+    trainings: Sequence[tuple[ablation.Variant, ablation.Member, Plan]]
     key: str
+    kind: str
     main_metric: str
+    everything: Dataset | None = None
+
+    @property
+    def title(self) -> str:
+        """What the parent run is called."""
+        recipe, request = self.trainings[0][2].recipe.name, self.request
+        variants = len({v for v, _, _ in self.trainings})
+        counts = [(variants if variants > 1 else 0, "variants"), (request.folds, "folds")]
+        counts += [(request.seeds if request.seeds > 1 else 0, "seeds")]
+        return f"{'ablate' if variants > 1 else 'train'} {recipe}: {', '.join(f'{n} {what}' for n, what in counts if n)}"
 
 
-def plan_ablation(request: AblationRequest) -> AblationPlan:
+def plan_ablation(request: AblationRequest, display: Display = SILENT) -> AblationPlan:
     """Read recipe, variants and data; nothing is written yet.
 
     Raises:
         PlanesError: recipe, variants or data that cannot be used.
     """
-    variants = ablation.make_variants(request.grid, request.variants)
-    task = load_recipe(request.recipe, engine=request.engine).task
+    if request.folds == 1 or request.folds < 0 or request.seeds < 1:
+        raise RecipeError("--folds takes 2 or more (0 for none), --seeds 1 or more")
+    repeated = request.folds or request.seeds > 1
+    alone = repeated and not request.grid and not request.variants
+    variants = [ablation.AS_THE_RECIPE] if alone else ablation.make_variants(request.grid, request.variants)
+    task = request.task or load_recipe(request.recipe, engine=request.engine).task
     main_metric = MAIN_METRIC[KIND[task]] if request.metric == "auto" else request.metric
     check_metric(main_metric, KIND[task])
-    plans = [plan_training(_request(request, task, v)) for v in variants]
-    key = ablation.ablation_key([p.key for p in plans])
-    return AblationPlan(request, variants, plans, key, main_metric)
+    folds = Folds(request.data, request.folds, display.items) if request.folds else None
+    trainings = []
+    for variant in variants:
+        seed = _first_seed(request, task, variant) if repeated else 0
+        for member in ablation.members(seed, request.seeds, request.folds):
+            plan = plan_training(_request(request, task, variant, member), _part(folds, member))
+            trainings.append((variant, member, plan))
+    key = ablation.ablation_key([p.key for _, _, p in trainings])
+    everything = folds.of(trainings[0][2].recipe.data)[0] if folds else None
+    return AblationPlan(request, trainings, key, KIND[task], main_metric, everything)
+
+
+def _first_seed(request: AblationRequest, task: str, variant: ablation.Variant) -> int:
+    return load_recipe(request.recipe, (*request.overrides, *variant.overrides), task=task, engine=request.engine).seed
+
+
+def _part(folds: Folds | None, member: ablation.Member) -> Callable[[Recipe], TrainingData] | None:
+    if folds is None:
+        return None
+    return lambda recipe: split_data(*folds.without(recipe.data, member.fold), recipe)
 
 
 def ablate_planned(registry: Registry, plan: AblationPlan, display: Display = SILENT) -> list[ablation.Result]:
@@ -77,42 +124,51 @@ def ablate_planned(registry: Registry, plan: AblationPlan, display: Display = SI
 
 
 def _ablate(registry: Registry, plan: AblationPlan, display: Display) -> list[ablation.Result]:
-    request, plans, key, main_metric = plan.request, plan.plans, plan.key, plan.main_metric
+    request, key, main_metric = plan.request, plan.key, plan.main_metric
+    recipe = plan.trainings[0][2].recipe
     # Under `mlflow run` the given run is the parent, not a variant's.
     given = os.environ.get("MLFLOW_RUN_ID")
     earlier = None if request.fresh else ablation.find_parent(registry.client, key, given)
-    tags = {"task": "ablate", "recipe": plans[0].recipe.name, ablation.KEY: key}
-    title = f"ablate {plans[0].recipe.name}: {len(plans)} variants"
-    with mlflow_runs.tracked_run(registry.client, title, tags, resume_id=earlier.info.run_id if earlier else None) as run:
+    tags = {"task": "ablate", "recipe": recipe.name, ablation.KEY: key}
+    with mlflow_runs.tracked_run(
+        registry.client, plan.title, tags, resume_id=earlier.info.run_id if earlier else None
+    ) as run:
         parent = _parent_of_children(registry.client, run.info.run_id, earlier)
         os.environ.pop("MLFLOW_RUN_ID", None)
         texts = {k: " ".join(getattr(request, k)) for k in ("grid", "variants", "overrides")}
-        mlflow_runs.log_params({**request.__dict__, **texts, "engine": plans[0].recipe.engine, "metric": main_metric})
+        mlflow_runs.log_params({**request.__dict__, **texts, "engine": recipe.engine, "metric": main_metric})
         results: list[ablation.Result] = []
-        for variant, training in zip(plan.variants, plans, strict=True):
-            results.append(
-                _one(registry, variant, training, parent=parent, number=f"{len(results) + 1}/{len(plans)}", display=display)
-            )
+        for training in plan.trainings:
+            number = f"{len(results) + 1}/{len(plan.trainings)}"
+            results.append(_one(registry, plan, training, parent=parent, number=number, display=display))
             _log(registry.client, results, main_metric)
         if all(r.run is None for r in results):
             raise ModelError(f"every variant failed; the first: {results[0].error}")
         _show(results, main_metric)
+        if plan.everything is not None:
+            _log_folds(plan, plan.everything, results)
         log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client, run.info.run_id)}")
     return results
 
 
-def _request(request: AblationRequest, task: str, variant: ablation.Variant) -> TrainingRequest:
+def _request(request: AblationRequest, task: str, variant: ablation.Variant, member: ablation.Member) -> TrainingRequest:
+    repeated = request.folds or request.seeds > 1
+    tags = {"seed": str(member.seed)} if repeated else {}
+    tags |= {"fold": f"{member.fold}/{member.folds}"} if member.folds else {}
+    seed = (f"seed={member.seed}",) if repeated else ()
     return TrainingRequest(
         task=task,
         recipe=request.recipe,
         data=request.data,
         register_as=request.name,
         device=request.device,
-        overrides=(*request.overrides, *variant.overrides),
+        overrides=(*request.overrides, *variant.overrides, *seed),
         engine=request.engine,
         work_dir=request.work_dir,
-        register=False,
-        label=variant.label,
+        num_gpus=request.num_gpus,
+        register=request.register and not request.folds,
+        label=" ".join(text for text in (variant.label, member.label if repeated else "") if text),
+        tags=tags,
     )
 
 
@@ -129,35 +185,59 @@ def _parent_of_children(client: MlflowClient, run_id: str, earlier: Any) -> str:
 
 
 def _one(
-    registry: Registry, variant: ablation.Variant, plan: Plan, *, parent: str, number: str, display: Display
+    registry: Registry,
+    plan: AblationPlan,
+    training: tuple[ablation.Variant, ablation.Member, Plan],
+    *,
+    parent: str,
+    number: str,
+    display: Display,
 ) -> ablation.Result:
-    title = f"variant {number} {variant.label}"
-    done = ablation.finished_child(registry.client, parent, plan.key)
+    variant, member, one = training
+    title = f"{'variant' if len(plan.trainings) == len({v for v, _, _ in plan.trainings}) else 'training'} {number} "
+    title += one.request.label
+    done = ablation.finished_child(registry.client, parent, one.key)
     if done is not None:
         log.info(f"== {title}: done already (run {done.info.run_id})")
-        return ablation.Result(variant, done)
+        return ablation.Result(variant, done, "", member, _version(registry, one, done.info.run_id))
     log.info(f"== {title}")
     os.environ["PLANES_PARENT_RUN_ID"] = parent
     try:
-        trained = run_plan(registry, plan, display)
+        trained = run_plan(registry, one, display)
     except PlanesError as error:
         log.warning(f"{title} failed: {one_line(error)}")
-        return ablation.Result(variant, None, one_line(error))
+        return ablation.Result(variant, None, one_line(error), member)
     finally:
         os.environ.pop("PLANES_PARENT_RUN_ID", None)
-    return ablation.Result(variant, registry.client.get_run(trained.run_id))
+    return ablation.Result(variant, registry.client.get_run(trained.run_id), "", member, trained.version)
+
+
+def _version(registry: Registry, plan: Plan, run_id: str) -> str | None:
+    if not plan.request.register:
+        return None
+    known = registry.search_versions(f"run_id = '{run_id}'")
+    return next((str(v.version) for v in known if v.name == plan.request.register_as), None)
 
 
 def _log(client: MlflowClient, results: list[ablation.Result], main_metric: str) -> None:
-    """Table and chart of what is there so far, on the parent."""
+    """Tables and charts of what is there so far, on the parent."""
     metric = ablation.deciding_metric(results, main_metric)
+    groups = ablation.by_variant(results)
     rows = ablation.result_rows(results, metric)
     mlflow.log_text(ablation.as_csv(rows), "ablation.csv")
-    bars = [(r.variant.label, row[metric]) for r, row in zip(results, rows, strict=True)]
-    losses = {r.variant.label: ablation.curves(client, r, "train/loss") for r in results}
-    validation = {r.variant.label: ablation.curves(client, r, f"val/{main_metric}") for r in results}
+    if any(len(group) > 1 for group in groups.values()):
+        mlflow.log_text(ablation.as_csv(ablation.training_rows(results)), "trainings.csv")
+    if list(groups) == [ablation.AS_THE_RECIPE]:
+        _log_spread(results)
+        return
+    bars = [(variant.label, row[metric]) for variant, row in zip(groups, rows, strict=True)]
+    spreads = [row.get(f"{metric}_sd", math.nan) for row in rows]
+    firsts = {variant.label: group[0] for variant, group in groups.items()}
+    losses = {label: ablation.curves(client, first, "train/loss") for label, first in firsts.items()}
+    validation = {label: ablation.curves(client, first, f"val/{main_metric}") for label, first in firsts.items()}
     mlflow.log_figure(
-        figures.ablation_figure(bars, metric, losses, validation, f"val/{main_metric}"), "figures/ablation.png"
+        figures.ablation_figure(bars, metric, losses, validation, f"val/{main_metric}", spreads=spreads),
+        "figures/ablation.png",
     )
     known = [(value, label) for label, value in bars if value == value]
     if known:
@@ -166,8 +246,62 @@ def _log(client: MlflowClient, results: list[ablation.Result], main_metric: str)
         mlflow.set_tag("best_variant", label)
 
 
+def _log_spread(results: list[ablation.Result]) -> None:
+    """Mean and standard deviation of every metric over the trainings of one recipe, and their chart."""
+    names = sorted({k for r in results if r.run for k in r.run.data.metrics if k.startswith(("test/", "val/best_"))})
+    values = {name: list(ablation.values_of(results, name).values()) for name in names}
+    for name, numbers in values.items():
+        spread = Spread.of(numbers)
+        mlflow.log_metric(f"mean/{name}", spread.mean)
+        if spread.count > 1:
+            mlflow.log_metric(f"sd/{name}", spread.sd)
+    shown = {k: v for k in ablation.SHOWN if (v := values.get(f"test/{k}") or values.get(f"val/best_{k}"))}
+    if shown:
+        mlflow.log_figure(
+            figures.seeds_figure(shown, f"{len(results)} trainings: mean, deviation, each"), "figures/spread.png"
+        )
+
+
+def _log_folds(plan: AblationPlan, everything: Dataset, results: list[ablation.Result]) -> None:
+    """What all folds together say, on the parent and in a table."""
+    groups, rows = ablation.by_variant(results), []
+    for number, (variant, group) in enumerate(groups.items(), start=1):
+        prefix = f"variant-{number}/" if len(groups) > 1 else ""
+        if all(r.run is None for r in group):
+            continue
+        by_seed = log_out_of_fold(group, everything, plan.kind, prefix)
+        if not by_seed:
+            log.warning(f"{variant.label or 'the recipe'}: a fold is missing; no metrics of all folds together")
+            continue
+        spreads = {k: Spread.of([v.get(k, math.nan) for v in by_seed.values()]) for k in next(iter(by_seed.values()))}
+        shown = [k for k in ablation.SHOWN if k in spreads]
+        rows.append(
+            {"variant": variant.label, **{k: str(spreads[k]) for k in shown}}
+            if variant.label
+            else {k: str(spreads[k]) for k in shown}
+        )
+    if rows:
+        log.info("all folds together (over seeds: mean ± standard deviation):\n" + text_table(rows, "keys"))
+
+
 def _show(results: list[ablation.Result], main_metric: str) -> None:
     metric = ablation.deciding_metric(results, main_metric)
+    groups = ablation.by_variant(results)
+    if any(len(group) > 1 for group in groups.values()):
+        rows = []
+        for row, group in zip(ablation.result_rows(results, metric), groups.values(), strict=True):
+            names = [metric, *(f"test/{k}" for k in ablation.SHOWN)]
+            cells = {
+                k: str(Spread.of(list(ablation.values_of(group, k).values()))) for k in dict.fromkeys(names) if k in row
+            }
+            versions = ", ".join(r.version for r in group if r.version)
+            more = {"against the best": row["against the best"]} if "against the best" in row else {}
+            more |= {"versions": versions} if versions else {}
+            more |= {"error": row["error"]} if row["error"] else {}
+            rows.append({"variant": row["variant"] or "the recipe", **cells, **more})
+        columns = list(dict.fromkeys(k for row in rows for k in row))
+        log.info(text_table([[row.get(k, "") for k in columns] for row in rows], columns))
+        return
     table = pd.DataFrame(ablation.result_rows(results, metric)).drop(columns="variant")
     if not table["error"].any():
         table = table.drop(columns="error")

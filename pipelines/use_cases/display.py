@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pipelines.progress import Progress
+from pipelines.progress import Progress, pass_through
 
 
 class TrainingDisplay(Protocol):
@@ -49,11 +49,6 @@ class Silent:
 
     def close(self) -> None:
         """Nothing."""
-
-
-def pass_through(items: Iterable[Any], total: int, title: str) -> Iterable[Any]:
-    """The items as they are."""
-    return items
 
 
 @dataclass(frozen=True)

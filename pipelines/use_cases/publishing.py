@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from models.saved.spec import read_spec
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation.metrics import Evaluation, coco_tables
 from pipelines.evaluation.sample_images import evaluate_with_sheet
+from pipelines.instance_table import write_instances
 from pipelines.registry.model_versions import Registry
 from pipelines.registry.registration import log_and_register
 from pipelines.registry.training_images import TrainingImages, images_of
@@ -29,6 +31,9 @@ log = logging.getLogger(__name__)
 
 # Tag of run and version: "complete", or what went wrong when it was evaluated.
 EVALUATION = "evaluation"
+
+# Artefact of a training that is measured on a fold: its predictions for that fold, an instance table.
+PREDICTIONS_FILE = "fold_predictions.parquet"
 
 # Side in pixels of the corner that is a detector's example where there are no planes.
 CORNER = 128
@@ -48,6 +53,7 @@ class Publication:
         tags: of the version.
         register: add a version; otherwise the model is logged alone.
         trained_on: the images that decided its weights, where they are not those of ``train`` and ``val``.
+        keep_predictions: log the predictions for ``test``, as `PREDICTIONS_FILE`.
     """
 
     saved: Path
@@ -59,6 +65,7 @@ class Publication:
     tags: Mapping[str, str] = field(default_factory=dict)
     register: bool = True
     trained_on: TrainingImages | None = None
+    keep_predictions: bool = False
 
 
 def publish(registry: Registry, what: Publication, run_id: str, *, device: str) -> tuple[str | None, dict[str, float]]:
@@ -109,10 +116,14 @@ def _evaluate(what: Publication, device: str) -> tuple[list[tuple[str, Evaluatio
         if dataset is None:
             continue
         try:
-            evaluations, sheet = evaluate_with_sheet(what.saved, dataset, device)
+            evaluations, sheet, predictions = evaluate_with_sheet(what.saved, dataset, device)
             results += [(prefix + p, e, dataset) for p, e in evaluations]
             if sheet is not None:
                 mlflow.log_image(sheet, f"figures/{dataset.split}_samples.png")
+            if dataset is what.test and what.keep_predictions:
+                with tempfile.TemporaryDirectory() as work:
+                    write_instances(predictions, Path(work) / PREDICTIONS_FILE)
+                    mlflow.log_artifact(str(Path(work) / PREDICTIONS_FILE))
         except Exception as error:
             # Whatever it is, hours of training must not be lost for it.
             if os.environ.get("PLANES_TRACEBACK"):

@@ -5,6 +5,7 @@ Plain dataclasses: ``--help`` is not to wait for pydantic.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +15,8 @@ WORK_DIR = ".planes/training"
 
 DEVICE = {"help": "auto, cpu, cuda or cuda:N."}
 ENGINE = {"help": "Detection library; takes the recipe's twin NAME_ENGINE where the recipe is for another."}
+FOLDS = {"help": "Folds by scene, each scored by a training on the others; 0: none. Nothing is registered."}
+SEEDS = {"help": "Seeds to train with, from the recipe's own upwards; mean and standard deviation of every metric."}
 GATES = {"help": "YAML file of gates; without it gates/MODEL.yaml, else the project's own."}
 GATE_SPLIT = {"help": "Split of data folders, instead of that of the gates."}
 KEPT_IN = {"help": "Where checkpoints are kept."}
@@ -39,11 +42,12 @@ class TrainingRequest:
     num_gpus: int = field(default=1, metadata={"help": "Processes that Detectron2 starts."})
     register: bool = field(default=True, metadata={"help": "Add a version; otherwise the model is logged alone."})
     label: str = field(default="", metadata={"help": "What the run is called beside the model."})
+    tags: Mapping[str, str] = field(default_factory=dict, metadata={"help": "More tags of the run and its version."})
 
 
 @dataclass(frozen=True, kw_only=True)
 class AblationRequest:
-    """Which variants of a recipe to train."""
+    """Which variants of a recipe to train, how often, and on which folds; without variants the recipe as it is."""
 
     recipe: str = field(metadata=RECIPE)
     data: str = field(metadata=TRAINED_ON)
@@ -60,6 +64,11 @@ class AblationRequest:
     engine: str | None = field(default=None, metadata=ENGINE)
     work_dir: str = field(default=WORK_DIR, metadata=KEPT_IN)
     fresh: bool = field(default=False, metadata={"help": "Do again what an equal ablation has done."})
+    folds: int = field(default=0, metadata=FOLDS)
+    seeds: int = field(default=1, metadata=SEEDS)
+    task: str | None = field(default=None, metadata={"help": "unet, detector or maskrcnn; without it the recipe's."})
+    register: bool = field(default=False, metadata={"help": "Add a version for each seed, where there are no folds."})
+    num_gpus: int = field(default=1, metadata={"help": "Processes that Detectron2 starts."})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,6 +72,7 @@ class Plan:
     key: str
     folder: Path
     inputs: Inputs
+    keep_predictions: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,12 @@ def train_plan(registry: Registry, plan: Plan, display: Display = SILENT) -> Tra
     return run_plan(registry, plan, display)
 
 
-def plan_training(request: TrainingRequest) -> Plan:
+def plan_training(request: TrainingRequest, data_of: Callable[[Recipe], TrainingData] | None = None) -> Plan:
     """Read recipe and data; nothing is written yet.
+
+    Args:
+        data_of: what a recipe is trained and measured on, where it is not the splits of the request's data. The
+            training then keeps its predictions for the test set.
 
     Raises:
         PlanesError: recipe, data, engine or name that cannot be used.
@@ -130,10 +135,11 @@ def plan_training(request: TrainingRequest) -> Plan:
     else:
         # What auto means here: weights of another precision would be others.
         more.append(f"precision={pick_precision(device, recipe.training.precision)}")
-    data = _data(request, recipe)
+    data = data_of(recipe) if data_of else _data(request, recipe)
     key = recipe.key(data.train.digest(), data.val.digest() if data.val else "", source_digest(), *more)
     inputs = Inputs.of(recipe.key(source_digest(), *more), data.train, data.val)
-    plan = Plan(request, recipe, device, data, key, Path(request.work_dir) / f"{request.register_as}-{key}", inputs)
+    folder = Path(request.work_dir) / f"{request.register_as}-{key}"
+    plan = Plan(request, recipe, device, data, key, folder, inputs, keep_predictions=data_of is not None)
     return plan if plan.folder.exists() or request.fresh else _continued(plan)
 
 
@@ -160,9 +166,17 @@ def _data(request: TrainingRequest, recipe: Recipe) -> TrainingData:
     log.info(full.summary())
     if not full.has_truth or not full.planes:
         raise DataError(f"{where}: no annotated planes to train on (expected train_coco.json or train.json)")
-    train, val = split_by_scene(full, settings.val_fraction, recipe.seed)
     test = open_test(where, settings.category, settings.scene_pattern)
-    test = test and test.rendered(settings.rendering)
+    return split_data(full, test and test.rendered(settings.rendering), recipe)
+
+
+def split_data(full: Dataset, test: Dataset | None, recipe: Recipe) -> TrainingData:
+    """Part ``full`` into training and validation as the recipe says; parts that it cannot be measured on are None.
+
+    Raises:
+        DataError: one scene cannot be parted.
+    """
+    train, val = split_by_scene(full, recipe.data.val_fraction, recipe.seed)
     measurable = [
         _measurable(split, recipe, what) for split, what in ((val if len(val) else None, "validation"), (test, "test"))
     ]
@@ -220,7 +234,7 @@ def _run_held(registry: Registry, plan: Plan, display: Display) -> Trained:
     earlier = json.loads(noted.read_text())["run_id"] if noted.exists() else None
     tags = {"task": request.task, "recipe": plan.recipe.name, "training_key": plan.key}
     tags |= {"registered_as": request.register_as, "engine": plan.recipe.engine}
-    tags |= {"variant": request.label} if request.label else {}
+    tags |= {**({"variant": request.label} if request.label else {}), **request.tags}
     title = f"{request.register_as} {request.label or plan.recipe.name}"
     with mlflow_runs.tracked_run(registry.client, title, tags, resume_id=earlier, system_metrics=True) as run:
         run_id = run.info.run_id
@@ -325,9 +339,10 @@ def _publish(registry: Registry, plan: Plan, saved: Path, run_id: str) -> Traine
         data.train,
         data.val,
         data.test,
-        {"training_key": plan.key, "recipe": plan.recipe.name},
+        {"training_key": plan.key, "recipe": plan.recipe.name, **request.tags},
         request.register,
         _training_images(plan),
+        plan.keep_predictions,
     )
     number, metrics = publish(registry, what, run_id, device=plan.device)
     return Trained(request.register_as, number, run_id, metrics, request.task)

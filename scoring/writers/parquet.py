@@ -12,33 +12,13 @@ import pyarrow.parquet as pq
 
 from models.errors import DataError, one_line
 from models.geometry.rle import checked_rle
-from models.instances import Instances, from_rows, to_rows
-from pipelines.files import replacing
+from models.instances import Instances, from_rows
+from pipelines.instance_table import SCHEMA, write_instances, write_table
 from scoring.reader import Failure
 
-SCHEMA = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("instance", pa.int32()),
-        ("x1", pa.float32()),
-        ("y1", pa.float32()),
-        ("x2", pa.float32()),
-        ("y2", pa.float32()),
-        ("score", pa.float32()),
-        ("label", pa.int64()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("mask_size", pa.list_(pa.int32())),
-        ("mask_counts", pa.string()),
-    ]
-)
+__all__ = ["SCHEMA", "write_instances"]
 
 ERROR_SCHEMA = pa.schema([(name, pa.string()) for name in ("image_id", "path", "kind", "message")])
-
-
-def write_instances(predictions: Sequence[Instances], path: Path) -> None:
-    """Write the instance table, whole or not at all; images without planes have no row."""
-    _write(pa.Table.from_pylist(to_rows(predictions), schema=SCHEMA), path)
 
 
 def read_instances(path: Path) -> list[Instances]:
@@ -107,7 +87,7 @@ def join_tables(tables: Sequence[Path], path: Path, schema: pa.Schema) -> None:
 
 def write_failures(failures: Sequence[Failure], path: Path) -> None:
     """Write image_id, path, kind and message of the images that could not be scored."""
-    _write(pa.Table.from_pylist([f.__dict__ for f in failures], schema=ERROR_SCHEMA), path)
+    write_table(pa.Table.from_pylist([f.__dict__ for f in failures], schema=ERROR_SCHEMA), path)
 
 
 def read_failures(path: Path) -> list[Failure]:
@@ -124,8 +104,3 @@ def _opened(path: Path) -> pq.ParquetFile:
     if missing:
         raise DataError(f"{path}: not an instance table (no column {missing[0]!r})")
     return file
-
-
-def _write(table: pa.Table, path: Path) -> None:
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")

@@ -123,6 +123,7 @@ def test_imports_are_declared(root):
         "PIL": "pillow",
         "yaml": "pyyaml",
         "segmentation_models_pytorch": "segmentation-models-pytorch",
+        "sklearn": "scikit-learn",
         "upath": "universal-pathlib",
     }
     names |= {"faster_coco_eval": "faster-coco-eval", "lightning_fabric": "lightning-fabric"}

@@ -154,17 +154,18 @@ def test_tiles_of_one_colour_are_not_looked_at():
     assert oracle.calls == [1]
 
 
+class Shy(Oracle):
+    """Sees nothing of a plane that the border cuts."""
+
+    def _one(self, image_id, image):
+        instances = super()._one(image_id, image)
+        edge = (instances.boxes[:, :2] <= 0).any(axis=1) | (instances.boxes[:, 2:] >= image.shape[0]).any(axis=1)
+        keep = np.flatnonzero(~edge)
+        masks = [instances.masks[i] for i in keep]
+        return Instances.make(image_id, *image.shape[:2], instances.boxes[keep], instances.scores[keep], masks=masks)
+
+
 def test_a_pass_over_the_whole_image_finds_what_no_tile_shows():
-    class Shy(Oracle):
-        """Sees nothing of a plane that the border cuts."""
-
-        def _one(self, image_id, image):
-            instances = super()._one(image_id, image)
-            edge = (instances.boxes[:, :2] <= 0).any(axis=1) | (instances.boxes[:, 2:] >= image.shape[0]).any(axis=1)
-            keep = np.flatnonzero(~edge)
-            masks = [instances.masks[i] for i in keep]
-            return Instances.make(image_id, *image.shape[:2], instances.boxes[keep], instances.scores[keep], masks=masks)
-
     image, truth = scene(256, 256, [(40, 50, np.ones((120, 140), bool), 200, 0), (190, 20, plane(), 150, 0)])
     without = Tiled(Shy(), Tiling(size=SIZE, overlap=0.5)).predict([image])[0]
     assert len(without) == 1
@@ -174,6 +175,46 @@ def test_a_pass_over_the_whole_image_finds_what_no_tile_shows():
     assert ious[0, 0] > 0.9
     assert ious[1, 1] == 1
     assert np.abs(instances.boxes[0] - [50, 40, 190, 160]).max() <= 3
+
+
+def test_smaller_scales_find_what_no_tile_shows_and_larger_ones_what_is_too_small():
+    image, truth = scene(256, 256, [(40, 50, np.ones((120, 140), bool), 200, 0), (190, 20, plane(), 150, 0)])
+    tiled = Tiled(Shy(), Tiling(size=SIZE, overlap=0.5, zooms=(1, 0.25)))
+    instances = tiled.predict([image])[0]
+    assert len(instances) == 2
+    ious = rle_iou(list(instances.masks), [rle_encode(t) for t in truth])
+    assert ious[0, 0] > 0.9
+    assert ious[1, 1] == 1
+
+    class Coarse(Oracle):
+        """Sees nothing of less than 20 pixels."""
+
+        def _one(self, image_id, image):
+            assert image.shape == (SIZE, SIZE, 3)
+            instances = super()._one(image_id, image)
+            sides = (instances.boxes[:, 2:] - instances.boxes[:, :2]).max(axis=1, initial=0)
+            return instances.take(np.flatnonzero(sides >= 20))
+
+    small, truth = scene(100, 100, [(30, 40, np.ones((12, 12), bool), 200, 0)])
+    assert len(Tiled(Coarse(), Tiling(size=SIZE)).predict([small])[0]) == 0
+    instances = Tiled(Coarse(), Tiling(size=SIZE, overlap=0.5, zooms=(1, 2))).predict([small])[0]
+    assert len(instances) == 1
+    assert np.abs(instances.boxes[0] - [40, 30, 52, 42]).max() <= 1
+    assert rle_iou(list(instances.masks), [rle_encode(t) for t in truth])[0, 0] > 0.8
+
+
+def test_padding_and_batches_change_nothing_at_several_scales():
+    places = [(int(y), int(x)) for y in range(2, 220, 40) for x in range(2, 230, 42)]
+    image, _ = scene(260, 270, [(y, x, plane(), 120 + 2 * i, 0) for i, (y, x) in enumerate(places)])
+    padded = np.zeros((401, 433, 3), np.uint8)
+    padded[:260, :270] = image
+    settings = Tiling(size=SIZE, overlap=0.25, zooms=(1, 0.5, 2))
+    first = Tiled(Shy(), settings).predict([image])[0]
+    assert len(first) >= len(places)
+    for batch in (3, 100):
+        for one in Tiled(Shy(), settings.model_copy(update={"batch": batch})).predict([image, padded]):
+            assert one.boxes.tolist() == first.boxes.tolist()
+            assert one.scores.tolist() == first.scores.tolist()
 
 
 @given(

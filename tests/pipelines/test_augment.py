@@ -205,3 +205,77 @@ def test_hue_turns_colours_and_leaves_gray():
     assert np.allclose(colours @ augment.turned_hue(0.2) @ augment.turned_hue(-0.2), colours, atol=1e-3)
     gray = np.repeat(rng.integers(0, 256, (20, 20, 1), dtype=np.uint8), 3, axis=2)
     assert (augment.jitter_light(rng, gray, augment.Augmentation(hue=0.5)) == gray).all()
+
+
+def test_light_and_colour_are_changed_as_the_formula_says():
+    settings = Augmentation(brightness=0.4, contrast=0.5, saturation=0.7, hue=0.5, grayscale=0.3)
+    image = np.random.default_rng(5).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        values = image.astype(np.float64)
+        gray = values @ [0.299, 0.587, 0.114]
+        colour = 0.0 if rng.random() < 0.3 else 1 + rng.uniform(-1, 1) * 0.7
+        values = (values - gray[:, :, None]) * colour
+        if colour:
+            values = values @ augment.turned_hue(rng.uniform(-1, 1) * 0.5)
+        values += gray[:, :, None]
+        values = gray.mean() + (values - gray.mean()) * (1 + rng.uniform(-1, 1) * 0.5)
+        values *= 1 + rng.uniform(-1, 1) * 0.4
+        changed = jitter_light(np.random.default_rng(seed), image, settings)
+        # OpenCV computes with fixed points.
+        assert np.abs(changed - values.clip(0, 255)).max() <= 1
+
+
+def _edges(image):
+    return np.abs(np.diff(image.astype(int), axis=1)).mean()
+
+
+@pytest.mark.parametrize(
+    ("settings", "holds"),
+    [
+        ({"haze": 0.9}, lambda a, b: b.std() < a.std() and b.mean() > a.mean()),
+        ({"blur": 5.0}, lambda a, b: _edges(b) < _edges(a)),
+        ({"noise": 30.0}, lambda a, b: abs(b.mean() - a.mean()) < 6 and (a != b).mean() > 0.4),
+        ({"gamma": 2.0}, lambda a, b: (np.diff([int(b[a == v][0]) for v in np.unique(a)]) >= 0).all()),
+        ({"colour_cast": 0.5}, lambda a, b: np.ptp(b.mean(axis=(0, 1)) / a.mean(axis=(0, 1))) > 0.01),
+    ],
+)  # fmt: skip
+def test_each_change_does_what_it_is_called_and_leaves_others_alone(settings, holds):
+    image = np.random.default_rng(0).integers(10, 120, (60, 60, 3), dtype=np.uint8)
+    kinds = [jitter_light(np.random.default_rng(seed), image, Augmentation(**settings)) for seed in range(40)]
+    changed = [k for k in kinds if (k != image).any()]
+    # Haze, blur and noise come upon half of the examples.
+    half = next(iter(settings)) in ("haze", "blur", "noise")
+    assert 8 < len(changed) < 34 if half else len(changed) > 36
+    assert all(holds(image, k) for k in changed)
+    again = jitter_light(np.random.default_rng(3), image, Augmentation(**settings))
+    assert (again == kinds[3]).all()
+
+
+def test_planes_of_all_sizes_come_out_in_the_range_asked_for():
+    image = np.zeros((2000, 2000, 3), np.uint8)
+    # A plane of 30 pixels is enlarged twice at most; the others fill the whole range.
+    for box, largest in (([100, 100, 130, 120], 60), ([500, 500, 900, 700], 160), ([1200, 1200, 1280, 1300], 160)):
+        sides = []
+        for seed in range(200):
+            _, affine = random_window(
+                np.random.default_rng(seed), image, np.array([box]), settings=Augmentation(), size=320, focus=1.0,
+                plane_sizes=(40, 160),
+            )  # fmt: skip
+            scale = np.sqrt(abs(np.linalg.det(affine[:, :2])))
+            sides.append(max(box[2] - box[0], box[3] - box[1]) * scale)
+        assert min(sides) >= 39.9
+        assert max(sides) == pytest.approx(largest, abs=4)
+        # Evenly on a logarithmic scale: half of them below the geometric mean.
+        assert largest == 60 or 0.4 < np.mean(np.array(sides) < 80) < 0.6
+
+
+def test_windows_of_images_without_planes_have_a_scale_too():
+    image, scales = np.zeros((900, 900, 3), np.uint8), []
+    for seed in range(50):
+        _, affine = random_window(
+            np.random.default_rng(seed), image, np.zeros((0, 4)), settings=Augmentation(), size=100, focus=0.5,
+            plane_sizes=(50, 200),
+        )  # fmt: skip
+        scales.append(np.sqrt(abs(np.linalg.det(affine[:, :2]))))
+    assert (pytest.approx(min(scales), abs=0.1), pytest.approx(max(scales), abs=0.2)) == (0.49, 2.01)

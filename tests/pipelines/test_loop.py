@@ -122,3 +122,40 @@ def test_learning_rates():
     steps = OptimizerSettings(lr=1.0, warmup_steps=0, schedule="steps", milestones=[10, 20], gamma=0.1)
     assert [round(learning_rate(steps, s, 30), 4) for s in (9, 10, 20)] == [1.0, 0.1, 0.01]
     assert learning_rate(OptimizerSettings(lr=1.0, schedule="constant", warmup_steps=0), 99, 100) == 1.0
+
+
+def test_the_moving_average_is_that_of_the_weights_and_resumes_to_the_bit(tmp_path):
+    seen = []
+
+    class Watch(_Stop):
+        def on_step(self, record):
+            super().on_step(record)
+            seen.append({k: v.clone() for k, v in job.model.state_dict().items()})
+
+    job = _job(tmp_path / "whole", Watch(at=None), ema=0.8)
+    start = {k: v.clone() for k, v in job.model.state_dict().items()}
+    whole = run(job)
+    expected = start
+    for step, weights in enumerate(seen):
+        past = min(0.8, (1 + step) / (10 + step))
+        expected = {k: past * expected[k] + (1 - past) * weights[k] for k in weights}
+    assert all(torch.allclose(v, whole.weights[k], atol=1e-6) for k, v in expected.items())
+    assert not all(torch.equal(v, whole.weights[k]) for k, v in seen[-1].items())
+    # The average changes nothing of the training itself.
+    assert whole.history == run(_job(tmp_path / "without")).history
+    with pytest.raises(SystemError):
+        run(_job(tmp_path / "cut", _Stop(at=10), ema=0.8))
+    resumed = run(_job(tmp_path / "cut", _Stop(at=None), ema=0.8))
+    assert all(torch.equal(v, whole.weights[k]) for k, v in resumed.weights.items())
+
+
+def test_what_is_validated_and_kept_is_the_average(tmp_path):
+    validated = []
+
+    def evaluate(model):
+        validated.append({k: v.clone() for k, v in model.state_dict().items()})
+        return {"m": float(len(validated) == 2)}
+
+    outcome = run(_job(tmp_path / "a", evaluate=evaluate, evaluate_every=5, ema=0.8))
+    assert outcome.step == 10
+    assert all(torch.equal(v, outcome.weights[k]) for k, v in validated[1].items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -58,9 +59,12 @@ class DetectorArchitecture(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     backbone: Backbone = Field(default="resnet50", description="torchvision's network below the feature pyramid.")
-    norm: Literal["batch", "frozen"] = Field(
+    norm: Literal["batch", "frozen", "group"] = Field(
         default="frozen",
-        description="BatchNorm of the backbone: batch learns its statistics, frozen keeps those of the weights.",
+        description=(
+            "Normalisation of the backbone: batch learns BatchNorm's statistics, frozen keeps those of the weights; group "
+            "is GroupNorm in 32 groups, which has none and takes no ImageNet weights."
+        ),
     )
     heads: Literal["v1", "v2"] = Field(
         default="v1",
@@ -211,7 +215,9 @@ def _sampling(architecture: DetectorArchitecture) -> dict[str, float]:
 
 def _backbone(architecture: DetectorArchitecture, pretrained: bool) -> BackboneWithFPN:
     name = architecture.backbone
-    norm = FrozenBatchNorm2d if architecture.norm == "frozen" else nn.BatchNorm2d
+    if pretrained and architecture.norm == "group":
+        raise ModelError("architecture.norm: ImageNet weights are for batch or frozen, not for group; use weights none")
+    norm = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": partial(nn.GroupNorm, 32)}[architecture.norm]
     enum = "DEFAULT" if pretrained else None
     try:
         body = torchvision.models.get_model(name, weights=enum, norm_layer=norm)

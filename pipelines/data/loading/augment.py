@@ -26,6 +26,27 @@ class Augmentation(BaseModel):
         default=0.0, ge=0, le=0.5, description="Turn of the colours either way, as a share of the colour circle."
     )
     grayscale: float = Field(default=0.0, ge=0, le=1, description="Share of the examples turned gray.")
+    colour_cast: float = Field(
+        default=0.0, ge=0, lt=1, description="Relative change of each colour channel by itself, either way."
+    )
+    gamma: float = Field(
+        default=0.0, ge=0, le=2, description="Change of the exponent of brightness; 0.5: from 1/1.5 to 1.5."
+    )
+    haze: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Largest share of a pale veil laid over half of the examples, as haze and glare are.",
+    )
+    blur: float = Field(
+        default=0.0, ge=0, le=10, description="Largest sigma in pixels of a Gaussian blur of half of the examples."
+    )
+    noise: float = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        description="Largest standard deviation, of 255, of sensor noise in half of the examples.",
+    )
 
 
 def random_linear(rng: np.random.Generator, settings: Augmentation) -> np.ndarray:
@@ -42,18 +63,50 @@ def random_linear(rng: np.random.Generator, settings: Augmentation) -> np.ndarra
 
 
 def jitter_light(rng: np.random.Generator, image: np.ndarray, settings: Augmentation) -> np.ndarray:
-    """Change brightness, contrast, saturation and hue of an RGB uint8 image; returns uint8."""
-    values = image.astype(np.float32)
-    gray = values @ np.array([0.299, 0.587, 0.114], np.float32)
+    """Change light and colour of an RGB uint8 image, then haze, blur and noise, as ``settings`` allow; returns uint8."""
+    matrix = _colours(rng, settings)
+    # Contrast is about the mean brightness.
+    mean = float(np.dot(cv2.mean(image)[:3], GRAY))
+    contrast = 1 + rng.uniform(-1, 1) * settings.contrast
+    brightness = 1 + rng.uniform(-1, 1) * settings.brightness
+    matrix = matrix * (contrast * brightness)
+    shift = np.full(3, mean * (1 - contrast) * brightness)
+    if settings.colour_cast:
+        cast = 1 + rng.uniform(-1, 1, 3) * settings.colour_cast
+        matrix, shift = matrix * cast[:, None], shift * cast
+    image = cv2.transform(image, np.concatenate([matrix, shift[:, None]], axis=1))
+    if settings.gamma:
+        exponent = (1 + settings.gamma) ** rng.uniform(-1, 1)
+        image = cv2.LUT(image, (255 * (np.arange(256) / 255) ** exponent).round().astype(np.uint8))
+    return _weather(rng, image, settings)
+
+
+# Weights of red, green and blue in brightness (ITU-R BT.601).
+GRAY = np.array([0.299, 0.587, 0.114])
+
+
+def _colours(rng: np.random.Generator, settings: Augmentation) -> np.ndarray:
+    """The (3, 3) matrix of a random change of saturation and hue; brightness stays."""
     colour = 0.0 if rng.random() < settings.grayscale else 1 + rng.uniform(-1, 1) * settings.saturation
-    values = (values - gray[:, :, None]) * np.float32(colour)
+    gray = np.tile(GRAY, (3, 1))
+    of_colour = (np.eye(3) - gray) * colour
     if settings.hue and colour:
-        values = values @ turned_hue(rng.uniform(-1, 1) * settings.hue)
-    values += gray[:, :, None]
-    mean = np.float32(gray.mean())
-    values = mean + (values - mean) * np.float32(1 + rng.uniform(-1, 1) * settings.contrast)
-    values *= np.float32(1 + rng.uniform(-1, 1) * settings.brightness)
-    return values.round().clip(0, 255).astype(np.uint8)
+        of_colour = turned_hue(rng.uniform(-1, 1) * settings.hue).T.astype(np.float64) @ of_colour
+    return of_colour + gray
+
+
+def _weather(rng: np.random.Generator, image: np.ndarray, settings: Augmentation) -> np.ndarray:
+    """Haze (a veil of one pale colour, by Koschmieder's law at one depth), blur, and noise of the sensor."""
+    if settings.haze and rng.random() < 0.5:
+        veil = rng.uniform(0, settings.haze)
+        light = rng.uniform(150, 255) + rng.uniform(-12, 12, 3)
+        image = cv2.transform(image, np.concatenate([np.eye(3) * (1 - veil), (light * veil)[:, None]], axis=1))
+    if settings.blur and rng.random() < 0.5:
+        image = cv2.GaussianBlur(image, (0, 0), max(rng.uniform(0, settings.blur), 0.05))
+    if settings.noise and rng.random() < 0.5:
+        grain = rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(0, settings.noise))
+        image = (image + grain).round().clip(0, 255).astype(np.uint8)
+    return image
 
 
 def turned_hue(share: float) -> np.ndarray:
@@ -76,11 +129,13 @@ def random_window(
     size: int,
     focus: float,
     zoom: float = 1.0,
+    plane_sizes: tuple[float, float] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut a turned, scaled window of ``size`` pixels out of an image.
 
     With probability ``focus`` it is placed so that a random plane lies inside it,
-    else anywhere. Outside the image it is black. ``zoom`` scales all windows alike.
+    else anywhere. Outside the image it is black. ``zoom`` scales all windows alike; ``plane_sizes`` is the range of
+    longer sides to one of which a random plane of the image is scaled.
 
     Returns:
         RGB uint8 (size, size, 3) and (2, 3) float64, the affine map from image pixels
@@ -88,9 +143,12 @@ def random_window(
     """
     height, width = image.shape[:2]
     linear = random_linear(rng, settings) * zoom
+    chosen = int(rng.integers(len(boxes))) if len(boxes) else None
+    if plane_sizes:
+        linear = linear * _scale_to(rng, None if chosen is None else boxes[chosen], plane_sizes)
     reach = size / 2 / np.sqrt(abs(np.linalg.det(linear)))
-    if len(boxes) and rng.random() < focus:
-        x1, y1, x2, y2 = boxes[rng.integers(len(boxes))]
+    if chosen is not None and rng.random() < focus:
+        x1, y1, x2, y2 = boxes[chosen]
         centre = np.array([x1 + x2, y1 + y2]) / 2 + rng.uniform(-0.7, 0.7, 2) * reach
     else:
         centre = rng.uniform(0, 1, 2) * [width, height]
@@ -99,6 +157,18 @@ def random_window(
         centre[axis] = extent / 2 if extent <= 2 * reach else np.clip(centre[axis], reach, extent - reach)
     affine = np.concatenate([linear, (size / 2 - linear @ centre)[:, None]], axis=1)
     return warp(image, affine, size), affine
+
+
+# Planes are enlarged and shrunk by no more than that: an enlarged one has no more detail.
+MOST_ENLARGED, MOST_SHRUNK = 2.0, 8.0
+
+
+def _scale_to(rng: np.random.Generator, box: np.ndarray | None, sizes: tuple[float, float]) -> float:
+    """The factor that brings a box to a longer side drawn from a range, evenly on a logarithmic scale."""
+    target = float(np.exp(rng.uniform(np.log(sizes[0]), np.log(sizes[1]))))
+    # An image without planes: as if it had one of the middle of the range.
+    side = float(np.sqrt(sizes[0] * sizes[1])) if box is None else float(max(box[2] - box[0], box[3] - box[1]))
+    return float(np.clip(target / max(side, 1.0), 1 / MOST_SHRUNK, MOST_ENLARGED))
 
 
 def turned_whole(image: np.ndarray, linear: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -80,6 +80,7 @@ class DetectorBatches:
     min_visible: float
     seed: int
     zoom: float = 1.0
+    plane_sizes: tuple[float, float] | None = None
     masks: bool = False
     edges: tuple[int, ...] = (0,)
     max_edge: int = 0
@@ -115,7 +116,14 @@ class DetectorBatches:
         boxes = sample.boxes[real]
         if self.window:
             image, affine = random_window(
-                rng, image, boxes, settings=self.augmentation, size=self.window, focus=self.focus, zoom=self.zoom
+                rng,
+                image,
+                boxes,
+                settings=self.augmentation,
+                size=self.window,
+                focus=self.focus,
+                zoom=self.zoom,
+                plane_sizes=self.plane_sizes,
             )
         else:
             image, affine = turned_whole(image, random_linear(rng, self.augmentation) * self.zoom)

@@ -1,0 +1,179 @@
+"""Folds and seeds: what was held back is measured, what was done is not done again, spreads are those of the runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+
+import mlflow
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from mlflow.artifacts import load_text
+
+from models.errors import ModelError, RecipeError
+from models.instances import from_rows
+from pipelines import ablation
+from pipelines.data.readers.opening import open_dataset
+from pipelines.evaluation.metrics import evaluate_instances
+from pipelines.registry.model_versions import Registry
+from pipelines.use_cases import ablate as use_case
+from pipelines.use_cases.ablate import AblationRequest, ablate, plan_ablation
+from tests.stores import new_store
+
+pytestmark = pytest.mark.slow
+
+TINY = ("training.steps=3", "training.batch_size=2", "window=128", "architecture.max_detections=20", "data.val_fraction=0")
+TINY_UNET = ("training.steps=3", "training.batch_size=2", "data.val_fraction=0")
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory):
+    """A store in the working folder."""
+    folder = tmp_path_factory.mktemp("repeated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_EXPERIMENT_ID", "")
+        patch.delenv("PLANES_TRACEBACK", raising=False)
+        yield Registry.connect(new_store(folder / "mlflow.db"))
+
+
+def _request(airfield, **changes):
+    settings = {"recipe": "demo_detector", "name": "planes-det", "overrides": TINY, "device": "cpu", "register": True}
+    return AblationRequest(data=str(airfield), work_dir="work", **{**settings, **changes})
+
+
+def _parent(registry, results):
+    run = registry.client.get_run(results[0].run.info.run_id)
+    return registry.client.get_run(run.data.tags["mlflow.parentRunId"])
+
+
+def _rows(run, name):
+    return list(csv.DictReader(io.StringIO(load_text(f"{run.info.artifact_uri}/{name}"))))
+
+
+@pytest.fixture(scope="module")
+def folded(registry, airfield):
+    """A detector over three folds; the second training failed at first and was made up for."""
+    request = _request(airfield, folds=3)
+    real, calls = use_case.run_plan, []
+
+    def fails_once(registry, plan, display):
+        calls.append(plan.request.tags)
+        if len(calls) == 2:
+            raise ModelError("broken")
+        return real(registry, plan, display)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(use_case, "run_plan", fails_once)
+        first = ablate(registry, request)
+        assert [r.error for r in first] == ["", "broken", ""]
+        assert not [k for k in _parent(registry, first).data.metrics if k.startswith("out_of_fold")]
+        again = ablate(registry, request)
+    # Only the one that failed is trained again.
+    assert [c["fold"] for c in calls] == ["1/3", "2/3", "3/3", "2/3"]
+    return again
+
+
+def test_every_image_is_predicted_by_the_training_that_never_saw_it(registry, airfield, folded, tmp_path):
+    parent = _parent(registry, folded)
+    path = mlflow.artifacts.download_artifacts(
+        run_id=parent.info.run_id, artifact_path="out_of_fold.parquet", dst_path=str(tmp_path)
+    )
+    rows = pq.read_table(path).to_pylist()
+    everything = open_dataset(airfield, "train+test")
+    folds = {}
+    for result in folded:
+        inputs = {
+            i.dataset.name.split("/")[1]: i for i in registry.client.get_run(result.run.info.run_id).inputs.dataset_inputs
+        }
+        fold = plan_ablation(_request(airfield, folds=3)).trainings[result.member.fold - 1][2].data
+        assert set(inputs) == {"train", f"fold-{result.member.fold}"}
+        assert inputs["train"].dataset.digest == fold.train.digest()
+        held_out, seen = ({s.image_id for s in part.samples} for part in (fold.test, fold.train))
+        assert held_out | seen == {s.image_id for s in everything.samples}
+        assert not held_out & seen
+        folds |= dict.fromkeys(held_out, result.member.fold)
+    assert set(folds) == {s.image_id for s in everything.samples}
+    assert {r["image_id"]: r["fold"] for r in rows}.items() <= folds.items()
+    # The metrics of all folds together are those of the table.
+    expected = evaluate_instances(everything, from_rows(rows)).finite()
+    assert {k: parent.data.metrics[f"out_of_fold/{k}"] for k in expected} == pytest.approx(expected, abs=1e-6)
+    scenes = _rows(parent, "scenes.csv")
+    assert Counter(r["scene"] for r in scenes) == Counter({s.scene for s in everything.samples})
+    assert sum(int(r["planes"]) for r in scenes) == everything.planes
+    assert [float(r["AP50"]) for r in scenes] == sorted(float(r["AP50"]) for r in scenes)
+    figures = {f.path for f in registry.client.list_artifacts(parent.info.run_id, "figures")}
+    assert figures == {"figures/scenes.png", "figures/spread.png"}
+
+
+def test_folds_have_their_mean_and_deviation_and_no_version(registry, folded):
+    parent = _parent(registry, folded)
+    values = [r.run.data.metrics["test/AP"] for r in folded]
+    assert parent.data.metrics["mean/test/AP"] == pytest.approx(np.mean(values))
+    assert parent.data.metrics["sd/test/AP"] == pytest.approx(np.std(values, ddof=1))
+    assert [(r["fold"], r["seed"]) for r in _rows(parent, "trainings.csv")] == [("1", "0"), ("2", "0"), ("3", "0")]
+    assert not [m for m in registry.client.search_registered_models() if m.name == "planes-det"]
+    assert parent.info.run_name == "train demo_detector: 3 folds"
+
+
+def test_each_seed_becomes_a_version_and_all_of_them_a_spread(registry, airfield, capsys):
+    request = _request(airfield, recipe="demo_unet", name="planes-unet", overrides=(*TINY_UNET, "seed=4"), seeds=2)
+    results = ablate(registry, request)
+    assert [(r.member.seed, r.version) for r in results] == [(4, "1"), (5, "2")]
+    assert [r.run.data.params["training.seed"] for r in results] == ["4", "5"]
+    versions = [registry.client.get_model_version("planes-unet", v) for v in "12"]
+    assert [v.tags["seed"] for v in versions] == ["4", "5"]
+    parent = _parent(registry, results)
+    values = [r.run.data.metrics["test/IoU"] for r in results]
+    assert values[0] != values[1]
+    assert parent.data.metrics["mean/test/IoU"] == pytest.approx(np.mean(values))
+    assert parent.data.metrics["sd/test/IoU"] == pytest.approx(np.std(values, ddof=1))
+    # The same again trains nothing and knows the versions.
+    again = ablate(registry, request)
+    assert [(r.run.info.run_id, r.version) for r in again] == [(r.run.info.run_id, r.version) for r in results]
+    assert len(registry.search_versions("name = 'planes-unet'")) == 2
+
+
+def test_variants_are_held_against_their_noise(registry, airfield):
+    request = _request(
+        airfield,
+        recipe="demo_unet",
+        name="abl",
+        overrides=TINY_UNET,
+        seeds=2,
+        variants=("lr=0.001; lr=0.002",),
+        register=False,
+    )
+    results = ablate(registry, request)
+    assert [(r.variant.label, r.member.label) for r in results] == [
+        ("lr=0.001", "seed 0"), ("lr=0.001", "seed 1"), ("lr=0.002", "seed 0"), ("lr=0.002", "seed 1"),
+    ]  # fmt: skip
+    rows = _rows(_parent(registry, results), "ablation.csv")
+    for row, pair in zip(rows, (results[:2], results[2:]), strict=True):
+        values = [r.run.data.metrics["test/IoU"] for r in pair]
+        assert float(row["test/IoU"]) == pytest.approx(np.mean(values))
+        assert float(row["test/IoU_sd"]) == pytest.approx(np.std(values, ddof=1))
+        assert row["trainings"] == "2"
+    verdicts = [row["against the best"] for row in rows]
+    assert "the best" in verdicts
+    assert all(v == "the best" or v.endswith(("inside the noise", "beyond the noise")) for v in verdicts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"folds": 1}, "--folds takes 2 or more"), ({"seeds": 0}, "--seeds 1 or more")]
+)
+def test_mistakes_are_said(airfield, changes, said):
+    with pytest.raises(RecipeError, match=said):
+        plan_ablation(_request(airfield, **changes))
+
+
+def test_all_splits_with_truth_are_parted_and_the_recipe_s_own_seed_comes_first(airfield):
+    plan = plan_ablation(_request(airfield, folds=2, seeds=2, overrides=(*TINY, "seed=7")))
+    assert [m.label for _, m, _ in plan.trainings] == [
+        "fold 1/2 seed 7", "fold 2/2 seed 7", "fold 1/2 seed 8", "fold 2/2 seed 8",
+    ]  # fmt: skip
+    assert len(plan.everything) == 7
+    assert len({p.key for _, _, p in plan.trainings}) == 4
+    assert ablation.members(3, 1, 0) == [ablation.Member(3)]
