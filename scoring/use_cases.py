@@ -60,6 +60,9 @@ def compare_targets(registry: Registry, request: ComparisonRequest, display: Dis
         PlanesError: targets that cannot be used, or that are over different images.
     """
     claim_folder(Path(request.out))
+    named = {text: registry.group(text) for text in request.targets}
+    groups = {one: text for text, members in named.items() if members != [text] for one in members}
+    request = replace(request, targets=tuple(dict.fromkeys(one for text in request.targets for one in named[text])))
     runs = {t: mlflow_log.load_scored(registry.client, t) for t in request.targets if is_run(t)}
     if request.data is None and not runs:
         raise DataError("give --data: only scoring runs know what they were made on")
@@ -97,7 +100,8 @@ def compare_targets(registry: Registry, request: ComparisonRequest, display: Dis
             raise DataError(f"{job.label}: outlines given boxes and finds none; score it and compare its runs")
         return from_job(job)
 
-    finish(registry, gather(registry.client, request.targets, dataset, runs=runs, score=score), dataset, Path(request.out))
+    candidates = gather(registry.client, request.targets, dataset, runs=runs, score=score, groups=groups)
+    finish(registry, candidates, dataset, Path(request.out))
     log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client)}")
 
 
@@ -255,6 +259,11 @@ def finish(registry: Registry, candidates: Sequence[Candidate], dataset: Dataset
         what = "masks" if pair.kind == "segm" else "boxes"
         against = f"{pair.label} against {comparison.labels[0]}"
         log.info(f"{against}, {what}: AP {pair.difference:+.3f}{interval}: {pair.verdict}")
+    for group in comparison.groups:
+        what = "masks" if group.kind == "segm" else "boxes"
+        spreads = ", ".join(f"{name} {group.spreads[name]}" for name in ("AP", "AP50"))
+        more = ", ".join(f"{name} {group.differences[name]}" for name in ("AP", "AP50") if group.differences)
+        log.info(f"{group.label}, {what}: {spreads}" + (f"; against {comparison.groups[0].label}: {more}" if more else ""))
     run_id = mlflow_log.log_comparison(registry.client, out, comparison, dataset)
     log.info(f"report: {report or 'none, matplotlib is not installed'} (run {run_id})")
 

@@ -65,14 +65,18 @@ def difference(first: Mapping[str, float], second: Mapping[str, float], *, folds
     Of seeds alone: Welch's interval of the two means. With ``folds``, and the same names in both groups, the values
     are paired, as two recipes meet the same scenes; since the trainings share most of their images, the variance of the
     mean is 1 / n + 1 / (folds - 1) of that of the differences instead of 1 / n (Nadeau and Bengio, Machine Learning 52,
-    2003).
+    2003). A single measurement against several is taken to be as noisy as these are.
     """
     a, b = ({k: v for k, v in group.items() if math.isfinite(v)} for group in (first, second))
     if not a or not b:
         return Difference(math.nan, math.nan, math.nan)
     value = float(np.mean(list(b.values())) - np.mean(list(a.values())))
-    if min(len(a), len(b)) < 2:
+    if max(len(a), len(b)) < 2:
         return Difference(value, math.nan, math.nan)
+    if min(len(a), len(b)) < 2:
+        several = list((a if len(a) > 1 else b).values())
+        margin = _margin(float(np.var(several, ddof=1)) * (1 + 1 / len(several)), len(several) - 1)
+        return Difference(value, value - margin, value + margin)
     if folds > 1 and set(a) == set(b):
         each = [b[k] - a[k] for k in a]
         margin = _margin(float(np.var(each, ddof=1)) * (1 / len(each) + 1 / (folds - 1)), len(each) - 1)

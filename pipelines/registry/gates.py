@@ -376,6 +376,29 @@ def _judge_metric(
         yield Check(f"{metric} gain, confidence", where, f">= {gate.confidence:g}", shown, "-", share >= gate.confidence)
 
 
+def judge_group(gates: Gates, candidates: Sequence[Measurement], baselines: Sequence[Measurement]) -> list[Check]:
+    """Whether a gain that a gate asks for is beyond the noise of seeds: its 95 % interval lies above it.
+
+    ``candidates`` and ``baselines`` are the versions of each side's group on one data set; a baseline that stands alone
+    is taken to be as noisy as the candidates are (`pipelines.evaluation.spread.difference`).
+    """
+    from pipelines.evaluation.spread import Spread, difference
+
+    checks = []
+    for metric, gate in gates.metrics.items():
+        if gate.min_gain is None or not baselines:
+            continue
+        sides = [{str(i): m.at(metric) for i, m in enumerate(side)} for side in (baselines, candidates)]
+        gain = difference(*sides)
+        theirs, ours = (str(Spread.of(list(side.values()))) for side in sides)
+        dataset = candidates[0].dataset
+        required = f"> {gate.min_gain:+g} beyond the noise"
+        shown = f"{ours} ({gain})"
+        where, passed = f"{dataset.name}/{dataset.split}", gain.low > gate.min_gain
+        checks.append(Check(f"{metric} gain over seeds", where, required, shown, theirs, passed, metric=True))
+    return checks
+
+
 def _against(
     gate: str, where: str, *, least: float, ours: float | None, theirs: float | None, strict: bool = False
 ) -> Check:

@@ -28,6 +28,8 @@ M = TypeVar("M", bound=BaseModel)
 # Versions requested at once; MLflow cuts longer answers into pages.
 PAGE = 1000
 # Tag of a version: digest of its saved folder.
+# Tag of versions that differ in their seed alone: the same for all of them.
+GROUP = "seeds_of"
 DIGEST = "digest"
 # Registered model that holds every move of an alias, see pipelines.journal.
 JOURNAL = "planes-journal"
@@ -112,6 +114,24 @@ class Registry:
             )
         digest = version.tags.get(DIGEST)
         return Resolved(text, name, str(version.version), version.run_id, self.logged_model_id(version), digest=digest)
+
+    def group(self, text: str) -> list[str]:
+        """The versions of a group, ``name/3..5``, as ``name/3``, ``name/4``, ``name/5``; any other text by itself.
+
+        Versions that were deleted are left out.
+
+        Raises:
+            RegistryError: no version of the group exists.
+        """
+        match = re.fullmatch(r"(?:models:/+)?([^/@]+)/(\d+)\.\.(\d+)", text)
+        if match is None:
+            return [text]
+        name, first, last = match[1], int(match[2]), int(match[3])
+        known = sorted(int(v.version) for v in self.versions_of(name))
+        chosen = [f"{name}/{number}" for number in known if first <= number <= last]
+        if not chosen:
+            raise RegistryError(f"model {text!r}: no version of {name} from {first} to {last}; {self._known_models()}")
+        return chosen
 
     def logged_model_id(self, version: ModelVersion) -> str | None:
         """MLflow's id of the logged model behind a version; SQL stores tell it by the version's source only.

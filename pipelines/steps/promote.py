@@ -35,7 +35,11 @@ def main(*, model: str, alias: str, data: str, split: str, gates: str, device: s
     registry = Registry.connect()
     given, file = None, None if gates == "auto" else gates
     if gates == "none":
-        metric = main_metric(registry, registered(registry, model)) if one["metric"] == "auto" else one["metric"]
+        metric = (
+            main_metric(registry, registered(registry, registry.group(model)[0]))
+            if one["metric"] == "auto"
+            else one["metric"]
+        )
         bounds = {"minimum": one["minimum"], "min_gain": one["min_gain"]}
         given = parse_gates({"gates": {"production": {"metrics": {metric: bounds}}}}, "options")
     verdict = promote(

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pipelines.evaluation.spread import Spread
 from pipelines.locking import held, lock_of
 from pipelines.recipes.reading import load_recipe
 from pipelines.recipes.settings import Recipe
-from pipelines.registry.model_versions import Registry
+from pipelines.registry.model_versions import GROUP, Registry
 from pipelines.tables import text_table
 from pipelines.tracking import mlflow_runs
 from pipelines.use_cases.display import SILENT, Display
@@ -98,8 +98,14 @@ def plan_ablation(request: AblationRequest, display: Display = SILENT) -> Ablati
             plan = plan_training(_request(request, task, variant, member), _part(folds, member))
             trainings.append((variant, member, plan))
     key = ablation.ablation_key([p.key for _, _, p in trainings])
+    if request.register and not request.folds:
+        trainings = [(v, m, _in_group(p, key)) for v, m, p in trainings]
     everything = folds.of(trainings[0][2].recipe.data)[0] if folds else None
     return AblationPlan(request, trainings, key, KIND[task], main_metric, everything)
+
+
+def _in_group(plan: Plan, key: str) -> Plan:
+    return replace(plan, request=replace(plan.request, tags={**plan.request.tags, GROUP: key}))
 
 
 def _first_seed(request: AblationRequest, task: str, variant: ablation.Variant) -> int:

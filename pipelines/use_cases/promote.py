@@ -32,10 +32,11 @@ from pipelines.registry.gates import (
     find_gates,
     judge,
     judge_data,
+    judge_group,
     judge_images,
     judge_size,
 )
-from pipelines.registry.model_versions import Registry, Resolved
+from pipelines.registry.model_versions import GROUP, Registry, Resolved
 from pipelines.registry.promotion import AliasState, checked_alias, move, read_alias_state
 from pipelines.tables import text_table
 from pipelines.tracking import mlflow_runs
@@ -65,7 +66,8 @@ def promote(
     Raises:
         PlanesError: model, data, gates or store that cannot be used; another promotion was faster.
     """
-    candidate = registered(registry, request.model)
+    members = [registered(registry, one) for one in registry.group(request.model)]
+    candidate = _median(registry, members)
     name, alias = str(candidate.name), checked_alias(request.alias)
     at = read_alias_state(registry, name, alias, look_only=request.dry_run)
     if at.finished is not None:
@@ -91,7 +93,9 @@ def promote(
             _note_run(registry, candidate, run.info.run_id)
         checks = _forgiving(
             request,
-            lambda: _check(registry, display, request, candidate=candidate, baseline=baseline, gates=gates, file=file),
+            lambda: _check(
+                registry, display, request, candidate=candidate, baseline=baseline, gates=gates, file=file, members=members
+            ),
         )
         table = show_checks(checks)
         log.info(f"gates of {source}, {candidate.label} against {against}:\n{table}")
@@ -112,6 +116,29 @@ def registered(registry: Registry, model: str) -> Resolved:
     if candidate.name is None or candidate.version is None:
         raise RegistryError(f"{model}: a saved folder; only a registered version can be promoted")
     return candidate
+
+
+def _median(registry: Registry, members: Sequence[Resolved]) -> Resolved:
+    """Of a group the version with the (lower) median of the main metric that was measured when it was trained.
+
+    The best one would owe some of its lead to chance.
+    """
+    if len(members) == 1:
+        return members[0]
+    metric = main_metric(registry, members[0])
+    values = [json.loads(registry.version_of(v).tags.get("metrics", "{}")).get(metric, -1.0) for v in members]
+    chosen = members[sorted(range(len(members)), key=values.__getitem__)[(len(members) - 1) // 2]]
+    log.info(f"{chosen.label} has the median {metric} of {len(members)} versions and stands for them")
+    return chosen
+
+
+def _of_one_group(registry: Registry, version: Resolved) -> list[Resolved]:
+    """All versions that were trained with a version, differing in their seed alone; itself where there are no others."""
+    group = registry.version_of(version).tags.get(GROUP)
+    if group is None:
+        return [version]
+    known = registry.versions_of(str(version.name))
+    return [registry.resolve(f"{version.name}/{v.version}") for v in known if v.tags.get(GROUP) == group]
 
 
 def main_metric(registry: Registry, version: Resolved) -> str:
@@ -166,10 +193,15 @@ def _check(
     baseline: Resolved | None,
     gates: Gates,
     file: GateFile,
+    members: Sequence[Resolved],
 ) -> list[Check]:
     """All gates on all data sets."""
     device = pick_device(request.device)
-    folders = {v.label: registry.fetch(v) for v in ([candidate] if baseline is None else [candidate, baseline])}
+    versions = [candidate] if baseline is None else [candidate, baseline]
+    # Of a group, the others of both sides are measured beside them.
+    rivals = [] if baseline is None or len(members) == 1 else _of_one_group(registry, baseline)
+    measured_too = {v.label: v for v in (*versions, *(members if len(members) > 1 else ()), *rivals)}
+    folders = {label: registry.fetch(v) for label, v in measured_too.items()}
     kind = read_spec(folders[candidate.label]).kind
     for metric in gates.metrics:
         check_metric(metric, kind)
@@ -179,7 +211,6 @@ def _check(
         if gates.need_data or any(d.digest for d in file.data)
         else []
     )
-    versions = [candidate] if baseline is None else [candidate, baseline]
     sizes = [sum(p.stat().st_size for p in folders[v.label].rglob(WEIGHTS_FILE)) / 1e6 for v in versions]
     trained_on = registry.version_of(candidate).tags.get("data_digest", "unknown")
     required = file.data if datasets else []
@@ -191,7 +222,7 @@ def _check(
     renderings = {label: read_spec(folder).rendering for label, folder in folders.items()}
     for dataset in datasets:
         mlflow_runs.log_dataset(dataset, "promotion")
-        with _kept(versions, dataset, device) as kept:
+        with _kept(list(measured_too.values()), dataset, device) as kept:
             measured = measure(predictors, dataset, display.items, kept=kept, renderings=renderings)
         for role, version in zip(("candidate", "baseline"), versions, strict=False):
             prefix = f"{role}/" if len(datasets) == 1 else f"{role}/{dataset.name}/"
@@ -200,6 +231,8 @@ def _check(
             )
         theirs: Measurement | None = None if baseline is None else measured[baseline.label]
         checks += judge(gates, main, measured[candidate.label], theirs)
+        if len(members) > 1:
+            checks += judge_group(gates, [measured[v.label] for v in members], [measured[v.label] for v in rivals])
     return checks
 
 

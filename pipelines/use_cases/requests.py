@@ -91,7 +91,7 @@ class ComposeRequest:
 class PromotionRequest:
     """What to promote, and by which gates."""
 
-    model: str = field(metadata={"help": "Candidate: NAME/VERSION or NAME@ALIAS."})
+    model: str = field(metadata={"help": "Candidate: NAME/VERSION, NAME@ALIAS, or NAME/FIRST..LAST, a group."})
     alias: str = field(default="production", metadata={"help": "Alias to move."})
     data: tuple[str, ...] = field(
         default=(), metadata={"help": "Data sets to evaluate on instead of those of the gates; repeatable."}

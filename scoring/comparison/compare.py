@@ -108,6 +108,7 @@ class Candidate:
     """One set of predictions in a comparison; the score below which none were kept, speed and size where known.
 
     failed: how many images could not be read or predicted, None where that is not known.
+    group: the target that named it together with others, empty where it was named alone.
     """
 
     label: str
@@ -117,6 +118,24 @@ class Candidate:
     images_per_second: float = math.nan
     megabytes: float = math.nan
     failed: int | None = None
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Versions that were named together, such as those of several seeds: their spread, and how they differ from the first.
+
+    Attributes:
+        label: of the group.
+        kind: boxes or masks.
+        spreads: metric -> ``mean ± standard deviation (count)``.
+        differences: metric -> difference to the first group with its interval and what it allows to say.
+    """
+
+    label: str
+    kind: Kind
+    spreads: dict[str, str]
+    differences: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -162,6 +181,7 @@ class Comparison:
     errors: dict[str, dict[str, int]]
     matched_iou: dict[str, float]
     images: list[ImageDifference]
+    groups: list[Group] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
     def table(self, candidates: Sequence[Candidate]) -> pd.DataFrame:
@@ -233,8 +253,35 @@ def compare(dataset: Dataset, candidates: Sequence[Candidate], resamples: int = 
         errors=errors,
         matched_iou=matched,
         images=images,
+        groups=_groups(candidates, metrics),
         settings=settings,
     )
+
+
+# The metrics whose spread over a group is shown.
+OF_GROUPS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def _groups(candidates: Sequence[Candidate], metrics: Mapping[Kind, Mapping[str, Mapping[str, float]]]) -> list[Group]:
+    """The groups in the order of the candidates, one that was named alone being a group of its own; none without any."""
+    if not any(c.group for c in candidates):
+        return []
+    # Needs scipy, which a scorer's environment does without.
+    from pipelines.evaluation.spread import Spread, difference
+
+    members: dict[str, list[str]] = {}
+    for one in candidates:
+        members.setdefault(one.group or one.label, []).append(one.label)
+    groups = []
+    for kind, of_kind in metrics.items():
+        first: dict[str, dict[str, float]] = {}
+        for label, labels in members.items():
+            values = {name: {one: of_kind[one][name] for one in labels} for name in OF_GROUPS}
+            spreads = {name: str(Spread.of(list(v.values()))) for name, v in values.items()}
+            differences = {name: str(difference(first[name], v)) for name, v in values.items()} if first else {}
+            groups.append(Group(label, kind, spreads, differences))
+            first = first or values
+    return groups
 
 
 def _diagnoses(dataset: Dataset, predictions: Sequence[Instances], masks: bool) -> dict[str, Diagnosis]:

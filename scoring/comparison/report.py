@@ -20,7 +20,7 @@ from pipelines.evaluation.drawing import draw_instances, draw_truth
 from pipelines.evaluation.matching import ERRORS, RECALLS
 from pipelines.evaluation.metrics import COCO_METRICS
 from pipelines.files import write_text
-from scoring.comparison.compare import SHOWN_SCORE, Candidate, Comparison, ImageDifference, deltas
+from scoring.comparison.compare import OF_GROUPS, SHOWN_SCORE, Candidate, Comparison, ImageDifference, deltas
 
 TEMPLATES = Path(__file__).parent / "templates"
 KIND_NAMES = {"bbox": "boxes", "segm": "outlines (masks)"}
@@ -42,6 +42,7 @@ def write_report(comparison: Comparison, candidates: Sequence[Candidate], datase
         candidates=candidates,
         kind_names=KIND_NAMES,
         columns=COCO_METRICS,
+        group_columns=OF_GROUPS,
         errors=("correct", *ERRORS),
         deltas={(k, c): deltas(comparison, k, c) for k in comparison.kinds for c in comparison.labels[1:]},
         curves={k: [_png(f) for f in _curve_figures(comparison, k)] for k in comparison.kinds},

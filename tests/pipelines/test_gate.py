@@ -22,6 +22,7 @@ from pipelines.registry.gates import (
     find_gates,
     judge,
     judge_data,
+    judge_group,
     judge_size,
     judge_twin,
     largest_differences,
@@ -372,3 +373,37 @@ def test_an_unknown_metric_names_those_there_are(dataset):
 def test_no_gates_for_an_alias():
     with pytest.raises(RecipeError, match="none for staging, and none for production; known: challenger"):
         parse_gates({"gates": {"challenger": {}}}, "x").of("staging")
+
+
+def _with_ap(dataset, value):
+    measured = Measurement.__new__(Measurement)
+    object.__setattr__(measured, "dataset", dataset)
+    object.__setattr__(measured, "at", lambda metric: value)
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "passed"),
+    [
+        ((0.50, 0.51, 0.52), (0.40, 0.41, 0.42), True),
+        ((0.50, 0.41, 0.62), (0.40, 0.41, 0.42), False),
+        ((0.50, 0.51, 0.52), (0.40,), True),
+        ((0.44, 0.50, 0.56), (0.45,), False),
+        ((0.40, 0.41, 0.42), (0.50, 0.51, 0.52), False),
+    ],
+)
+def test_a_gain_of_a_group_must_be_beyond_the_noise_of_seeds(dataset, ours, theirs, passed):
+    gates = Gates(metrics={"AP": {"min_gain": 0}, "AP50": {"minimum": 0.1}})
+    sides = [[_with_ap(dataset, v) for v in side] for side in (ours, theirs)]
+    (check,) = judge_group(gates, *sides)
+    assert (check.gate, check.data, check.passed) == ("AP gain over seeds", "field/test", passed)
+    assert ("beyond the noise" in check.candidate) == (passed or ours == (0.40, 0.41, 0.42))
+    # A first promotion has nothing to be held against.
+    assert judge_group(gates, sides[0], []) == []
+
+
+def test_a_gain_of_a_group_must_reach_what_is_asked_for(dataset):
+    sides = [[_with_ap(dataset, v) for v in side] for side in ((0.50, 0.51, 0.52), (0.40, 0.41, 0.42))]
+    for least, passed in ((0.05, True), (0.09, False)):
+        (check,) = judge_group(Gates(metrics={"AP": {"min_gain": least}}), *sides)
+        assert check.passed is passed

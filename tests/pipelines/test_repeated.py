@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
+from dataclasses import replace
 
 import mlflow
 import numpy as np
@@ -12,14 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow.artifacts import load_text
 
-from models.errors import ModelError, RecipeError
+from models.errors import ModelError, RecipeError, RegistryError
 from models.instances import from_rows
 from pipelines import ablation
 from pipelines.data.readers.opening import open_dataset
 from pipelines.evaluation.metrics import evaluate_instances
-from pipelines.registry.model_versions import Registry
+from pipelines.registry.gates import parse_gates
+from pipelines.registry.model_versions import GROUP, Registry
 from pipelines.use_cases import ablate as use_case
+from pipelines.use_cases import promote as promotion
 from pipelines.use_cases.ablate import AblationRequest, ablate, plan_ablation
+from pipelines.use_cases.requests import PromotionRequest
 from tests.stores import new_store
 
 pytestmark = pytest.mark.slow
@@ -177,3 +181,43 @@ def test_all_splits_with_truth_are_parted_and_the_recipe_s_own_seed_comes_first(
     assert len(plan.everything) == 7
     assert len({p.key for _, _, p in plan.trainings}) == 4
     assert ablation.members(3, 1, 0) == [ablation.Member(3)]
+
+
+def test_a_group_is_named_by_its_first_and_last_version_and_promoted_by_its_median(registry, airfield):
+    known = registry.client
+    for name in ("grp",):
+        known.create_registered_model(name)
+    version = registry.search_versions("name = 'planes-unet'")[0]
+    for value in (0.7, 0.9, 0.8):
+        known.create_model_version(
+            "grp", version.source, version.run_id, tags={"metrics": f'{{"IoU": {value}}}', GROUP: "k"}
+        )
+    assert registry.group("grp/1..3") == ["grp/1", "grp/2", "grp/3"]
+    assert registry.group("models:/grp/2..9") == ["grp/2", "grp/3"]
+    assert registry.group("grp/2") == ["grp/2"]
+    with pytest.raises(RegistryError, match=r"no version of grp from 7 to 9"):
+        registry.group("grp/7..9")
+    members = [registry.resolve(one) for one in registry.group("grp/1..3")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(promotion, "main_metric", lambda registry, version: "IoU")
+        assert promotion._median(registry, members).label == "grp/3"
+        assert promotion._median(registry, members[:2]).label == "grp/1"
+    assert {v.label for v in promotion._of_one_group(registry, members[0])} == {"grp/1", "grp/2", "grp/3"}
+    assert promotion._of_one_group(registry, registry.resolve("planes-unet/1"))[0].name == "planes-unet"
+
+
+def test_a_group_passes_its_gates_by_its_seeds(registry, airfield, caplog):
+    caplog.set_level("INFO")
+    gates = parse_gates({"data": [], "gates": {"production": {"metrics": {"IoU": {"min_gain": 0}}}}}, "gates")
+    request = PromotionRequest(model="planes-unet/1..2", data=(str(airfield),), device="cpu", dry_run=True)
+    assert promotion.promote(registry, request, given=gates).passed
+    registry.set_alias("planes-unet", "production", "1")
+    verdict = promotion.promote(registry, replace(request, model="planes-unet/2..2"), given=gates)
+    assert not [c for c in verdict.checks if c.gate == "IoU gain over seeds"]
+    registry.set_alias("planes-unet", "production", "2")
+    verdict = promotion.promote(registry, request, given=gates)
+    (check,) = [c for c in verdict.checks if c.gate == "IoU gain over seeds"]
+    # Both sides are the same two versions.
+    assert not check.passed
+    assert "+0.000" in check.candidate
+    assert "(2)" in check.baseline

@@ -45,6 +45,14 @@ def test_folds_are_paired_and_share_their_training_images():
     assert difference(a, b, folds=5).verdict == "inside the noise"
 
 
+def test_one_measurement_is_as_noisy_as_the_others():
+    several = {"1": 0.40, "2": 0.42, "3": 0.44}
+    half = stats.t.ppf(0.975, 2) * 0.02 * np.sqrt(1 + 1 / 3)
+    for first, second, sign in (({"x": 0.5}, several, -1), (several, {"x": 0.5}, 1)):
+        found = difference(first, second)
+        assert (found.value, found.low, found.high) == pytest.approx((sign * 0.08, sign * 0.08 - half, sign * 0.08 + half))
+
+
 def test_what_was_done_once_says_nothing_of_noise():
     single = difference({"a": 0.1}, {"a": 0.9})
     assert single.verdict == "noise unknown"
