@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -54,7 +55,12 @@ CATEGORY = option(ComparisonRequest, "category")
 @click.option(
     "--full-image", default=VERSION, show_default=True, help="Longer side for a pass over the whole image; or none."
 )
-@option(JobSettings, "score_threshold", type=click.FloatRange(0, 1))
+@option(
+    JobSettings,
+    "score_threshold",
+    default="0.05",
+    help="Least score that is kept; auto: the one that the version suggests.",
+)
 @option(JobSettings, "overlays", type=click.IntRange(0))
 @RLE
 @option(JobSettings, "workers", default=AUTO)
@@ -114,7 +120,13 @@ def evaluate(predictions: str, data: str, **options: Any) -> None:
     "--to", "formats", default="coco", show_default=True, help="coco, kaggle, geojson, overlays; or several, with commas."
 )
 @click.option("--out", default=None, help="Folder to write to; the scoring's own without it.")
-@option(JobSettings, "score_threshold", type=click.FloatRange(0, 1), default=0.0)
+@option(
+    JobSettings,
+    "score_threshold",
+    type=click.FloatRange(0, 1),
+    default=None,
+    help="Least score; without it all, and for kaggle from the version's suggested one on.",
+)
 @option(JobSettings, "overlays", type=click.IntRange(1))
 @RLE
 def export(folder: str, formats: str, out: str | None, **options: Any) -> None:
@@ -162,7 +174,7 @@ def _score(models: tuple[str, ...], data: str, *, out: str, split: str, device: 
     execution = Execution(runner=options["runner"], address=address, actors=_auto("actors", options))
     settings = JobSettings(
         batch_size=_auto("batch", options),
-        score_threshold=options["score_threshold"],
+        score_threshold=0.05 if options["score_threshold"] == AUTO else _share(options["score_threshold"]),
         overlays=options["overlays"],
         rle=options["rle"],
         tiling=_tiling(options),
@@ -180,6 +192,7 @@ def _score(models: tuple[str, ...], data: str, *, out: str, split: str, device: 
         split=split,
         scene_pattern=options["scene_pattern"],
         device=device,
+        auto_threshold=options["score_threshold"] == AUTO,
         settings=settings,
         execution=execution,
         runtime=options["runtime"],
@@ -203,6 +216,16 @@ def _tiling(options: Mapping[str, Any]) -> dict[str, object]:
         elif text != VERSION:
             changes[key] = _number(name, text, kind)
     return changes
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise click.UsageError(f"--score-threshold {text}: expected a number from 0 to 1, or auto")
+    return value
 
 
 def _auto(option: str, options: Mapping[str, Any]) -> int | None:
@@ -241,7 +264,7 @@ def _display() -> Any:
     return replace(TERMINAL, items=partial(show_progress, failed=lambda scored: isinstance(scored[2], Failure)))
 
 
-def _export(folder: str, formats: str, *, out: str | None, score_threshold: float, overlays: int, rle: Any) -> None:
+def _export(folder: str, formats: str, *, out: str | None, score_threshold: float | None, overlays: int, rle: Any) -> None:
     from scoring.jobs.export import FORMATS, export_job
 
     wanted = formats.split(",")

@@ -55,6 +55,14 @@ class JobSettings:
         metadata={"help": "Bands shown as red, green, blue: 4,3,2, or auto; by default the version's."},
     )
 
+    # A models.saved.scores.Scores, whose import would make --help wait for pydantic.
+    scores: Any = field(
+        default=None,
+        metadata={
+            "help": "Calibration of the version: the table has probabilities, the Kaggle CSV what reaches its threshold."
+        },
+    )
+
     @property
     def changes(self) -> dict[str, Any]:
         """What to change of the version's tiling."""
@@ -89,6 +97,9 @@ class ScoreRequest:
         default=None, metadata={"help": "Regular expression whose first group is an image's scene."}
     )
     device: str = field(default="auto", metadata=DEVICE)
+    auto_threshold: bool = field(
+        default=False, metadata={"help": "Keep what reaches the score that the version itself suggests."}
+    )
     settings: JobSettings = field(default_factory=JobSettings, metadata={"help": "How to score."})
     execution: Execution = field(default=LOCAL, metadata={"help": "What runs the scoring."})
     runtime: Runtime = field(

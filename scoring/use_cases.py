@@ -10,7 +10,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from models.errors import DataError, RegistryError, one_line
+from models.errors import DataError, ModelError, RegistryError, one_line
 from models.images.rendering import parse_rendering
 from models.loading import load_model
 from models.runtime.devices import pick_device
@@ -204,6 +204,7 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
         )
         for version, folder in versions
     ]
+    thresholds = [_threshold(request, version, folder) for version, folder in versions]
     runs = [
         score_version(
             registry,
@@ -211,12 +212,17 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
             one.folder,
             dataset,
             out=out,
-            settings=replace(request.settings, runtime=one.name, precision=one.precision or request.settings.precision),
+            settings=replace(
+                request.settings,
+                runtime=one.name,
+                precision=one.precision or request.settings.precision,
+                score_threshold=threshold,
+            ),
             device=device,
             execution=execution,
             display=display,
         )
-        for (version, _), one, dataset in zip(versions, chosen, datasets, strict=True)
+        for (version, _), one, dataset, threshold in zip(versions, chosen, datasets, thresholds, strict=True)
     ]
     _show([scored for scored, _ in runs], out)
     jobs = [job for _, job in runs]
@@ -224,6 +230,24 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
     log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client)}")
     compare_jobs(registry, jobs, datasets, out)
     return jobs
+
+
+def _threshold(request: ScoreRequest, version: Resolved, folder: Path) -> float:
+    """The least score that is kept: the one that was given, or the version's own.
+
+    Raises:
+        ModelError: it has none.
+    """
+    if not request.auto_threshold:
+        return request.settings.score_threshold
+    scores = read_spec(folder).scores
+    if scores is None:
+        raise ModelError(
+            f"{version.label}: suggests no score threshold (it was trained without validation); give --score-threshold "
+            "a number, or train it with --scores-from"
+        )
+    log.info(f"{version.label}: score threshold {scores.threshold:.3f}, of the best F1 on {scores.fitted_on}")
+    return scores.threshold
 
 
 def _show(runs: Sequence[Scored], out: Path) -> None:
@@ -296,6 +320,7 @@ def score_version(
     Raises:
         PlanesError: the version, the images or the folder cannot be used.
     """
+    settings = replace(settings, scores=read_spec(folder).scores)
     dataset = dataset.rendered(parse_rendering(settings.value_range, settings.bands, read_spec(folder).rendering))
     predictor = load_model(folder, "cpu" if execution.runner == "ray" else device, settings.changes)
     runner = (
@@ -319,7 +344,11 @@ def score_version(
     job.megabytes = folder_megabytes(folder)
     _tell(job)
     tiling = tiling_of(predictor)
-    params = {**settings.__dict__, "batch_size": settings.batch_size or auto_batch(device), **execution.__dict__}
+    params = {
+        **{k: v for k, v in settings.__dict__.items() if k != "scores"},
+        "batch_size": settings.batch_size or auto_batch(device),
+        **execution.__dict__,
+    }
     params |= {"tiling": tiling.model_dump_json() if tiling else "whole images"}
     params |= {"range": dataset.rendering.range, "bands": dataset.rendering.bands or "auto"}
     params |= {"device": device, "data": str(dataset.source)}

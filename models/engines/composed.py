@@ -117,6 +117,7 @@ def save_composed(
         architecture=architecture.model_dump(),
         classes=classes,
         rendering=specs[DETECTOR].rendering,
+        scores=specs[DETECTOR].scores,
         versions={**versions, **{f"{role}.version": name for role, name in components.items()}},
     )
 

@@ -59,6 +59,22 @@ def write_folder(folder: str | Path, spec: ModelSpec, fill: Callable[[Path], Non
     return folder
 
 
+def rewrite_spec(folder: Path, spec: ModelSpec) -> None:
+    """Put another model.json into a saved folder, whole or not at all.
+
+    Raises:
+        ModelError: it cannot be written.
+    """
+    path = folder / SPEC_FILE
+    temporary = path.with_suffix(".part")
+    try:
+        temporary.write_text(json.dumps(spec.model_dump(), indent=2) + "\n")
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be written ({one_line(error)})") from error
+
+
 def folder_digest(folder: Path) -> str:
     """sha256 over names and contents of a saved model's files, 64 hex digits."""
     digest = hashlib.sha256()

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from models.errors import ModelError, invalid_field, one_line
 from models.images.rendering import Rendering
 from models.saved.allowed_files import MAX_BYTES, SPEC_FILE
+from models.saved.scores import Scores
 from models.tiling.settings import Tiling
 
 A = TypeVar("A", bound=BaseModel)
@@ -22,7 +23,8 @@ class ModelSpec(BaseModel):
     """Content of model.json. Unknown keys are errors; ``architecture`` is checked by its engine.
 
     ``tiling``: images are predicted by such tiles; null for whole images. ``rendering``: how image
-    files become the RGB uint8 arrays that the model was trained on.
+    files become the RGB uint8 arrays that the model was trained on. ``scores``: what its scores mean, null where
+    nothing was held back to learn that from.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -35,6 +37,7 @@ class ModelSpec(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict, max_length=100)
     tiling: Tiling | None = None
     rendering: Rendering = Rendering()
+    scores: Scores | None = None
 
 
 def read_spec(folder: str | Path) -> ModelSpec:

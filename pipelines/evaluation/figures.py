@@ -63,6 +63,27 @@ def scene_figure(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
     return figure
 
 
+def reliability_figure(
+    before: Sequence[tuple[float, float, int]], after: Sequence[tuple[float, float, int]], title: str
+) -> Figure:
+    """Share of correct detections over score, and over calibrated probability; the diagonal is what both should be.
+
+    ``before`` and ``after`` are (mean, share of correct ones, detections) of the bins; dots grow with the detections.
+    """
+    figure = Figure(figsize=(4.8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle="--")
+    for bins, colour, label in ((before, "#c26a1b", "score"), (after, "#1f4e79", "calibrated")):
+        if bins:
+            x, y, counts = (np.array(column, float) for column in zip(*bins, strict=True))
+            axes.plot(x, y, color=colour, linewidth=1)
+            axes.scatter(x, y, s=12 + 160 * counts / counts.max(), color=colour, alpha=0.6, label=label)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="score, or probability", ylabel="share of correct detections", title=title)
+    axes.legend(loc="upper left", markerscale=0.5)
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def seeds_figure(values: Mapping[str, Sequence[float]], title: str) -> Figure:
     """Mean and standard deviation of each metric over trainings, with a dot for each of them."""
     figure = Figure(figsize=(max(4.0, 1.0 + 0.8 * len(values)), 4), layout="constrained")

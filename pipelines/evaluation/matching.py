@@ -84,6 +84,7 @@ class Ranked:
     def __init__(self, matches: Sequence[ImageMatch]) -> None:
         scores = np.concatenate([m.scores for m in matches])
         order = np.argsort(-scores, kind="mergesort")
+        self.scores = scores[order]
         self.image = np.repeat(np.arange(len(matches)), [len(m.scores) for m in matches])[order]
         self.correct = np.concatenate([m.correct for m in matches], axis=1)[:, order]
         ignored = np.concatenate([m.ignored for m in matches], axis=1)[:, order]

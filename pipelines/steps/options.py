@@ -70,6 +70,7 @@ def training_options(recipe: str, name: str, engines: Sequence[str] = ()) -> Dec
         options += [
             option(TrainingRequest, "engine", type=click.Choice([AS_RECIPE, *engines]), default=AS_RECIPE),
             option(TrainingRequest, "num_gpus", type=click.IntRange(1)),
+            option(TrainingRequest, "scores_from"),
             click.argument("opts", nargs=-1, metavar="[KEY VALUE]..."),
         ]
 
@@ -103,6 +104,7 @@ def request_from(task: str, options: dict[str, Any]) -> TrainingRequest:
         reuse=options["reuse"],
         fresh=options["fresh"],
         num_gpus=options.get("num_gpus", 1),
+        scores_from=options.get("scores_from"),
     )
 
 

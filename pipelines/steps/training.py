@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from models.errors import RecipeError
 from pipelines.evaluation.inference import MAIN_METRIC
 from pipelines.registry.model_versions import Registry
 from pipelines.steps.cli_support import TERMINAL
@@ -18,6 +19,8 @@ def run_training(request: TrainingRequest, *, folds: int = 0, seeds: int = 1) ->
     Raises:
         PlanesError: recipe, data, weights, engine or store that cannot be used.
     """
+    if folds and request.scores_from:
+        raise RecipeError("--scores-from is for versions; a training with --folds makes none")
     if folds or seeds > 1:
         _run_repeated(request, folds, seeds)
         return
@@ -43,6 +46,7 @@ def _run_repeated(request: TrainingRequest, folds: int, seeds: int) -> None:
         task=request.task,
         register=True,
         num_gpus=request.num_gpus,
+        scores_from=request.scores_from,
     )
     plan = plan_ablation(repeated, TERMINAL)
     ablate_planned(Registry.connect(), plan, TERMINAL)

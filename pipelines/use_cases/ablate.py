@@ -172,6 +172,7 @@ def _request(request: AblationRequest, task: str, variant: ablation.Variant, mem
         engine=request.engine,
         work_dir=request.work_dir,
         num_gpus=request.num_gpus,
+        scores_from=request.scores_from,
         register=request.register and not request.folds,
         label=" ".join(text for text in (variant.label, member.label if repeated else "") if text),
         tags=tags,

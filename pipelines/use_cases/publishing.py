@@ -17,6 +17,7 @@ import numpy as np
 from models.errors import DataError, one_line
 from models.geometry.boxes import crop_window
 from models.saved.allowed_files import WEIGHTS_FILE
+from models.saved.scores import Scores
 from models.saved.spec import read_spec
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation.metrics import Evaluation, coco_tables
@@ -26,6 +27,7 @@ from pipelines.registry.model_versions import Registry
 from pipelines.registry.registration import log_and_register
 from pipelines.registry.training_images import TrainingImages, images_of
 from pipelines.tracking import mlflow_runs
+from pipelines.use_cases.score_meaning import fit_on, keep_scores, log_scores
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class Publication:
         tags: of the version.
         register: add a version; otherwise the model is logged alone.
         trained_on: the images that decided its weights, where they are not those of ``train`` and ``val``.
+        scores: what its scores mean, where that is known; else it is found out on ``val``.
         keep_predictions: log the predictions for ``test``, as `PREDICTIONS_FILE`.
     """
 
@@ -65,6 +68,7 @@ class Publication:
     tags: Mapping[str, str] = field(default_factory=dict)
     register: bool = True
     trained_on: TrainingImages | None = None
+    scores: Scores | None = None
     keep_predictions: bool = False
 
 
@@ -112,6 +116,9 @@ def _evaluate(what: Publication, device: str) -> tuple[list[tuple[str, Evaluatio
     """(metric prefix, evaluation, data set) of validation and test, and what went wrong, in a line."""
     results: list[tuple[str, Evaluation, Dataset]] = []
     failed = []
+    scores = what.scores
+    if scores is not None:
+        keep_scores(what.saved, scores)
     for dataset, prefix in ((what.val, "val/best_"), (what.test, "test/")):
         if dataset is None:
             continue
@@ -120,6 +127,11 @@ def _evaluate(what: Publication, device: str) -> tuple[list[tuple[str, Evaluatio
             results += [(prefix + p, e, dataset) for p, e in evaluations]
             if sheet is not None:
                 mlflow.log_image(sheet, f"figures/{dataset.split}_samples.png")
+            if dataset is what.val and scores is None:
+                scores = fit_on(what.saved, dataset, predictions, f"validation, {len(dataset)} images")
+            known = scores or read_spec(what.saved).scores
+            if known is not None and (dataset is what.test or what.test is None):
+                log_scores(known, dataset, predictions, prefix)
             if dataset is what.test and what.keep_predictions:
                 with tempfile.TemporaryDirectory() as work:
                     write_instances(predictions, Path(work) / PREDICTIONS_FILE)
@@ -135,6 +147,7 @@ def _evaluate(what: Publication, device: str) -> tuple[list[tuple[str, Evaluatio
 def _tags(what: Publication, metrics: dict[str, float]) -> dict[str, str]:
     return {
         **mlflow_runs.source_tags(),
+        **_threshold(what.saved),
         "data": f"{what.train.name}/{what.train.split}" if what.train else "unknown",
         "data_digest": what.train.digest() if what.train else "unknown",
         "test_digest": what.test.digest() if what.test else "none",
@@ -142,6 +155,11 @@ def _tags(what: Publication, metrics: dict[str, float]) -> dict[str, str]:
         "weights_sha256": weights_digest(what.saved),
         "engine": read_spec(what.saved).engine,
     }
+
+
+def _threshold(saved: Path) -> dict[str, str]:
+    scores = read_spec(saved).scores
+    return {} if scores is None else {"suggested_score_threshold": f"{scores.threshold:.4f}"}
 
 
 def weights_digest(folder: Path) -> str:

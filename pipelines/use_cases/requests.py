@@ -17,6 +17,7 @@ DEVICE = {"help": "auto, cpu, cuda or cuda:N."}
 ENGINE = {"help": "Detection library; takes the recipe's twin NAME_ENGINE where the recipe is for another."}
 FOLDS = {"help": "Folds by scene, each scored by a training on the others; 0: none. Nothing is registered."}
 SEEDS = {"help": "Seeds to train with, from the recipe's own upwards; mean and standard deviation of every metric."}
+SCORES_FROM = {"help": "Parent run of a training with --folds; the version gets its calibration and score threshold."}
 GATES = {"help": "YAML file of gates; without it gates/MODEL.yaml, else the project's own."}
 GATE_SPLIT = {"help": "Split of data folders, instead of that of the gates."}
 KEPT_IN = {"help": "Where checkpoints are kept."}
@@ -42,6 +43,7 @@ class TrainingRequest:
     num_gpus: int = field(default=1, metadata={"help": "Processes that Detectron2 starts."})
     register: bool = field(default=True, metadata={"help": "Add a version; otherwise the model is logged alone."})
     label: str = field(default="", metadata={"help": "What the run is called beside the model."})
+    scores_from: str | None = field(default=None, metadata=SCORES_FROM)
     tags: Mapping[str, str] = field(default_factory=dict, metadata={"help": "More tags of the run and its version."})
 
 
@@ -69,6 +71,7 @@ class AblationRequest:
     task: str | None = field(default=None, metadata={"help": "unet, detector or maskrcnn; without it the recipe's."})
     register: bool = field(default=False, metadata={"help": "Add a version for each seed, where there are no folds."})
     num_gpus: int = field(default=1, metadata={"help": "Processes that Detectron2 starts."})
+    scores_from: str | None = field(default=None, metadata=SCORES_FROM)
 
 
 @dataclass(frozen=True, kw_only=True)

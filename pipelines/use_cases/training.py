@@ -17,6 +17,7 @@ from models.engines.detectron2.predictor import require_detectron2
 from models.errors import DataError, OutputError, RecipeError
 from models.pyfunc import code_digest
 from models.runtime.devices import pick_device, pick_precision
+from models.saved.scores import Scores
 from pipelines.data.dataset import Dataset, split_by_scene
 from pipelines.data.loading.tiles import cache_folder, cached_tiles, cut_tiles
 from pipelines.data.loading.unreadable import Unreadable
@@ -35,6 +36,7 @@ from pipelines.training.inputs import Inputs, find_earlier, write_inputs
 from pipelines.training.loop import Listener, Outcome
 from pipelines.training.unet import train_unet
 from pipelines.use_cases.display import SILENT, Display
+from pipelines.use_cases.out_of_fold import read_scores
 from pipelines.use_cases.publishing import Publication, example_image, publish
 from pipelines.use_cases.requests import TrainingRequest
 
@@ -73,6 +75,7 @@ class Plan:
     folder: Path
     inputs: Inputs
     keep_predictions: bool = False
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,9 @@ def run_plan(registry: Registry, plan: Plan, display: Display = SILENT) -> Train
     Raises:
         PlanesError: data, weights or store that cannot be used; an equal training is going on.
     """
+    if plan.request.scores_from:
+        # Before hours of training.
+        plan = replace(plan, scores=read_scores(registry, plan.request.scores_from))
     with held(lock_of(plan.folder), f"an equal training of {plan.request.register_as}"):
         return _run_held(registry, plan, display)
 
@@ -342,6 +348,7 @@ def _publish(registry: Registry, plan: Plan, saved: Path, run_id: str) -> Traine
         {"training_key": plan.key, "recipe": plan.recipe.name, **request.tags},
         request.register,
         _training_images(plan),
+        plan.scores,
         plan.keep_predictions,
     )
     number, metrics = publish(registry, what, run_id, device=plan.device)

@@ -11,6 +11,8 @@ from pipelines.data.dataset import Dataset
 from scoring.jobs.manifest import read_inputs, read_manifest
 from scoring.writers import coco, geojson, kaggle, overlays, parquet
 
+# Of a manifest's settings: the score from which planes are in kaggle.csv.
+KAGGLE_THRESHOLD = "kaggle_score_threshold"
 FORMATS = ("coco", "kaggle", "geojson", "overlays")
 
 
@@ -22,15 +24,18 @@ def export(
     *,
     rle: kaggle.Convention = "course",
     most: int = 3,
+    kaggle_threshold: float = 0.0,
 ) -> None:
     """Write coco_results.json, kaggle.csv, geojson/ and overlays/ (up to ``most``), those of ``formats``.
 
-    ``predictions`` is iterated once for each of them, in the data set's order.
+    ``predictions`` is iterated once for each of them, in the data set's order. Planes below ``kaggle_threshold`` are
+    left out of kaggle.csv.
     """
     if "coco" in formats:
         coco.write_results(predictions, dataset, folder / "coco_results.json")
     if "kaggle" in formats:
-        kaggle.write_submission(predictions, dataset, folder / "kaggle.csv", rle)
+        shown = predictions if not kaggle_threshold else _Above(predictions, kaggle_threshold)
+        kaggle.write_submission(shown, dataset, folder / "kaggle.csv", rle)
     if "geojson" in formats:
         geojson.write_geojson(predictions, dataset, folder / "geojson")
     if "overlays" in formats:
@@ -42,24 +47,28 @@ def export_job(
     out: Path,
     formats: Collection[str],
     *,
-    score_threshold: float = 0.0,
+    score_threshold: float | None = None,
     rle: kaggle.Convention = "course",
     most: int = 3,
 ) -> int:
     """Write files from the table of a job's folder, planes below ``score_threshold`` left out; return how many planes.
 
+    Without a threshold all planes, but in kaggle.csv those from the version's suggested one on, if it has any.
+
     Raises:
         DataError: not the folder of a job, a job that is not finished, or no masks for ``kaggle``.
     """
-    dataset = read_inputs(job, read_manifest(job))
+    manifest = read_manifest(job)
+    dataset = read_inputs(job, manifest)
     table = job / "instances.parquet"
     if not table.exists():
         raise DataError(f"{job}: the scoring is not finished; the same score command goes on with it")
-    predictions = _Above(parquet.InstanceTable(table), score_threshold)
+    predictions = _Above(parquet.InstanceTable(table), score_threshold or 0.0)
+    least = manifest.settings.get(KAGGLE_THRESHOLD, 0.0) if score_threshold is None else 0.0
     if "kaggle" in formats and any(p.masks is None for p in predictions):
         raise DataError(f"{job}: its planes have no masks, so there is no Kaggle CSV of it")
     out.mkdir(parents=True, exist_ok=True)
-    export(predictions, dataset, out, formats, rle=rle, most=most)
+    export(predictions, dataset, out, formats, rle=rle, most=most, kaggle_threshold=least)
     return sum(map(len, predictions))
 
 

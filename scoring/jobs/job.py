@@ -19,12 +19,13 @@ from models.errors import DataError, OutputError, one_line
 from models.instances import Instances
 from models.predictor import Predictor
 from models.tiling.predictor import tiling_of
+from models.tiling.settings import Tiling
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.evaluation.inference import evaluate_predictions, is_segmenter
 from pipelines.evaluation.metrics import Evaluation
 from pipelines.files import write_text
 from pipelines.progress import Progress
-from scoring.jobs.export import FORMATS, export
+from scoring.jobs.export import FORMATS, KAGGLE_THRESHOLD, export
 from scoring.jobs.manifest import Manifest, claimed, make_manifest
 from scoring.jobs.retry import can_be_tried_again, failed_before, replace_in_shard, split_into_shards
 from scoring.jobs.shards import ERRORS, INSTANCES, finished, join_shards, totals_of, write_shard
@@ -137,6 +138,7 @@ def run_job(
     claim_folder(folder)
     batch_size = settings.batch_size or auto_batch(device)
     decisive = _decisive(predictor, dataset, settings, device)
+    decisive |= {} if settings.scores is None else {KAGGLE_THRESHOLD: settings.scores.threshold}
     workers = settings.workers or auto_workers(device, dataset)
     runner = runner or LocalRunner(predictor, device, batch_size=batch_size, workers=workers, kind=settings.precision)
     manifest = make_manifest(label, model, settings=decisive, dataset=dataset, shard_size=settings.shard_size)
@@ -153,7 +155,7 @@ def run_job(
                     )
                     - again
                 )
-                join_shards(folder, len(manifest.shards()))
+                join_shards(folder, len(manifest.shards()), settings.scores)
                 totals = totals_of(folder)
             assert totals is not None
             if not totals.images:
@@ -172,7 +174,7 @@ def run_job(
             job.segmenter, job.score_threshold, job.resumed = is_segmenter(predictor), settings.score_threshold, resumed
             job.timings, job.peaks = totals.timings, runner.peak_megabytes()
             job.little, job.first_little = totals.little, totals.first_little
-            _write(job, dataset, totals.masks, settings)
+            _write(job, dataset, totals.masks, settings, manifest)
     except OSError as error:
         raise OutputError(
             f"{folder}: cannot be written ({error.strerror or one_line(error)}); what is done is kept, call again"
@@ -186,12 +188,17 @@ def _decisive(predictor: Predictor, dataset: Dataset, settings: JobSettings, dev
     return {
         "score_threshold": settings.score_threshold,
         "batch_size": settings.batch_size or auto_batch(device),
-        "tiling": tiling.model_dump() if tiling else None,
+        "tiling": _tiling_settings(tiling) if tiling else None,
         "device": device.partition(":")[0],
         "precision": settings.precision,
         "runtime": settings.runtime,
         "rendering": dataset.rendering.model_dump(mode="json"),
     }
+
+
+def _tiling_settings(tiling: Tiling) -> dict[str, Any]:
+    """As manifests have them; without the scales where there is but one, so that older jobs can be gone on with."""
+    return tiling.model_dump(mode="json", exclude={"zooms"} if tiling.zooms == (1.0,) else None)
 
 
 def _try_again(
@@ -301,11 +308,12 @@ class _Writer:
             self._pending.result()
 
 
-def _write(job: JobResult, dataset: Dataset, has_masks: bool, settings: JobSettings) -> None:
+def _write(job: JobResult, dataset: Dataset, has_masks: bool, settings: JobSettings, manifest: Manifest) -> None:
     table = parquet.InstanceTable(job.folder / INSTANCES)
     made = set(FORMATS) if has_masks or not job.instances else set(FORMATS) - {"kaggle"}
     made -= set() if settings.overlays else {"overlays"}
-    export(table, dataset, job.folder, made, rle=settings.rle, most=settings.overlays)
+    least = manifest.settings.get(KAGGLE_THRESHOLD, 0.0)
+    export(table, dataset, job.folder, made, rle=settings.rle, most=settings.overlays, kaggle_threshold=least)
     if not dataset.has_truth:
         return
     failed = {f.image_id for f in parquet.read_failures(job.folder / ERRORS)} if job.failures else set()

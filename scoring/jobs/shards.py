@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from models.instances import Instances
+from models.saved.scores import Scores
 from pipelines.files import flush, replacing
 from scoring.jobs.manifest import DONE, SHARDS
 from scoring.reader import Failure
@@ -127,12 +128,16 @@ def totals_of(folder: Path) -> Totals | None:
     return Totals(timings=content.pop("stages", {}), **content)
 
 
-def join_shards(folder: Path, count: int) -> None:
-    """Write the job's instances.parquet and errors.parquet, a row group per shard, then done.json."""
+def join_shards(folder: Path, count: int, scores: Scores | None = None) -> None:
+    """Write the job's instances.parquet and errors.parquet, a row group per shard, then done.json.
+
+    Args:
+        scores: of the version, which say how probable a detection of a score is.
+    """
     shards = [shard_folder(folder, i) for i in range(count)]
-    for name, schema in ((INSTANCES, parquet.SCHEMA), (ERRORS, parquet.ERROR_SCHEMA)):
+    for name, schema, more in ((INSTANCES, parquet.SCHEMA, scores), (ERRORS, parquet.ERROR_SCHEMA, None)):
         with replacing(folder / name, durable=True) as temporary:
-            parquet.join_tables([shard / name for shard in shards], temporary, schema)
+            parquet.join_tables([shard / name for shard in shards], temporary, schema, more)
     notes = [json.loads((shard / NOTES).read_text()) for shard in shards]
     counts = {key: sum(n[key] for n in notes) for key in ("images", "instances", "failures", "seconds")}
     timings: defaultdict[str, float] = defaultdict(float)

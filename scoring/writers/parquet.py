@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 from models.errors import DataError, one_line
 from models.geometry.rle import checked_rle
 from models.instances import Instances, from_rows
+from models.saved.scores import Scores
 from pipelines.instance_table import SCHEMA, write_instances, write_table
 from scoring.reader import Failure
 
 __all__ = ["SCHEMA", "write_instances"]
 
+PROBABILITY = "probability"
 ERROR_SCHEMA = pa.schema([(name, pa.string()) for name in ("image_id", "path", "kind", "message")])
 
 
@@ -76,11 +78,19 @@ def _check_masks(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             raise DataError(f"{path}: {where}: {error}; score it anew") from error
 
 
-def join_tables(tables: Sequence[Path], path: Path, schema: pa.Schema) -> None:
-    """Write the rows of several files into one, a row group each."""
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+def join_tables(tables: Sequence[Path], path: Path, schema: pa.Schema, scores: Scores | None = None) -> None:
+    """Write the rows of several files into one, a row group each.
+
+    Args:
+        scores: of the version; with them the column ``probability`` is added, float32: that of being correct.
+    """
+    joined = schema if scores is None else schema.append(pa.field(PROBABILITY, pa.float32()))
+    with pq.ParquetWriter(path, joined, compression="zstd") as writer:
         for source in tables:
             table = pq.read_table(source, schema=schema)
+            if scores is not None:
+                probability = scores.probability(table["score"].to_numpy())
+                table = table.append_column(PROBABILITY, pa.array(probability, pa.float32()))
             # The rows of an image must stay in one group.
             writer.write_table(table, row_group_size=max(1, table.num_rows))
 

@@ -14,16 +14,22 @@ import pytest
 from mlflow.artifacts import load_text
 
 from models.errors import ModelError, RecipeError, RegistryError
-from models.instances import from_rows
+from models.instances import Instances, from_rows
+from models.saved.spec import read_spec
 from pipelines import ablation
 from pipelines.data.readers.opening import open_dataset
+from pipelines.data.scene_groups import scene_folds
 from pipelines.evaluation.metrics import evaluate_instances
+from pipelines.instance_table import write_instances
 from pipelines.registry.gates import parse_gates
 from pipelines.registry.model_versions import GROUP, Registry
+from pipelines.tracking import mlflow_runs
 from pipelines.use_cases import ablate as use_case
 from pipelines.use_cases import promote as promotion
 from pipelines.use_cases.ablate import AblationRequest, ablate, plan_ablation
-from pipelines.use_cases.requests import PromotionRequest
+from pipelines.use_cases.out_of_fold import log_out_of_fold, read_scores
+from pipelines.use_cases.requests import PromotionRequest, TrainingRequest
+from pipelines.use_cases.training import train
 from tests.stores import new_store
 
 pytestmark = pytest.mark.slow
@@ -221,3 +227,45 @@ def test_a_group_passes_its_gates_by_its_seeds(registry, airfield, caplog):
     assert not check.passed
     assert "+0.000" in check.candidate
     assert "(2)" in check.baseline
+
+
+def test_what_scores_mean_is_known_by_folds_and_goes_to_a_version(registry, airfield, monkeypatch, tmp_path):
+    data = open_dataset(airfield, "train+test")
+    rng = np.random.default_rng(0)
+
+    def guess(sample):
+        wrong = rng.uniform(0, 200, (12, 4)) + [0, 0, 210, 210]
+        scores = [*rng.uniform(0.4, 1, len(sample.boxes)), *rng.uniform(0.05, 0.7, 12)]
+        return Instances.make(sample.image_id, sample.height, sample.width, np.concatenate([sample.boxes, wrong]), scores)
+
+    folds, results = scene_folds(data, 3), []
+    with mlflow_runs.tracked_run(registry.client, "parent", {}) as parent:
+        for number, fold in enumerate(folds, start=1):
+            run = registry.client.create_run(parent.info.experiment_id)
+            write_instances([guess(s) for s in fold.samples], tmp_path / "fold_predictions.parquet")
+            registry.client.log_artifact(run.info.run_id, str(tmp_path / "fold_predictions.parquet"))
+            run = registry.client.get_run(run.info.run_id)
+            results.append(ablation.Result(ablation.AS_THE_RECIPE, run, "", ablation.Member(0, number, 3)))
+        by_seed = log_out_of_fold(results, data, "detector")
+    logged = registry.client.get_run(parent.info.run_id).data.metrics
+    names = ("calibration_error", "calibration_error_calibrated", "precision_at_0.5", "recall_at_suggested")
+    assert all(logged[f"out_of_fold/{k}"] == pytest.approx(by_seed["0"][k]) for k in names)
+    assert by_seed["0"]["calibration_error_calibrated"] < by_seed["0"]["calibration_error"]
+    scores = read_scores(registry, parent.info.run_id)
+    assert 0.3 < scores.threshold < 0.8
+    assert parent.info.run_id in scores.fitted_on
+    with pytest.raises(RegistryError, match=r"holds no scores\.json; give the parent run of a training with --folds"):
+        read_scores(registry, results[0].run.info.run_id)
+    # A version that is trained without validation gets them.
+    request = TrainingRequest(
+        task="detector", recipe="demo_detector", data=str(airfield), register_as="calibrated", device="cpu",
+        overrides=TINY, work_dir="work", scores_from=parent.info.run_id,
+    )  # fmt: skip
+    trained = train(registry, request)
+    version = registry.resolve(f"calibrated/{trained.version}")
+    assert read_spec(registry.fetch(version)).scores == scores
+    assert registry.version_of(version).tags["suggested_score_threshold"] == f"{scores.threshold:.4f}"
+    metrics = registry.client.get_run(trained.run_id).data.metrics
+    assert metrics["suggested_score_threshold"] == pytest.approx(scores.threshold)
+    assert "test/calibration_error" in metrics or not metrics["test/AP"]
+    assert registry.fetch(version)
