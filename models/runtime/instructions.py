@@ -19,9 +19,9 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
 
 
-def has_bfloat16_tiles() -> bool:
-    """Whether the CPU multiplies matrices of bfloat16 by itself (Intel AMX)."""
-    return "amx_bf16" in cpu_flags()
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 by itself (Intel AMX, or AVX-512 BF16 of Intel and AMD)."""
+    return bool({"amx_bf16", "avx512_bf16"} & cpu_flags())
 
 
 def cpu_threads() -> int:

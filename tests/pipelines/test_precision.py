@@ -177,7 +177,13 @@ def test_a_checkpoint_without_a_scale_goes_on(tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "kind"),
-    [("fpu amx_bf16 amx_tile avx512_bf16", "bf16-mixed"), ("fpu avx512_bf16 amx_int8", "32"), ("", "32"), (None, "32")],
+    [
+        ("fpu amx_bf16 amx_tile avx512_bf16", "bf16-mixed"),
+        ("fpu avx512_bf16 amx_int8", "bf16-mixed"),
+        ("fpu avx512f amx_int8", "32"),
+        ("", "32"),
+        (None, "32"),
+    ],
 )
 def test_a_cpu_trains_in_bfloat16_where_it_multiplies_matrices_of_it(flags, kind, monkeypatch, tmp_path):
     if flags is not None:
