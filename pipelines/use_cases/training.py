@@ -31,6 +31,7 @@ from pipelines.registry.model_versions import Registry
 from pipelines.registry.registration import check_name
 from pipelines.registry.training_images import TrainingImages, images_of
 from pipelines.tracking import mlflow_runs
+from pipelines.training.anchors import with_anchors
 from pipelines.training.detector import train_detector
 from pipelines.training.inputs import Inputs, find_earlier, write_inputs
 from pipelines.training.loop import Listener, Outcome
@@ -139,6 +140,7 @@ def plan_training(request: TrainingRequest, data_of: Callable[[Recipe], Training
         # What auto means here: weights of another precision would be others.
         more.append(f"precision={pick_precision(device, recipe.training.precision)}")
     data = data_of(recipe) if data_of else _data(request, recipe)
+    recipe = with_anchors(recipe, data.train)
     key = recipe.key(data.train.digest(), data.val.digest() if data.val else "", source_digest(), *more)
     inputs = Inputs.of(recipe.key(source_digest(), *more), data.train, data.val)
     folder = Path(request.work_dir) / f"{request.register_as}-{key}"

@@ -87,9 +87,12 @@ class DetectorArchitecture(BaseModel):
     pooled_level: bool = Field(default=True, description="Add a pooled map above the last level.")
     fpn_channels: int = Field(default=256, ge=8, le=1024, description="Channels of the feature pyramid.")
     head_channels: int = Field(default=1024, ge=8, le=4096, description="Channels of the box head.")
-    anchor_sizes: Annotated[list[Sizes], Field(max_length=10)] = Field(
+    anchor_sizes: Literal["auto"] | Annotated[list[Sizes], Field(max_length=10)] = Field(
         default=[[32], [64], [128], [256], [512]],
-        description="Anchor sizes in pixels, one list for each feature map, the pooled one included.",
+        description=(
+            "Anchor sizes in pixels, one list for each feature map, the pooled one included; auto: three each, by k-means "
+            "over the training planes."
+        ),
     )
     aspect_ratios: Annotated[list[Annotated[float, Field(gt=0, le=100)]], Field(max_length=20)] = Field(
         default=[0.5, 1.0, 2.0], description="Height over width of the anchors."
@@ -140,6 +143,8 @@ def build_detector(architecture: DetectorArchitecture, classes: int, weights: st
         ModelError: settings that do not fit together, weights absent or offline.
     """
     maps = len(architecture.levels) + architecture.pooled_level
+    if architecture.anchor_sizes == "auto":
+        raise ModelError("architecture.anchor_sizes: auto is found out by a training, a model has numbers")
     if len(architecture.anchor_sizes) != maps:
         raise ModelError(
             f"architecture.anchor_sizes: {len(architecture.anchor_sizes)} lists for {maps} feature maps "
@@ -170,7 +175,8 @@ def _components(architecture: DetectorArchitecture, classes: int) -> dict[str, n
     maps = len(architecture.anchor_sizes)
     channels, hidden = architecture.fpn_channels, architecture.head_channels
     anchors = AnchorGenerator(
-        tuple(tuple(s) for s in architecture.anchor_sizes), (tuple(architecture.aspect_ratios),) * maps
+        tuple(tuple(s) for s in architecture.anchor_sizes if not isinstance(s, str)),
+        (tuple(architecture.aspect_ratios),) * maps,
     )
     components = {
         "rpn_anchor_generator": anchors,

@@ -168,6 +168,11 @@ def _scale_to(rng: np.random.Generator, box: np.ndarray | None, sizes: tuple[flo
     target = float(np.exp(rng.uniform(np.log(sizes[0]), np.log(sizes[1]))))
     # An image without planes: as if it had one of the middle of the range.
     side = float(np.sqrt(sizes[0] * sizes[1])) if box is None else float(max(box[2] - box[0], box[3] - box[1]))
+    return plane_scale(side, target)
+
+
+def plane_scale(side: float, target: float) -> float:
+    """The factor by which a plane whose longer side has ``side`` pixels comes near ``target`` pixels."""
     return float(np.clip(target / max(side, 1.0), 1 / MOST_SHRUNK, MOST_ENLARGED))
 
 
