@@ -88,7 +88,7 @@ def make_variants(grid: Sequence[str], listed: Sequence[str]) -> list[Variant]:
     Raises:
         RecipeError: neither or both, an entry without values, equal variants, or only one.
     """
-    axes = [_axis(entry) for text in grid for entry in shlex.split(text)]
+    axes = [axis(entry) for text in grid for entry in shlex.split(text)]
     texts = [variant.strip() for text in listed for variant in text.split(";") if variant.strip()]
     if bool(axes) == bool(texts):
         raise RecipeError('give either --grid "optimizer.lr=0.001,0.0005" or --variants "steps=100; steps=500 lr=0.001"')
@@ -105,7 +105,12 @@ def make_variants(grid: Sequence[str], listed: Sequence[str]) -> list[Variant]:
 AS_THE_RECIPE = Variant(())
 
 
-def _axis(entry: str) -> list[str]:
+def axis(entry: str) -> list[str]:
+    """The overrides of a grid's entry ``key=v1,v2``; a comma inside brackets parts nothing.
+
+    Raises:
+        RecipeError: it is none.
+    """
     key, sign, values = entry.partition("=")
     choices, depth, start = [], 0, 0
     for i, letter in enumerate(values):

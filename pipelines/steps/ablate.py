@@ -23,6 +23,7 @@ from pipelines.use_cases.requests import AblationRequest
 @option(AblationRequest, "engine", type=click.Choice([AS_RECIPE, *ENGINES]), default=AS_RECIPE)
 @option(AblationRequest, "folds", type=click.IntRange(0))
 @option(AblationRequest, "seeds", type=click.IntRange(1))
+@option(AblationRequest, "search", type=click.IntRange(0))
 @option(AblationRequest, "work_dir")
 @option(AblationRequest, "fresh")
 @click.argument("opts", nargs=-1, metavar="[KEY VALUE]...")
@@ -32,6 +33,7 @@ def main(opts: tuple[str, ...], engine: str, overrides: tuple[str, ...], **optio
 
     \b
     ablate --recipe demo_detector --grid "lr=0.0005,0.001"
+    ablate --recipe demo_detector --grid "lr=0.0001..0.003 batch_size=2,4,8" --search 20
     ablate --recipe course_det_final --grid "SOLVER.MAX_ITER=1000,5000 SOLVER.BASE_LR=0.00025,0.0005,0.001"
     """
     from pipelines.recipes.reading import opts_overrides
@@ -42,6 +44,12 @@ def main(opts: tuple[str, ...], engine: str, overrides: tuple[str, ...], **optio
     from pipelines.use_cases.ablate import ablate_planned, plan_ablation
 
     request = AblationRequest(overrides=shared, engine=None if engine == AS_RECIPE else engine, **options)
+    if request.search:
+        from pipelines.use_cases.search import plan_search, search_planned
+
+        searched = plan_search(request, TERMINAL)
+        search_planned(Registry.connect(), searched, TERMINAL)
+        return
     plan = plan_ablation(request, TERMINAL)
     ablate_planned(Registry.connect(), plan, TERMINAL)
 

@@ -16,7 +16,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from models.errors import ModelError, one_line
+from models.errors import ModelError, PlanesError, one_line
 from models.runtime.devices import Precision, pick_precision, precision
 from pipelines.recipes.settings import OptimizerSettings, TrainingSettings
 from pipelines.training.checkpoints import keep_best, read_best, save_best, write_atomically
@@ -45,6 +45,10 @@ class Listener(Protocol):
 
     def on_checkpoint(self, history: Sequence[Record]) -> None:
         """All of ``history`` is safe on disk."""
+
+
+class Stopped(PlanesError):
+    """Raised by a listener that has seen enough of a training."""
 
 
 @dataclass

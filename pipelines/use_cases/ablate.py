@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from pipelines.recipes.settings import Recipe
 from pipelines.registry.model_versions import GROUP, Registry
 from pipelines.tables import text_table
 from pipelines.tracking import mlflow_runs
+from pipelines.training.loop import Listener, Stopped
 from pipelines.use_cases.display import SILENT, Display
 from pipelines.use_cases.folds import Folds
 from pipelines.use_cases.out_of_fold import log_out_of_fold
@@ -93,9 +95,9 @@ def plan_ablation(request: AblationRequest, display: Display = SILENT) -> Ablati
     folds = Folds(request.data, request.folds, display.items) if request.folds else None
     trainings = []
     for variant in variants:
-        seed = _first_seed(request, task, variant) if repeated else 0
+        seed = first_seed(request, task, variant) if repeated else 0
         for member in ablation.members(seed, request.seeds, request.folds):
-            plan = plan_training(_request(request, task, variant, member), _part(folds, member))
+            plan = plan_training(training_request(request, task, variant, member), part_of(folds, member))
             trainings.append((variant, member, plan))
     key = ablation.ablation_key([p.key for _, _, p in trainings])
     if request.register and not request.folds:
@@ -108,11 +110,13 @@ def _in_group(plan: Plan, key: str) -> Plan:
     return replace(plan, request=replace(plan.request, tags={**plan.request.tags, GROUP: key}))
 
 
-def _first_seed(request: AblationRequest, task: str, variant: ablation.Variant) -> int:
+def first_seed(request: AblationRequest, task: str, variant: ablation.Variant) -> int:
+    """The seed that a variant's recipe names."""
     return load_recipe(request.recipe, (*request.overrides, *variant.overrides), task=task, engine=request.engine).seed
 
 
-def _part(folds: Folds | None, member: ablation.Member) -> Callable[[Recipe], TrainingData] | None:
+def part_of(folds: Folds | None, member: ablation.Member) -> Callable[[Recipe], TrainingData] | None:
+    """What a member is trained and measured on, where that is a fold."""
     if folds is None:
         return None
     return lambda recipe: split_data(*folds.without(recipe.data, member.fold), recipe)
@@ -130,34 +134,46 @@ def ablate_planned(registry: Registry, plan: AblationPlan, display: Display = SI
 
 
 def _ablate(registry: Registry, plan: AblationPlan, display: Display) -> list[ablation.Result]:
-    request, key, main_metric = plan.request, plan.key, plan.main_metric
     recipe = plan.trainings[0][2].recipe
+    with parent_run(
+        registry, plan.request, title=plan.title, key=plan.key, recipe=recipe, main_metric=plan.main_metric
+    ) as parent:
+        results: list[ablation.Result] = []
+        repeated = len(plan.trainings) > len({v for v, _, _ in plan.trainings})
+        for training in plan.trainings:
+            number = f"{'training' if repeated else 'variant'} {len(results) + 1}/{len(plan.trainings)}"
+            results.append(train_one(registry, training, parent=parent, title=number, display=display))
+            log_results(registry.client, results, plan.main_metric)
+        if all(r.run is None for r in results):
+            raise ModelError(f"every variant failed; the first: {results[0].error}")
+        show_results(results, plan.main_metric)
+        if plan.everything is not None:
+            _log_folds(plan, plan.everything, results)
+    return results
+
+
+@contextmanager
+def parent_run(
+    registry: Registry, request: AblationRequest, *, title: str, key: str, recipe: Recipe, main_metric: str
+) -> Iterator[str]:
+    """The run that the trainings of an ablation are children of: that of an equal one that was stopped, else a new one."""
     # Under `mlflow run` the given run is the parent, not a variant's.
     given = os.environ.get("MLFLOW_RUN_ID")
     earlier = None if request.fresh else ablation.find_parent(registry.client, key, given)
     tags = {"task": "ablate", "recipe": recipe.name, ablation.KEY: key}
-    with mlflow_runs.tracked_run(
-        registry.client, plan.title, tags, resume_id=earlier.info.run_id if earlier else None
-    ) as run:
+    with mlflow_runs.tracked_run(registry.client, title, tags, resume_id=earlier.info.run_id if earlier else None) as run:
         parent = _parent_of_children(registry.client, run.info.run_id, earlier)
         os.environ.pop("MLFLOW_RUN_ID", None)
         texts = {k: " ".join(getattr(request, k)) for k in ("grid", "variants", "overrides")}
         mlflow_runs.log_params({**request.__dict__, **texts, "engine": recipe.engine, "metric": main_metric})
-        results: list[ablation.Result] = []
-        for training in plan.trainings:
-            number = f"{len(results) + 1}/{len(plan.trainings)}"
-            results.append(_one(registry, plan, training, parent=parent, number=number, display=display))
-            _log(registry.client, results, main_metric)
-        if all(r.run is None for r in results):
-            raise ModelError(f"every variant failed; the first: {results[0].error}")
-        _show(results, main_metric)
-        if plan.everything is not None:
-            _log_folds(plan, plan.everything, results)
+        yield parent
         log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client, run.info.run_id)}")
-    return results
 
 
-def _request(request: AblationRequest, task: str, variant: ablation.Variant, member: ablation.Member) -> TrainingRequest:
+def training_request(
+    request: AblationRequest, task: str, variant: ablation.Variant, member: ablation.Member
+) -> TrainingRequest:
+    """The request of one training of an ablation."""
     repeated = request.folds or request.seeds > 1
     tags = {"seed": str(member.seed)} if repeated else {}
     tags |= {"fold": f"{member.fold}/{member.folds}"} if member.folds else {}
@@ -191,18 +207,22 @@ def _parent_of_children(client: MlflowClient, run_id: str, earlier: Any) -> str:
     return run_id
 
 
-def _one(
+def train_one(
     registry: Registry,
-    plan: AblationPlan,
     training: tuple[ablation.Variant, ablation.Member, Plan],
     *,
     parent: str,
-    number: str,
+    title: str,
     display: Display,
+    listeners: Sequence[Listener] = (),
 ) -> ablation.Result:
+    """Train one child, or take its finished run; an error is a result.
+
+    Raises:
+        Stopped: a listener had the training end early.
+    """
     variant, member, one = training
-    title = f"{'variant' if len(plan.trainings) == len({v for v, _, _ in plan.trainings}) else 'training'} {number} "
-    title += one.request.label
+    title = f"{title} {one.request.label}"
     done = ablation.finished_child(registry.client, parent, one.key)
     if done is not None:
         log.info(f"== {title}: done already (run {done.info.run_id})")
@@ -210,7 +230,9 @@ def _one(
     log.info(f"== {title}")
     os.environ["PLANES_PARENT_RUN_ID"] = parent
     try:
-        trained = run_plan(registry, one, display)
+        trained = run_plan(registry, one, display, listeners)
+    except Stopped:
+        raise
     except PlanesError as error:
         log.warning(f"{title} failed: {one_line(error)}")
         return ablation.Result(variant, None, one_line(error), member)
@@ -226,7 +248,7 @@ def _version(registry: Registry, plan: Plan, run_id: str) -> str | None:
     return next((str(v.version) for v in known if v.name == plan.request.register_as), None)
 
 
-def _log(client: MlflowClient, results: list[ablation.Result], main_metric: str) -> None:
+def log_results(client: MlflowClient, results: list[ablation.Result], main_metric: str) -> None:
     """Tables and charts of what is there so far, on the parent."""
     metric = ablation.deciding_metric(results, main_metric)
     groups = ablation.by_variant(results)
@@ -291,7 +313,8 @@ def _log_folds(plan: AblationPlan, everything: Dataset, results: list[ablation.R
         log.info("all folds together (over seeds: mean ± standard deviation):\n" + text_table(rows, "keys"))
 
 
-def _show(results: list[ablation.Result], main_metric: str) -> None:
+def show_results(results: list[ablation.Result], main_metric: str) -> None:
+    """The table of variants, in words."""
     metric = ablation.deciding_metric(results, main_metric)
     groups = ablation.by_variant(results)
     if any(len(group) > 1 for group in groups.values()):

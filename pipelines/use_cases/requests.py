@@ -68,6 +68,10 @@ class AblationRequest:
     fresh: bool = field(default=False, metadata={"help": "Do again what an equal ablation has done."})
     folds: int = field(default=0, metadata=FOLDS)
     seeds: int = field(default=1, metadata=SEEDS)
+    search: int = field(
+        default=0,
+        metadata={"help": "Trials of a search over the grid, whose entries may be ranges: lr=0.0001..0.003; 0: all of it."},
+    )
     task: str | None = field(default=None, metadata={"help": "unet, detector or maskrcnn; without it the recipe's."})
     register: bool = field(default=False, metadata={"help": "Add a version for each seed, where there are no folds."})
     num_gpus: int = field(default=1, metadata={"help": "Processes that Detectron2 starts."})

@@ -217,8 +217,11 @@ def source_digest() -> str:
     return code_digest(root / "models") + code_digest(root / "pipelines")
 
 
-def run_plan(registry: Registry, plan: Plan, display: Display = SILENT) -> Trained:
+def run_plan(registry: Registry, plan: Plan, display: Display = SILENT, listeners: Sequence[Listener] = ()) -> Trained:
     """Train in the plan's folder, going on from what an interrupted equal training left there.
+
+    Args:
+        listeners: are notified besides MLflow and the display; one may end the training (`Stopped`).
 
     Raises:
         PlanesError: data, weights or store that cannot be used; an equal training is going on.
@@ -227,10 +230,10 @@ def run_plan(registry: Registry, plan: Plan, display: Display = SILENT) -> Train
         # Before hours of training.
         plan = replace(plan, scores=read_scores(registry, plan.request.scores_from))
     with held(lock_of(plan.folder), f"an equal training of {plan.request.register_as}"):
-        return _run_held(registry, plan, display)
+        return _run_held(registry, plan, display, listeners)
 
 
-def _run_held(registry: Registry, plan: Plan, display: Display) -> Trained:
+def _run_held(registry: Registry, plan: Plan, display: Display, listeners: Sequence[Listener]) -> Trained:
     request, folder = plan.request, plan.folder
     if request.fresh or (folder / DONE_FILE).exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -254,7 +257,7 @@ def _run_held(registry: Registry, plan: Plan, display: Display) -> Trained:
         progress = display.training(request.register_as)
         started = time.monotonic()
         try:
-            saved, outcome = _train(plan, display, (mlflow_runs.MlflowListener(run_id, registry.uri), progress))
+            saved, outcome = _train(plan, display, (mlflow_runs.MlflowListener(run_id, registry.uri), progress, *listeners))
         except KeyboardInterrupt:
             log.warning("%s", progress.stopped())
             raise
