@@ -95,8 +95,8 @@ class TrainingSettings(_Settings):
         default="auto",
         description=(
             "Precision of networks and losses in training; auto: bf16-mixed on a CPU that multiplies bfloat16 (AMX, "
-            "AVX-512 BF16), 32 on any other CPU, half precision on a GPU. Weights, optimiser and validation are always in full "
-            "precision."
+            "AVX-512 BF16), 32 on any other CPU, half precision on a GPU. Weights, optimiser and validation are always in "
+            "full precision."
         ),
     )
 

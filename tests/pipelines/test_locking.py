@@ -47,7 +47,7 @@ def holder(root, tmp_path):
 
 
 def _plan(folder):
-    request = SimpleNamespace(register_as="planes-det", fresh=True, task="unet", label="")
+    request = SimpleNamespace(register_as="planes-det", fresh=True, task="unet", label="", scores_from=None)
     return SimpleNamespace(folder=folder, request=request, key="0")
 
 

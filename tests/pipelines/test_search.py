@@ -36,7 +36,7 @@ def _request(airfield, **changes):
 
 @pytest.mark.parametrize("entry", ["lr=2..1", "lr=a..b", "lr=1..1", "=1..2", "lr=..2"])
 def test_ranges_that_are_none_are_said(entry):
-    with pytest.raises(RecipeError, match="expected key=low..high"):
+    with pytest.raises(RecipeError, match=r"expected key=low\.\.high"):
         Dimension.parse(entry)
 
 
