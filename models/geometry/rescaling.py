@@ -24,6 +24,11 @@ def rescaled(instances: Instances, height: int, width: int) -> Instances:
     return replace(instances, height=height, width=width, boxes=boxes, masks=masks)
 
 
+def weighted(instances: Instances, factor: float) -> Instances:
+    """The same predictions, their scores multiplied."""
+    return instances if factor == 1 else replace(instances, scores=instances.scores * np.float32(factor))
+
+
 def rescaled_mask(rle: RLE, scale: np.ndarray, height: int, width: int) -> RLE:
     """A mask in an image of another size; ``scale`` is new by old, (4,): x, y, x, y."""
     mask, left, top = rle_crop(rle)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from models.geometry.rescaling import rescaled
+from models.geometry.rescaling import rescaled, weighted
 from models.images.windows import AnyImage, shrunk
 from models.instances import Instances
 from models.predictor import Predictor
@@ -51,31 +51,32 @@ class Tiled:
             pending = pool.submit(following, batches, None)
             while (batch := pending.result()) is not None:
                 pending = pool.submit(following, batches, None)
-                predictions = predict_in_halves(self.predictor, [tile for _, _, tile in batch])
-                for (number, window, _), instances in zip(batch, predictions, strict=True):
+                predictions = predict_in_halves(self.predictor, [tile for _, _, tile, _ in batch])
+                for (number, window, _, weight), instances in zip(batch, predictions, strict=True):
                     side = window[2] - window[0]
-                    tile_results[number].append(TileResult(rescaled(instances, side, side), window))
+                    result = weighted(rescaled(instances, side, side), weight)
+                    tile_results[number].append(TileResult(result, window))
         return tile_results
 
-    def _batches(self, images: Sequence[AnyImage]) -> Iterator[list[tuple[int, Window, np.ndarray]]]:
+    def _batches(self, images: Sequence[AnyImage]) -> Iterator[list[tuple[int, Window, np.ndarray, float]]]:
         batch = []
         for number, image in enumerate(images):
-            for window, tile in self._tiles(image):
-                batch.append((number, window, tile))
+            for window, tile, weight in self._tiles(image):
+                batch.append((number, window, tile, weight))
                 if len(batch) == self.batch:
                     yield batch
                     batch = []
         if batch:
             yield batch
 
-    def _tiles(self, image: AnyImage) -> Iterator[tuple[Window, np.ndarray]]:
-        """The tiles that show something at each zoom, scaled to the tiling's size, with their windows in the image."""
-        for zoom in self.tiling.zooms:
+    def _tiles(self, image: AnyImage) -> Iterator[tuple[Window, np.ndarray, float]]:
+        """The tiles that show something at each zoom: window in the image, pixels at the tiling's size, factor of scores."""
+        for zoom, weight in self.tiling.scales:
             grid = self.tiling.at(zoom)
             for window in tile_grid(image.shape[0], image.shape[1], grid):
                 tile = cut_tile(image, window)
                 if not _shows_nothing_new(tile, window, grid.shared):
-                    yield window, scaled_tile(tile, self.tiling.size)
+                    yield window, scaled_tile(tile, self.tiling.size), weight
 
     def _merged(self, image_id: str, image: AnyImage, tile_results: list[TileResult]) -> Instances:
         height, width = image.shape[:2]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.images.windows import AnyImage
 from models.tiling.matching import Metric
@@ -54,9 +54,29 @@ class Tiling(BaseModel):
             "into a tile, 2 sees small ones enlarged."
         ),
     )
+    zoom_weights: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(
+        default=None,
+        description=(
+            "Factor on the scores of each scale of zooms: a fine scale that takes cars for planes gets less, so that it "
+            "adds what the others do not see and outvotes none of them. null: 1 for all."
+        ),
+    )
     batch: int | None = Field(
         default=None, ge=1, le=1024, description="Tiles per forward pass; null: 1 on a CPU, 16 on a GPU."
     )
+
+    @model_validator(mode="after")
+    def _a_weight_for_each(self) -> Tiling:
+        if self.zoom_weights is not None and len(self.zoom_weights) != len(self.zooms):
+            raise ValueError(f"zoom_weights: {len(self.zoom_weights)} for {len(self.zooms)} zooms")
+        if len(set(self.zooms)) < len(self.zooms):
+            raise ValueError("zooms: one is named twice")
+        return self
+
+    @property
+    def scales(self) -> list[tuple[float, float]]:
+        """Each zoom with the factor on its scores."""
+        return list(zip(self.zooms, self.zoom_weights or (1.0,) * len(self.zooms), strict=True))
 
     @property
     def shared(self) -> int:

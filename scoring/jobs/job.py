@@ -198,7 +198,7 @@ def _decisive(predictor: Predictor, dataset: Dataset, settings: JobSettings, dev
 
 def _tiling_settings(tiling: Tiling) -> dict[str, Any]:
     """As manifests have them; without the scales where there is but one, so that older jobs can be gone on with."""
-    return tiling.model_dump(mode="json", exclude={"zooms"} if tiling.zooms == (1.0,) else None)
+    return tiling.model_dump(mode="json", exclude={"zooms", "zoom_weights"} if tiling.zooms == (1.0,) else None)
 
 
 def _try_again(

@@ -203,6 +203,21 @@ def test_smaller_scales_find_what_no_tile_shows_and_larger_ones_what_is_too_smal
     assert rle_iou(list(instances.masks), [rle_encode(t) for t in truth])[0, 0] > 0.8
 
 
+def test_a_scale_that_counts_less_outvotes_no_other():
+    image, _ = scene(120, 120, [(40, 40, plane(), 200, 0), (80, 80, np.ones((8, 8), bool), 150, 0)])
+    both = Tiled(Oracle(), Tiling(size=SIZE, overlap=0.5, zooms=(1, 2), zoom_weights=(1, 0.5))).predict([image])[0]
+    alone = Tiled(Oracle(), Tiling(size=SIZE, overlap=0.5)).predict([image])[0]
+    # What both scales see is as the first sees it.
+    assert [b in both.boxes.tolist() for b in alone.boxes.tolist()] == [True] * len(alone)
+    assert both.scores.max() == alone.scores.max()
+    fine = Tiled(Oracle(), Tiling(size=SIZE, overlap=0.5, zooms=(2,), zoom_weights=(0.5,))).predict([image])[0]
+    full = Tiled(Oracle(), Tiling(size=SIZE, overlap=0.5, zooms=(2,))).predict([image])[0]
+    assert np.allclose(fine.scores, full.scores * 0.5)
+    for wrong, said in (({"zooms": (1, 2), "zoom_weights": (1,)}, "1 for 2 zooms"), ({"zooms": (1, 1)}, "named twice")):
+        with pytest.raises(ValueError, match=said):
+            Tiling(**wrong)
+
+
 def test_padding_and_batches_change_nothing_at_several_scales():
     places = [(int(y), int(x)) for y in range(2, 220, 40) for x in range(2, 230, 42)]
     image, _ = scene(260, 270, [(y, x, plane(), 120 + 2 * i, 0) for i, (y, x) in enumerate(places)])
