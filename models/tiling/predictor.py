@@ -70,7 +70,7 @@ class Tiled:
             yield batch
 
     def _tiles(self, image: AnyImage) -> Iterator[tuple[Window, np.ndarray, float]]:
-        """The tiles that show something at each zoom: window in the image, pixels at the tiling's size, factor of scores."""
+        """The tiles that show something at each zoom: window in the image, pixels of the tile, factor of scores."""
         for zoom, weight in self.tiling.scales:
             grid = self.tiling.at(zoom)
             for window in tile_grid(image.shape[0], image.shape[1], grid):

@@ -177,6 +177,12 @@ class WindowSettings(_Settings):
     def _one_cut(self) -> WindowSettings:
         if self.window is not None and self.tiles is not None:
             raise ValueError("window and tiles exclude each other; set one of them to null")
+        if self.plane_sizes is not None and self.window is None:
+            raise ValueError("plane_sizes scale windows; set window, or plane_sizes to null")
+        if self.plane_sizes is not None and not 4 <= self.plane_sizes[0] <= self.plane_sizes[1]:
+            raise ValueError(
+                f"plane_sizes: expected least and largest in pixels, 4 or more, found {list(self.plane_sizes)}"
+            )
         return self
 
     @property

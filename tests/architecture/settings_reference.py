@@ -87,6 +87,7 @@ def _default(field: Any) -> str:
         return ""
     if default is None or isinstance(default, bool):
         return {None: "null", True: "`true`", False: "`false`"}[default]
+    default = list(default) if isinstance(default, tuple) else default
     return f"`{default}`" if default != "" else "empty"
 
 

@@ -128,3 +128,19 @@ def test_unknown_recipe_wrong_task_and_odd_files(tmp_path):
 def test_the_key_changes_with_any_setting():
     keys = {load_recipe("demo_unet", o).key("data") for o in ([], ["training.seed=1"], ["augmentation.rotation=5"])}
     assert len({*keys, load_recipe("demo_unet").key("other data")}) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("window=null", "plane_sizes=[20,200]"), "plane_sizes scale windows; set window"),
+        (("plane_sizes=[200,20]",), r"least and largest in pixels, 4 or more, found \[200.0, 20.0\]"),
+        (("plane_sizes=[1,20]",), "4 or more"),
+        (("tiling.zooms=[1,0.5]", "tiling.zoom_weights=[1]"), "1 for 2 zooms"),
+        (("tiling.zooms=[0.01]",), "tiling.zooms"),
+        (("training.ema=1",), "training.ema"),
+    ],
+)
+def test_settings_of_scales_that_do_not_fit_are_said(overrides, said):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("detector_scratch", overrides)

@@ -11,8 +11,10 @@ import mlflow
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from mlflow.artifacts import load_text
 
+from models.engines.torchvision.network import build_detector
 from models.errors import ModelError, RecipeError, RegistryError
 from models.instances import Instances, from_rows
 from models.saved.spec import read_spec
@@ -21,6 +23,7 @@ from pipelines.data.readers.opening import open_dataset
 from pipelines.data.scene_groups import scene_folds
 from pipelines.evaluation.metrics import evaluate_instances
 from pipelines.instance_table import write_instances
+from pipelines.recipes.reading import load_recipe
 from pipelines.registry.gates import parse_gates
 from pipelines.registry.model_versions import GROUP, Registry
 from pipelines.tracking import mlflow_runs
@@ -269,3 +272,48 @@ def test_what_scores_mean_is_known_by_folds_and_goes_to_a_version(registry, airf
     assert metrics["suggested_score_threshold"] == pytest.approx(scores.threshold)
     assert "test/calibration_error" in metrics or not metrics["test/AP"]
     assert registry.fetch(version)
+
+
+SMALL_COURSE = {
+    "course_det_final_torchvision": (
+        "architecture.backbone=resnet18", "architecture.min_size=96", "architecture.max_size=160",
+        "architecture.fpn_channels=8", "architecture.head_channels=8", "architecture.max_detections=10", "training.steps=2", "training.batch_size=2",
+        "training.evaluate_every=2",
+    ),
+    "course_det_final": (
+        "MODEL.RESNETS.DEPTH=18", "MODEL.RESNETS.NUM_GROUPS=1", "MODEL.RESNETS.WIDTH_PER_GROUP=64",
+        "MODEL.RESNETS.RES2_OUT_CHANNELS=64", "MODEL.FPN.OUT_CHANNELS=8", "MODEL.ROI_BOX_HEAD.FC_DIM=8",
+        "SOLVER.MAX_ITER=2",
+        "SOLVER.IMS_PER_BATCH=2", "INPUT.MIN_SIZE_TRAIN=[96]", "INPUT.MIN_SIZE_TEST=96", "TEST.EVAL_PERIOD=2",
+        "TEST.DETECTIONS_PER_IMAGE=10",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", list(SMALL_COURSE))
+def test_course_recipes_with_weights_of_a_file_have_folds_and_seeds(registry, airfield, tmp_path, recipe):
+    """The same recipes, tiny; the weights are those of a network of that form."""
+    overrides = SMALL_COURSE[recipe]
+    engine = load_recipe(recipe).engine
+    if engine == "detectron2":
+        pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+        from detectron2.modeling import build_model
+
+        from pipelines.training.detectron2.trainer import training_config
+
+        plain = load_recipe(recipe, (*overrides, "weights=none"))
+        network = build_model(training_config(plain, tmp_path / "cfg", "cpu"))
+    else:
+        network = build_detector(load_recipe(recipe, overrides).architecture, 1)
+    torch.save({"model": network.state_dict()}, tmp_path / "own.pth")
+    request = _request(
+        airfield, recipe=recipe, name="course", folds=2, seeds=2, overrides=(*overrides, f"weights={tmp_path / 'own.pth'}")
+    )
+    results = ablate(registry, request)
+    assert [(r.member.label, r.error) for r in results] == [
+        ("fold 1/2 seed 0", ""), ("fold 2/2 seed 0", ""), ("fold 1/2 seed 1", ""), ("fold 2/2 seed 1", ""),
+    ]  # fmt: skip
+    assert {r.run.data.params["weights"] for r in results} == {str(tmp_path / "own.pth")}
+    assert {r.run.data.tags["engine"] for r in results} == {engine}
+    metrics = _parent(registry, results).data.metrics
+    assert {"mean/test/AP", "sd/test/AP", "out_of_fold/AP", "out_of_fold_sd/AP"} <= set(metrics)

@@ -226,6 +226,7 @@ def _batches(recipe: Detectron2Recipe, cfg: Any, train: Dataset) -> DetectorBatc
         min_visible=recipe.min_visible,
         seed=recipe.seed,
         zoom=1.0,
+        plane_sizes=recipe.plane_sizes,
         masks=has_masks(cfg),
         edges=edges,
         max_edge=cfg.INPUT.MAX_SIZE_TRAIN,
