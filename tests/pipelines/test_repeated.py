@@ -277,8 +277,8 @@ def test_what_scores_mean_is_known_by_folds_and_goes_to_a_version(registry, airf
 SMALL_COURSE = {
     "course_det_final_torchvision": (
         "architecture.backbone=resnet18", "architecture.min_size=96", "architecture.max_size=160",
-        "architecture.fpn_channels=8", "architecture.head_channels=8", "architecture.max_detections=10", "training.steps=2", "training.batch_size=2",
-        "training.evaluate_every=2",
+        "architecture.fpn_channels=8", "architecture.head_channels=8", "architecture.max_detections=10",
+        "training.steps=2", "training.batch_size=2", "training.evaluate_every=2",
     ),
     "course_det_final": (
         "MODEL.RESNETS.DEPTH=18", "MODEL.RESNETS.NUM_GROUPS=1", "MODEL.RESNETS.WIDTH_PER_GROUP=64",
