@@ -159,8 +159,11 @@ def finished_child(client: MlflowClient, parent_id: str, training_key: str) -> R
 def deciding_metric(results: Sequence[Result], main: str) -> str:
     """The metric by which variants are ranked: on validation where there is one, else on the test set.
 
-    A variant chosen by its test metric would owe some of it to the choice.
+    A variant chosen by its test metric would owe some of it to the choice. Folds are measured on what was held back, as
+    the test set, which is in some fold too.
     """
+    if any(r.member.folds for r in results):
+        return f"test/{main}"
     names = [name for r in results if r.run for name in r.run.data.metrics]
     return next((n for n in (f"val/best_{main}", f"test/{main}") if n in names), f"test/{main}")
 

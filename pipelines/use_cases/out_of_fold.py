@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.errors import RegistryError
+from models.errors import DataError, RegistryError
 from models.instances import Instances, from_rows
 from models.saved.scores import Scores
 from pipelines import ablation
@@ -70,6 +70,8 @@ def log_out_of_fold(
             continue
         predictions = from_rows(row for row in table.to_pylist() if row["seed"] == seed)
         by_seed[str(seed)] = _metrics(predictions, dataset, kind)
+        failed = [r.run.data.metrics.get("test/images_failed", 0.0) for r in mine if r.run]
+        by_seed[str(seed)]["images_failed"] = sum(failed)
         if kind != "segmenter":
             by_seed[str(seed)] |= _score_metrics(mine, predictions, dataset)
         scenes[str(seed)] = scene_metrics(dataset, predictions, kind)
@@ -90,7 +92,8 @@ def _table(results: Sequence[ablation.Result], dataset: Dataset) -> pa.Table:
     scenes = {s.image_id: s.scene for s in dataset.samples}
     tables = []
     for result in results:
-        if result.run is None:
+        if result.run is None or not any(k.startswith("test/") for k in result.run.data.metrics):
+            # A fold on which nothing can be measured, such as one without outlines, has no predictions.
             continue
         what = f"run {result.run.info.run_id}: {PREDICTIONS_FILE} cannot be read; --fresh trains it anew"
         with tempfile.TemporaryDirectory() as work, store_errors(what, OSError, pa.ArrowException):
@@ -105,6 +108,8 @@ def _table(results: Sequence[ablation.Result], dataset: Dataset) -> pa.Table:
         if None in names:
             raise RegistryError(f"run {result.run.info.run_id}: predictions for an image that the data has not")
         tables.append(table.append_column("scene", pa.array(names, pa.string())))
+    if not tables:
+        raise DataError("no fold could be measured: their planes have no outlines, or none of their images can be read")
     return pa.concat_tables(tables)
 
 

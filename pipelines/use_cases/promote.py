@@ -133,12 +133,18 @@ def _median(registry: Registry, members: Sequence[Resolved]) -> Resolved:
 
 
 def _of_one_group(registry: Registry, version: Resolved) -> list[Resolved]:
-    """All versions that were trained with a version, differing in their seed alone; itself where there are no others."""
-    group = registry.version_of(version).tags.get(GROUP)
+    """All versions that were trained with a version, differing in their seed alone; itself where there are no others.
+
+    Of a seed that was trained again the newest: the same seed twice would make the noise look smaller.
+    """
+    own = registry.version_of(version)
+    group = own.tags.get(GROUP)
     if group is None:
         return [version]
-    known = registry.versions_of(str(version.name))
-    return [registry.resolve(f"{version.name}/{v.version}") for v in known if v.tags.get(GROUP) == group]
+    known = [v for v in registry.versions_of(str(version.name)) if v.tags.get(GROUP) == group]
+    by_seed = {v.tags.get("seed"): str(v.version) for v in sorted(known, key=lambda v: int(v.version))}
+    by_seed[own.tags.get("seed")] = str(own.version)
+    return [registry.resolve(f"{version.name}/{number}") for number in by_seed.values()]
 
 
 def main_metric(registry: Registry, version: Resolved) -> str:

@@ -1,11 +1,13 @@
 """Variants of an ablation, its table and its chart."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from mlflow.entities import Metric, Run, RunData, RunInfo
 
 from models.errors import RecipeError
-from pipelines.ablation import Result, Variant, as_csv, deciding_metric, make_variants, result_rows
+from pipelines.ablation import Member, Result, Variant, as_csv, deciding_metric, make_variants, result_rows
 from pipelines.evaluation.figures import ablation_figure
 
 
@@ -50,6 +52,8 @@ def test_the_table_has_what_the_runs_have_and_says_what_failed():
     lines = as_csv(rows).splitlines()
     assert lines[0].startswith("variant,optimizer.lr,test/AP,test/AP50")
     assert lines[2].startswith("lr=2,2,,")
+    folds = [replace(_result("1", val__best_AP=0.9, test__AP=0.4), member=Member(0, 1, 2))]
+    assert deciding_metric(folds, "AP") == "test/AP"
     both = [_result("1", val__best_AP=0.2, test__AP=0.4)]
     assert deciding_metric(both, "AP") == "val/best_AP"
     assert result_rows(both, "val/best_AP")[0]["test/AP"] == 0.4
