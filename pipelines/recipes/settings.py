@@ -153,6 +153,12 @@ class WindowSettings(_Settings):
         le=8192,
         description="Side in pixels of random windows to train on; null: whole images or tiles.",
     )
+    window_zoom: float = Field(
+        default=1.0,
+        ge=0.05,
+        le=4,
+        description="Scale at which windows are cut, to go with tiling.zooms; 0.5: a window shows four times the ground.",
+    )
     plane_sizes: tuple[float, float] | None = Field(
         default=None,
         description=(
@@ -177,8 +183,8 @@ class WindowSettings(_Settings):
     def _one_cut(self) -> WindowSettings:
         if self.window is not None and self.tiles is not None:
             raise ValueError("window and tiles exclude each other; set one of them to null")
-        if self.plane_sizes is not None and self.window is None:
-            raise ValueError("plane_sizes scale windows; set window, or plane_sizes to null")
+        if self.window is None and (self.plane_sizes is not None or self.window_zoom != 1):
+            raise ValueError("plane_sizes and window_zoom scale windows; set window, or leave them out")
         if self.plane_sizes is not None and not 4 <= self.plane_sizes[0] <= self.plane_sizes[1]:
             raise ValueError(
                 f"plane_sizes: expected least and largest in pixels, 4 or more, found {list(self.plane_sizes)}"

@@ -59,6 +59,7 @@ def training_sizes(recipe: DetectorRecipe | MaskRecipe, train: Dataset) -> np.nd
             scale = min(architecture.min_size / max(short, 1), architecture.max_size / max(long, 1))
         else:
             scale = architecture.zoom
+        scale *= recipe.window_zoom
         for width, height in sides:
             size = np.sqrt(width * height) * scale
             if recipe.window and recipe.plane_sizes:

@@ -51,7 +51,7 @@ def train_detector(
         min_visible=recipe.min_visible,
         seed=recipe.seed,
         # With a size given, the network scales the images itself.
-        zoom=recipe.architecture.zoom if recipe.architecture.min_size is None else 1.0,
+        zoom=recipe.window_zoom * (recipe.architecture.zoom if recipe.architecture.min_size is None else 1.0),
         plane_sizes=recipe.plane_sizes,
         masks=masks,
         unreadable=Unreadable(folder),

@@ -40,6 +40,7 @@ def test_anchors_are_where_the_planes_are():
     [
         ((), 100),
         (("architecture.zoom=0.5",), 50),
+        (("architecture.zoom=0.5", "window_zoom=0.5"), 25),
         # A window of 320 pixels is scaled to 800, a whole image of 2000 to 800.
         (("architecture.min_size=800",), 250),
         (("architecture.min_size=800", "window=null", "tiles.size=400"), 200),

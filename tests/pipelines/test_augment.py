@@ -19,6 +19,8 @@ from pipelines.data.loading.augment import (
 )
 from pipelines.data.loading.batches import DetectorBatches, SegmenterBatches, epoch_items
 from pipelines.data.readers.opening import open_dataset
+from pipelines.recipes.reading import load_recipe
+from pipelines.training.detector import train_detector
 
 STRONG = Augmentation(rotation=0, scale=0.4, brightness=0.3, contrast=0.3, saturation=0.5, grayscale=0.2)
 
@@ -279,3 +281,19 @@ def test_windows_of_images_without_planes_have_a_scale_too():
         )  # fmt: skip
         scales.append(np.sqrt(abs(np.linalg.det(affine[:, :2]))))
     assert (pytest.approx(min(scales), abs=0.1), pytest.approx(max(scales), abs=0.2)) == (0.49, 2.01)
+
+
+def test_the_recipe_s_scales_reach_the_windows(monkeypatch, airfield, tmp_path):
+    class CapturedError(Exception):
+        pass
+
+    def capture(*_, **settings):
+        raise CapturedError(settings)
+
+    monkeypatch.setattr("pipelines.training.detector.DetectorBatches", capture)
+    data = open_dataset(str(airfield), "train")
+    for overrides, zoom in (((), 1.0), (("window_zoom=0.5", "architecture.zoom=0.5"), 0.25)):
+        recipe = load_recipe("detector_scratch", (*overrides, "plane_sizes=[20,90]"))
+        with pytest.raises(CapturedError) as caught:
+            train_detector(recipe, data, None, folder=tmp_path, device="cpu")
+        assert (caught.value.args[0]["zoom"], caught.value.args[0]["plane_sizes"]) == (zoom, (20, 90))

@@ -225,7 +225,7 @@ def _batches(recipe: Detectron2Recipe, cfg: Any, train: Dataset) -> DetectorBatc
         focus=recipe.focus,
         min_visible=recipe.min_visible,
         seed=recipe.seed,
-        zoom=1.0,
+        zoom=recipe.window_zoom,
         plane_sizes=recipe.plane_sizes,
         masks=has_masks(cfg),
         edges=edges,
