@@ -154,7 +154,7 @@ def _unions(scenes: Sequence[str], pairs: Iterable[tuple[str, str]]) -> dict[str
 def scene_folds(dataset: Dataset, count: int) -> list[Dataset]:
     """Part a data set into ``count`` folds of about as many images each; a scene is never divided.
 
-    scikit-learn's GroupKFold over the images in the order of their ids: it does not depend on the files' order.
+    scikit-learn's GroupKFold, which goes by the scenes' names and sizes: the order of the files does not matter.
     Each fold is called ``fold-K`` of ``fold-1`` to ``fold-count``.
 
     Raises:
@@ -162,7 +162,7 @@ def scene_folds(dataset: Dataset, count: int) -> list[Dataset]:
     """
     from sklearn.model_selection import GroupKFold
 
-    samples = sorted(dataset.samples, key=lambda s: s.image_id)
+    samples = dataset.samples
     scenes = Counter(s.scene for s in samples)
     if len(scenes) < count:
         raise DataError(

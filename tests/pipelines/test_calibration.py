@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,7 +79,11 @@ def test_the_threshold_has_the_best_f1_of_all(seed):
 def test_missed_planes_count_in_the_threshold():
     found = Outcomes(np.array([0.9, 0.6, 0.5]), np.array([True, False, True]), 2, np.zeros(3, int))
     assert best_threshold(found) == pytest.approx(0.25)
-    # One that missed most has little to lose by false ones.
+    found = Outcomes(np.array([0.9, 0.6, 0.5, 0.4]), np.array([True, False, False, True]), 2, np.zeros(4, int))
+    assert best_threshold(found) == pytest.approx(0.75)
+    # Where most are missed there is little to lose by false ones.
+    assert best_threshold(replace(found, planes=10)) == pytest.approx(0.2)
+    found = Outcomes(np.array([0.9, 0.6, 0.5]), np.array([True, False, True]), 2, np.zeros(3, int))
     assert precision_recall(found, 0.55) == (0.5, 0.5)
     nothing = Outcomes(np.zeros(0), np.zeros(0, bool), 0, np.zeros(0, int))
     assert all(math.isnan(v) for v in precision_recall(nothing, 0.5))
@@ -124,6 +129,11 @@ def test_outcomes_are_cocos_and_leave_crowds_out(airfield):
     assert found.scores.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6])
     assert found.correct.tolist() == [True, True, False, False]
     assert (found.planes, set(found.images.tolist())) == (dataset.planes, {0})
+    # In a crowd a detection is neither right nor wrong.
+    samples = (replace(sample, crowd=np.arange(len(sample.boxes)) == 1), *dataset.samples[1:])
+    found = outcomes(replace(dataset, samples=samples), made)
+    assert found.scores.tolist() == pytest.approx([0.9, 0.7, 0.6])
+    assert found.planes == dataset.planes - 1
 
 
 def test_scores_are_kept_with_a_saved_model_and_checked(tmp_path):

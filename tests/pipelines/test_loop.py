@@ -124,23 +124,33 @@ def test_learning_rates():
     assert learning_rate(OptimizerSettings(lr=1.0, schedule="constant", warmup_steps=0), 99, 100) == 1.0
 
 
+class _Weights(_Stop):
+    """Keeps the network's weights after each step, and their average as it should be."""
+
+    def __init__(self, job, decay):
+        super().__init__(at=None)
+        self.job, self.decay, self.averages = job, decay, []
+        self.average = {k: v.clone() for k, v in job.model.state_dict().items()}
+        self.weights = []
+        job.listeners = [self]
+
+    def on_step(self, record):
+        self.weights.append({k: v.clone() for k, v in self.job.model.state_dict().items()})
+        past = min(self.decay, record["step"] / (9 + record["step"]))
+        self.average = {k: past * self.average[k] + (1 - past) * v for k, v in self.weights[-1].items()}
+        self.averages.append(self.average)
+
+
+def _close(first, second):
+    return all(torch.allclose(v, second[k], atol=1e-6) for k, v in first.items())
+
+
 def test_the_moving_average_is_that_of_the_weights_and_resumes_to_the_bit(tmp_path):
-    seen = []
-
-    class Watch(_Stop):
-        def on_step(self, record):
-            super().on_step(record)
-            seen.append({k: v.clone() for k, v in job.model.state_dict().items()})
-
-    job = _job(tmp_path / "whole", Watch(at=None), ema=0.8)
-    start = {k: v.clone() for k, v in job.model.state_dict().items()}
+    job = _job(tmp_path / "whole", ema=0.8)
+    seen = _Weights(job, 0.8)
     whole = run(job)
-    expected = start
-    for step, weights in enumerate(seen):
-        past = min(0.8, (1 + step) / (10 + step))
-        expected = {k: past * expected[k] + (1 - past) * weights[k] for k in weights}
-    assert all(torch.allclose(v, whole.weights[k], atol=1e-6) for k, v in expected.items())
-    assert not all(torch.equal(v, whole.weights[k]) for k, v in seen[-1].items())
+    assert _close(seen.averages[-1], whole.weights)
+    assert not _close(seen.weights[-1], whole.weights)
     # The average changes nothing of the training itself.
     assert whole.history == run(_job(tmp_path / "without")).history
     with pytest.raises(SystemError):
@@ -156,6 +166,10 @@ def test_what_is_validated_and_kept_is_the_average(tmp_path):
         validated.append({k: v.clone() for k, v in model.state_dict().items()})
         return {"m": float(len(validated) == 2)}
 
-    outcome = run(_job(tmp_path / "a", evaluate=evaluate, evaluate_every=5, ema=0.8))
+    job = _job(tmp_path, evaluate=evaluate, evaluate_every=5, ema=0.8)
+    seen = _Weights(job, 0.8)
+    outcome = run(job)
     assert outcome.step == 10
     assert all(torch.equal(v, outcome.weights[k]) for k, v in validated[1].items())
+    assert _close(seen.averages[9], validated[1])
+    assert not _close(seen.weights[9], validated[1])

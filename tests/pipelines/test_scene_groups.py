@@ -50,9 +50,12 @@ def test_near_duplicates_are_joined_and_pale_images_are_not(tmp_path):
     ground = cv2.GaussianBlur(_ground(3), (0, 0), 12)
     again = np.clip(ground * 0.95 + 8, 0, 255).astype(np.uint8)
     flat = {"c.png": np.full((90, 90, 3), 200, np.uint8), "d.png": np.full((90, 90, 3), 201, np.uint8)}
+    # Two of open water, alike in that one corner is a little darker.
+    slope = np.add.outer(np.arange(90), np.arange(90))[:, :, None] / 60
+    flat |= {"f.png": (150 + slope * [1, 1, 1]).astype(np.uint8), "g.png": (90 + slope * [1, 1, 1]).astype(np.uint8)}
     cv2.imwrite(str(tmp_path / "b.jpg"), again)
     found = _scenes(_dataset(tmp_path, {"a.png": ground, "b.jpg": again, **flat, "e.png": ground[::-1].copy()}))
-    assert found == {"a": "a+b", "b": "a+b", "c": "c", "d": "d", "e": "e"}
+    assert found == {"a": "a+b", "b": "a+b", **{name: name for name in "cdefg"}}
 
 
 def test_images_whose_coordinates_meet_are_joined(tmp_path):
