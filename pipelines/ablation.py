@@ -21,6 +21,8 @@ from pipelines.evaluation.spread import Spread, difference
 
 PARENT = "mlflow.parentRunId"
 KEY = "ablation_key"
+# Tag of a parent run that found an equal one finished: that one.
+SAME = "same_as"
 
 # Columns of the table after the deciding metric, for runs that have them.
 SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mask_AP", "mask_AP50", "IoU", "Dice", "at_0.6_AP", "at_0.6_mask_AP")
@@ -133,7 +135,8 @@ def find_parent(client: MlflowClient, key: str, but_not: str | None = None) -> R
     """The newest parent run of this ablation, if there is one besides ``but_not``."""
     experiments = [e.experiment_id for e in client.search_experiments(max_results=1000)]
     runs = client.search_runs(experiments, f"tags.{KEY} = '{key}'", order_by=["attributes.start_time DESC"])
-    return next((run for run in runs if run.info.run_id != but_not), None)
+    # One that was but another name of an earlier one has no children.
+    return next((run for run in runs if run.info.run_id != but_not and SAME not in run.data.tags), None)
 
 
 def adopt_children(client: MlflowClient, old: Run, parent_id: str) -> int:
@@ -154,6 +157,15 @@ def finished_child(client: MlflowClient, parent_id: str, training_key: str) -> R
     experiment = client.get_run(parent_id).info.experiment_id
     condition = f"tags.`{PARENT}` = '{parent_id}' and tags.training_key = '{training_key}' and status = 'FINISHED'"
     return next(iter(client.search_runs([experiment], condition)), None)
+
+
+def end_lost_children(client: MlflowClient, parent_id: str, training_key: str, current: str | None) -> None:
+    """End runs of a training that nothing will go on with: its folder, which named them, is gone."""
+    experiment = client.get_run(parent_id).info.experiment_id
+    condition = f"tags.`{PARENT}` = '{parent_id}' and tags.training_key = '{training_key}' and status = 'RUNNING'"
+    for run in client.search_runs([experiment], condition):
+        if run.info.run_id != current:
+            client.set_terminated(run.info.run_id, "KILLED")
 
 
 def deciding_metric(results: Sequence[Result], main: str) -> str:
@@ -181,6 +193,28 @@ def values_of(results: Sequence[Result], metric: str) -> dict[str, float]:
     return {r.member.label: r.run.data.metrics[metric] for r in results if r.run and metric in r.run.data.metrics}
 
 
+def compared_by(results: Sequence[Result], metric: str) -> dict[str, float]:
+    """A metric by what variants are compared over: by fold, each the mean over its seeds, if there are any; by seed."""
+    if not any(r.member.folds for r in results):
+        return values_of(results, metric)
+    folds: dict[str, list[float]] = {}
+    for result in results:
+        if result.run and metric in result.run.data.metrics:
+            folds.setdefault(f"fold {result.member.fold}", []).append(result.run.data.metrics[metric])
+    return {fold: Spread.of(values).mean for fold, values in folds.items()}
+
+
+def best_variant(results: Sequence[Result], metric: str) -> Variant | None:
+    """The variant with the highest mean of a metric.
+
+    One of whose trainings some failed is none, unless some of all did: it may have been spared the hard folds.
+    """
+    groups = {v: g for v, g in by_variant(results).items() if values_of(g, metric)}
+    whole = {v: g for v, g in groups.items() if all(r.run is not None for r in g)} or groups
+    means = {v: Spread.of(list(values_of(g, metric).values())).mean for v, g in whole.items()}
+    return max((v for v in means if math.isfinite(means[v])), key=means.__getitem__, default=None)
+
+
 def result_rows(results: Sequence[Result], metric: str) -> list[dict[str, Any]]:
     """Rows of the table: variant, its overrides, the deciding metric, other metrics, loss, seconds, runs.
 
@@ -190,8 +224,7 @@ def result_rows(results: Sequence[Result], metric: str) -> list[dict[str, Any]]:
     groups = by_variant(results)
     keys = list(dict.fromkeys(o.partition("=")[0] for variant in groups for o in variant.overrides))
     repeated = any(len(group) > 1 for group in groups.values())
-    means = {variant: Spread.of(list(values_of(group, metric).values())).mean for variant, group in groups.items()}
-    best = max((v for v in groups if math.isfinite(means[v])), key=means.__getitem__, default=None)
+    best = best_variant(results, metric)
     columns = [metric, *(prefix + name for prefix in ("test/", "val/best_") for name in SHOWN)]
     columns = [c for c in dict.fromkeys(columns) if c == metric or any(values_of(g, c) for g in groups.values())]
     rows = []
@@ -207,7 +240,7 @@ def result_rows(results: Sequence[Result], metric: str) -> list[dict[str, Any]]:
             row["trainings"] = sum(r.run is not None for r in group)
             if len(groups) > 1 and best is not None:
                 folds = group[0].member.folds
-                lag = difference(values_of(groups[best], metric), values_of(group, metric), folds=folds)
+                lag = difference(compared_by(groups[best], metric), compared_by(group, metric), folds=folds)
                 row["against the best"] = "the best" if variant == best else str(lag)
         for name, column in (("train/loss", "train/loss"), ("seconds", "wall_seconds")):
             row[name] = Spread.of(list(values_of(group, column).values())).mean

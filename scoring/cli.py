@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from pipelines.steps.options import option
-from scoring.requests import ComparisonRequest, Execution, JobSettings, ScoreRequest
+from scoring.requests import DEFAULT_THRESHOLD, ComparisonRequest, Execution, JobSettings, ScoreRequest
 
 N = TypeVar("N", int, float, str)
 
@@ -174,7 +174,7 @@ def _score(models: tuple[str, ...], data: str, *, out: str, split: str, device: 
     execution = Execution(runner=options["runner"], address=address, actors=_auto("actors", options))
     settings = JobSettings(
         batch_size=_auto("batch", options),
-        score_threshold=0.05 if options["score_threshold"] == AUTO else _share(options["score_threshold"]),
+        score_threshold=DEFAULT_THRESHOLD if options["score_threshold"] == AUTO else _share(options["score_threshold"]),
         overlays=options["overlays"],
         rle=options["rle"],
         tiling=_tiling(options),

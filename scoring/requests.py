@@ -18,6 +18,9 @@ RunnerName = Literal["local", "ray"]
 # What runs a job's networks, as manifests name it.
 TORCH = "torch"
 
+# The score from which AP is measured.
+DEFAULT_THRESHOLD = 0.05
+
 SPLIT = {"help": "Split of a data set folder; train+test: both."}
 RLE = {"help": "Runs of the Kaggle CSV."}
 SCORE_THRESHOLD = {"help": "Least score that is kept."}
@@ -30,7 +33,7 @@ class JobSettings:
     batch_size: int | None = field(
         default=None, metadata={"help": "Images, or tiles, per forward pass; by default one on a CPU, eight on a GPU."}
     )
-    score_threshold: float = field(default=0.05, metadata=SCORE_THRESHOLD)
+    score_threshold: float = field(default=DEFAULT_THRESHOLD, metadata=SCORE_THRESHOLD)
     overlays: int = field(default=3, metadata={"help": "Pictures to draw."})
     rle: Convention = field(default="course", metadata=RLE)
     tiling: Mapping[str, Any] = field(

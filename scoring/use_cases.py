@@ -61,7 +61,6 @@ def compare_targets(registry: Registry, request: ComparisonRequest, display: Dis
     """
     claim_folder(Path(request.out))
     named = {text: registry.group(text) for text in request.targets}
-    groups = {one: text for text, members in named.items() if members != [text] for one in members}
     request = replace(request, targets=tuple(dict.fromkeys(one for text in request.targets for one in named[text])))
     runs = {t: mlflow_log.load_scored(registry.client, t) for t in request.targets if is_run(t)}
     if request.data is None and not runs:
@@ -85,10 +84,13 @@ def compare_targets(registry: Registry, request: ComparisonRequest, display: Dis
 
     def score(target: str) -> Candidate:
         version = registry.resolve(target)
+        folder = registry.fetch(version)
+        if read_spec(folder).kind == "segmenter":
+            raise DataError(f"{version.label}: outlines given boxes and finds none; score it and compare its runs")
         _, job = score_version(
             registry,
             version,
-            registry.fetch(version),
+            folder,
             dataset,
             out=Path(request.out),
             settings=settings,
@@ -96,12 +98,13 @@ def compare_targets(registry: Registry, request: ComparisonRequest, display: Dis
             display=display,
         )
         check_logged([job])
-        if job.segmenter:
-            raise DataError(f"{job.label}: outlines given boxes and finds none; score it and compare its runs")
         return from_job(job)
 
-    candidates = gather(registry.client, request.targets, dataset, runs=runs, score=score, groups=groups)
-    finish(registry, candidates, dataset, Path(request.out))
+    candidates = gather(registry.client, request.targets, dataset, runs=runs, score=score)
+    labels = dict(zip(request.targets, (c.label for c in candidates), strict=True))
+    groups = {text: [labels[one] for one in members] for text, members in named.items()}
+    grouped = any(members != [text] for text, members in named.items())
+    finish(registry, candidates, dataset, Path(request.out), groups if grouped else {})
     log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client)}")
 
 
@@ -269,11 +272,17 @@ def compare_jobs(registry: Registry, jobs: Sequence[JobResult], datasets: Sequen
     finish(registry, [from_job(job) for job, _ in chosen], chosen[0][1], out)
 
 
-def finish(registry: Registry, candidates: Sequence[Candidate], dataset: Dataset, out: Path) -> None:
+def finish(
+    registry: Registry,
+    candidates: Sequence[Candidate],
+    dataset: Dataset,
+    out: Path,
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     """Compare candidates; write report.html and comparison.csv; log them."""
     for earlier in ("comparison.csv", "report.html"):
         (out / earlier).unlink(missing_ok=True)
-    comparison = compare(dataset, candidates)
+    comparison = compare(dataset, candidates, groups=groups)
     table = comparison.table(candidates)
     table.to_csv(out / "comparison.csv", index=False)
     report = _report(comparison, candidates, dataset, out)
@@ -320,7 +329,13 @@ def score_version(
     Raises:
         PlanesError: the version, the images or the folder cannot be used.
     """
-    settings = replace(settings, scores=read_spec(folder).scores)
+    scores = read_spec(folder).scores
+    if scores is not None and set(settings.tiling):
+        log.info(
+            f"{version.label}: no probabilities, and no suggested score: they were learnt with the version's own tiles"
+        )
+        scores = None
+    settings = replace(settings, scores=scores)
     dataset = dataset.rendered(parse_rendering(settings.value_range, settings.bands, read_spec(folder).rendering))
     predictor = load_model(folder, "cpu" if execution.runner == "ray" else device, settings.changes)
     runner = (

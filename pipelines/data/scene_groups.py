@@ -20,6 +20,7 @@ from models.errors import DataError
 from models.images.raster import ground_bounds
 from models.images.windows import open_image, shrunk
 from pipelines.data.dataset import Dataset, Sample
+from pipelines.data.remote import UNREADABLE
 from pipelines.progress import Progress, pass_through
 
 log = logging.getLogger(__name__)
@@ -49,12 +50,13 @@ class _Look:
 def with_joined_scenes(dataset: Dataset, progress: Progress = pass_through) -> Dataset:
     """The data set with one scene, called ``a+b``, for scenes that show the same ground.
 
-    Joined are scenes with near-duplicate images (difference hash, then correlation of thumbnails), with images that
-    overlap (ORB features, Rublee et al., ICCV 2011, that agree on a similarity, by RANSAC; up to `MOST_COMPARED`
-    images), and with images of one coordinate system whose bounds meet. Images that cannot be read are compared with none.
+    Joined are scenes with equal files, with near-duplicate images (difference hash, then correlation of thumbnails; not
+    mirrored ones), with images that overlap (ORB features, Rublee et al., ICCV 2011, that agree on a similarity, by
+    RANSAC; up to `MOST_COMPARED` images), and with images of one coordinate system whose bounds meet. Images that cannot
+    be read are compared with none.
     """
     looks = [_look(s) for s in progress(dataset.samples, len(dataset), "looking for scenes that overlap")]
-    pairs = {*_near_duplicates(looks), *_meeting(looks)}
+    pairs = {*_equal(dataset.file_digests()), *_near_duplicates(looks), *_meeting(looks)}
     if len(looks) <= MOST_COMPARED:
         pairs |= set(_overlapping(looks, [s.scene for s in dataset.samples]))
     else:
@@ -85,6 +87,13 @@ def _look(sample: Sample) -> _Look:
     bits = int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "big")
     placed = ground_bounds(sample.path) if isinstance(sample.path, Path) and sample.window is None else None
     return _Look(bits, None if flat else thumbnail, points, descriptors, placed)
+
+
+def _equal(digests: Sequence[str]) -> Iterable[tuple[int, int]]:
+    first: dict[str, int] = {}
+    for i, digest in enumerate(digests):
+        if digest != UNREADABLE and first.setdefault(digest, i) != i:
+            yield first[digest], i
 
 
 def _near_duplicates(looks: Sequence[_Look]) -> Iterable[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,7 +23,8 @@ def scene_metrics(
     """Scene -> its images, planes, and metrics; NaN where a scene has no planes to measure.
 
     Detectors: AP, AP50, and precision and recall of the boxes at `SHOWN_SCORE`; instance segmenters: the same of the
-    masks where the scene has outlines; crop segmenters: IoU. Images without an entry have no detections.
+    masks where the data has outlines, planes being those with one; crop segmenters: IoU. Images without an entry have
+    no detections.
 
     Args:
         kind: detector, segmenter or instance_segmenter.
@@ -35,12 +37,14 @@ def scene_metrics(
 def _of_scene(
     dataset: Dataset, by_id: dict[str, Instances], scene: str, kind: str, score_threshold: float
 ) -> dict[str, float]:
+    masks = kind == "instance_segmenter" and dataset.has_masks
     part = dataset.subset([s.image_id for s in dataset.samples if s.scene == scene], dataset.split)
+    part = replace(part, samples=tuple(s.for_masks() for s in part.samples)) if masks else part
     counts = {"images": float(len(part)), "planes": float(part.planes)}
     if kind == "segmenter":
-        masks = [list(by_id[s.image_id].masks or ()) if s.image_id in by_id else [] for s in part.samples]
-        return counts | {"IoU": evaluate_masks(part, masks).metrics["IoU"] if part.has_masks else math.nan}
-    shape: Kind = "segm" if kind == "instance_segmenter" and part.has_masks else "bbox"
+        crops = [list(by_id[s.image_id].masks or ()) if s.image_id in by_id else [] for s in part.samples]
+        return counts | {"IoU": evaluate_masks(part, crops).metrics["IoU"] if part.has_masks else math.nan}
+    shape: Kind = "segm" if masks else "bbox"
     matches = []
     for sample in part.samples:
         found = by_id.get(sample.image_id) or Instances.empty(sample.image_id, sample.height, sample.width, masks=True)

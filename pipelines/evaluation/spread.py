@@ -60,34 +60,45 @@ class Difference:
 
 
 def difference(first: Mapping[str, float], second: Mapping[str, float], *, folds: int = 0) -> Difference:
-    """How two groups of measurements differ, each value named by what was repeated (fold, seed).
+    """How two groups of measurements differ, each value named by what was repeated.
 
-    Of seeds alone: Welch's interval of the two means. With ``folds``, and the same names in both groups, the values
-    are paired, as two recipes meet the same scenes; since the trainings share most of their images, the variance of the
-    mean is 1 / n + 1 / (folds - 1) of that of the differences instead of 1 / n (Nadeau and Bengio, Machine Learning 52,
-    2003). A single measurement against several is taken to be as noisy as these are.
+    Of seeds: Welch's interval of the two means. A single measurement against several is taken to be as noisy as these
+    are. With ``folds`` the names are those of folds, the value of each the mean over its seeds: folds that both groups
+    have are paired, as two recipes meet the same scenes, and the others left out. Since the trainings share most of
+    their images, the variance of the mean is 1 / n + 1 / (folds - 1) of that of the differences instead of 1 / n
+    (Nadeau and Bengio, Machine Learning 52, 2003). Values without any spread say nothing of the noise, unless they are
+    equal.
     """
     a, b = ({k: v for k, v in group.items() if math.isfinite(v)} for group in (first, second))
     if not a or not b:
         return Difference(math.nan, math.nan, math.nan)
+    if folds > 1:
+        return _paired([b[k] - a[k] for k in a if k in b], folds)
     value = float(np.mean(list(b.values())) - np.mean(list(a.values())))
     if max(len(a), len(b)) < 2:
         return Difference(value, math.nan, math.nan)
     if min(len(a), len(b)) < 2:
         several = list((a if len(a) > 1 else b).values())
-        margin = _margin(float(np.var(several, ddof=1)) * (1 + 1 / len(several)), len(several) - 1)
-        return Difference(value, value - margin, value + margin)
-    if folds > 1 and set(a) == set(b):
-        each = [b[k] - a[k] for k in a]
-        margin = _margin(float(np.var(each, ddof=1)) * (1 / len(each) + 1 / (folds - 1)), len(each) - 1)
-        return Difference(value, value - margin, value + margin)
+        return _around(value, float(np.var(several, ddof=1)) * (1 + 1 / len(several)), len(several) - 1)
     shares = [(float(np.var(list(g.values()), ddof=1)) / len(g), len(g) - 1) for g in (a, b)]
     total = sum(share for share, _ in shares)
     # Welch and Satterthwaite's degrees of freedom.
     freedom = total**2 / sum(share**2 / f for share, f in shares) if total else 1.0
-    margin = _margin(total, freedom)
+    return _around(value, total, freedom)
+
+
+def _paired(each: Sequence[float], folds: int) -> Difference:
+    if not each:
+        return Difference(math.nan, math.nan, math.nan)
+    value = float(np.mean(each))
+    if len(each) < 2:
+        return Difference(value, math.nan, math.nan)
+    return _around(value, float(np.var(each, ddof=1)) * (1 / len(each) + 1 / (folds - 1)), len(each) - 1)
+
+
+def _around(value: float, variance: float, freedom: float) -> Difference:
+    """A difference with the interval of Student's t; without any variance of its own only where it is none."""
+    if variance <= 1e-18 and value:
+        return Difference(value, math.nan, math.nan)
+    margin = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(variance)
     return Difference(value, value - margin, value + margin)
-
-
-def _margin(variance: float, freedom: float) -> float:
-    return float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(variance)

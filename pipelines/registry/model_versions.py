@@ -38,6 +38,17 @@ JOURNAL_OF = "planes_journal_of"
 MAX_ENTRIES = 20
 
 
+def group_name(versions: Sequence[str]) -> str:
+    """What `Registry.group` takes for these versions.
+
+    >>> group_name(["4", "5", "6"]), group_name(["16", "2"])
+    ('4..6', '2,16')
+    """
+    numbers = sorted(map(int, versions))
+    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"{numbers[0]}..{numbers[-1]}" if whole and len(numbers) > 1 else ",".join(map(str, numbers))
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A registered version or a saved folder, and how it was named.
@@ -116,22 +127,22 @@ class Registry:
         return Resolved(text, name, str(version.version), version.run_id, self.logged_model_id(version), digest=digest)
 
     def group(self, text: str) -> list[str]:
-        """The versions of a group, ``name/3..5``, as ``name/3``, ``name/4``, ``name/5``; any other text by itself.
+        """The versions of a group, ``name/3..5`` or ``name/3,5,8``, as ``name/3`` and so on; any other text by itself.
 
         Versions that were deleted are left out.
 
         Raises:
             RegistryError: no version of the group exists.
         """
-        match = re.fullmatch(r"(?:models:/+)?([^/@]+)/(\d+)\.\.(\d+)", text)
-        if match is None:
+        match = re.fullmatch(r"(?:models:/+)?([^/@]+)/(\d+(?:\.\.\d+)?(?:,\d+(?:\.\.\d+)?)*)", text)
+        if match is None or match[2].isdigit():
             return [text]
-        name, first, last = match[1], int(match[2]), int(match[3])
+        name, ranges = match[1], [part.partition("..") for part in match[2].split(",")]
         known = sorted(int(v.version) for v in self.versions_of(name))
-        chosen = [f"{name}/{number}" for number in known if first <= number <= last]
+        chosen = [n for n in known if any(int(low) <= n <= int(high or low) for low, _, high in ranges)]
         if not chosen:
-            raise RegistryError(f"model {text!r}: no version of {name} from {first} to {last}; {self._known_models()}")
-        return chosen
+            raise RegistryError(f"model {text!r}: no version of {name} among {match[2]}; {self._known_models()}")
+        return [f"{name}/{number}" for number in chosen]
 
     def logged_model_id(self, version: ModelVersion) -> str | None:
         """MLflow's id of the logged model behind a version; SQL stores tell it by the version's source only.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -25,7 +26,7 @@ from pipelines.evaluation.spread import Spread
 from pipelines.locking import held, lock_of
 from pipelines.recipes.reading import load_recipe
 from pipelines.recipes.settings import Recipe
-from pipelines.registry.model_versions import GROUP, Registry
+from pipelines.registry.model_versions import GROUP, Registry, group_name
 from pipelines.tables import text_table
 from pipelines.tracking import mlflow_runs
 from pipelines.training.loop import Listener, Stopped
@@ -33,7 +34,7 @@ from pipelines.use_cases.display import SILENT, Display
 from pipelines.use_cases.folds import Folds
 from pipelines.use_cases.out_of_fold import log_out_of_fold
 from pipelines.use_cases.requests import AblationRequest, TrainingRequest
-from pipelines.use_cases.training import KIND, Plan, TrainingData, plan_training, run_plan, split_data
+from pipelines.use_cases.training import KIND, RUN_FILE, Plan, TrainingData, plan_training, run_plan, split_data
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +100,29 @@ def plan_ablation(request: AblationRequest, display: Display = SILENT) -> Ablati
         for member in ablation.members(seed, request.seeds, request.folds):
             plan = plan_training(training_request(request, task, variant, member), part_of(folds, member))
             trainings.append((variant, member, plan))
+    if folds:
+        _check_same_folds(trainings)
     key = ablation.ablation_key([p.key for _, _, p in trainings])
     if request.register and not request.folds:
         trainings = [(v, m, _in_group(p, key)) for v, m, p in trainings]
     everything = folds.of(trainings[0][2].recipe.data)[0] if folds else None
     return AblationPlan(request, trainings, key, KIND[task], main_metric, everything)
+
+
+def _check_same_folds(trainings: Sequence[tuple[ablation.Variant, ablation.Member, Plan]]) -> None:
+    """Refuse variants that are measured on other folds or other planes: a difference would be that of the data.
+
+    Raises:
+        RecipeError: naming the variant.
+    """
+    held_out: dict[int, str] = {}
+    for variant, member, plan in trainings:
+        digest = plan.data.test.digest() if plan.data.test else ""
+        if held_out.setdefault(member.fold, digest) != digest:
+            raise RecipeError(
+                f"variant {variant.label}: is measured on other planes or other folds than the first; with --folds, "
+                "variants of data.category or data.scene_pattern cannot be held against each other"
+            )
 
 
 def _in_group(plan: Plan, key: str) -> Plan:
@@ -149,7 +168,23 @@ def _ablate(registry: Registry, plan: AblationPlan, display: Display) -> list[ab
         show_results(results, plan.main_metric)
         if plan.everything is not None:
             _log_folds(plan, plan.everything, results)
+        _say_what_next(plan, results, parent)
+        failed = [r for r in results if r.run is None]
+        if failed and ablation.by_variant(results).keys() == {ablation.AS_THE_RECIPE}:
+            raise ModelError(
+                f"{len(failed)} of {len(results)} trainings failed (first: {failed[0].error}); "
+                "the same command does what is missing"
+            )
     return results
+
+
+def _say_what_next(plan: AblationPlan, results: Sequence[ablation.Result], parent: str) -> None:
+    """The names that the next commands want: of a group of versions, or of the run that knows what scores mean."""
+    name, versions = plan.request.name, [r.version for r in results if r.version]
+    if len(versions) > 1:
+        log.info(f"as a group: {name}/{group_name(versions)}")
+    if plan.everything is not None and plan.kind != "segmenter" and len(ablation.by_variant(results)) == 1:
+        log.info(f"a version that is trained without --folds knows what its scores mean by --scores-from {parent}")
 
 
 @contextmanager
@@ -187,6 +222,7 @@ def training_request(
         overrides=(*request.overrides, *variant.overrides, *seed),
         engine=request.engine,
         work_dir=request.work_dir,
+        fresh=request.fresh,
         num_gpus=request.num_gpus,
         scores_from=request.scores_from,
         register=request.register and not request.folds,
@@ -200,7 +236,7 @@ def _parent_of_children(client: MlflowClient, run_id: str, earlier: Any) -> str:
     if earlier is None or earlier.info.run_id == run_id:
         return run_id
     if earlier.info.status == "FINISHED":
-        mlflow.set_tag("same_as", earlier.info.run_id)
+        mlflow.set_tag(ablation.SAME, earlier.info.run_id)
         return str(earlier.info.run_id)
     count = ablation.adopt_children(client, earlier, run_id)
     log.info(f"going on with an ablation that was stopped; {count} runs taken over")
@@ -228,6 +264,9 @@ def train_one(
         log.info(f"== {title}: done already (run {done.info.run_id})")
         return ablation.Result(variant, done, "", member, _version(registry, one, done.info.run_id))
     log.info(f"== {title}")
+    noted = one.folder / RUN_FILE
+    current = json.loads(noted.read_text())["run_id"] if noted.exists() else None
+    ablation.end_lost_children(registry.client, parent, one.key, current)
     os.environ["PLANES_PARENT_RUN_ID"] = parent
     try:
         trained = run_plan(registry, one, display, listeners)
@@ -268,11 +307,10 @@ def log_results(client: MlflowClient, results: list[ablation.Result], main_metri
         figures.ablation_figure(bars, metric, losses, validation, f"val/{main_metric}", spreads=spreads),
         "figures/ablation.png",
     )
-    known = [(value, label) for label, value in bars if value == value]
-    if known:
-        best, label = max(known)
-        mlflow.log_metric(f"best/{metric}", best)
-        mlflow.set_tag("best_variant", label)
+    best = ablation.best_variant(results, metric)
+    if best is not None:
+        mlflow.log_metric(f"best/{metric}", dict(bars)[best.label])
+        mlflow.set_tag("best_variant", best.label)
 
 
 def _log_spread(results: list[ablation.Result]) -> None:
@@ -310,7 +348,8 @@ def _log_folds(plan: AblationPlan, everything: Dataset, results: list[ablation.R
             else {k: str(spreads[k]) for k in shown}
         )
     if rows:
-        log.info("all folds together (over seeds: mean ± standard deviation):\n" + text_table(rows, "keys"))
+        spread = ", mean ± standard deviation over seeds" if plan.request.seeds > 1 else ""
+        log.info(f"all folds together, as one test set{spread}:\n{text_table(rows, 'keys')}")
 
 
 def show_results(results: list[ablation.Result], main_metric: str) -> None:

@@ -95,7 +95,8 @@ def _table(results: Sequence[ablation.Result], dataset: Dataset) -> pa.Table:
         if result.run is None or not any(k.startswith("test/") for k in result.run.data.metrics):
             # A fold on which nothing can be measured, such as one without outlines, has no predictions.
             continue
-        what = f"run {result.run.info.run_id}: {PREDICTIONS_FILE} cannot be read; --fresh trains it anew"
+        what = f"run {result.run.info.run_id}: {PREDICTIONS_FILE} cannot be read"
+        what += "; delete that run in MLflow, and the same command trains its fold again"
         with tempfile.TemporaryDirectory() as work, store_errors(what, OSError, pa.ArrowException):
             path = mlflow.artifacts.download_artifacts(
                 run_id=result.run.info.run_id, artifact_path=PREDICTIONS_FILE, dst_path=work

@@ -66,18 +66,22 @@ def promote(
     Raises:
         PlanesError: model, data, gates or store that cannot be used; another promotion was faster.
     """
-    members = [registered(registry, one) for one in registry.group(request.model)]
+    members = _newest_of_each_seed(registry, [registered(registry, one) for one in registry.group(request.model)])
     candidate = _median(registry, members)
     name, alias = str(candidate.name), checked_alias(request.alias)
     at = read_alias_state(registry, name, alias, look_only=request.dry_run)
     if at.finished is not None:
         log.info(f"finished a move that was interrupted: {lineage.format_entry(at.finished)}")
+    if len(members) > 1 and at.version in [v.version for v in members]:
+        raise RegistryError(f"{request.model}: holds {name}/{at.version}, which is {alias}; name those that are to beat it")
     if at.version == candidate.version:
         log.info(f"{candidate.label} is {alias} already")
         return Verdict()
     file, source = (given, "options") if given else find_gates(name, request.gates)
     gates = file.of(alias)
     baseline = _held_against(registry, at, gates, candidate)
+    if len(members) > 1 and baseline is not None and baseline.label in [v.label for v in members]:
+        raise RegistryError(f"{request.model}: holds the baseline, {baseline.label}; name those that are to beat it")
     title = f"promote {candidate.label} to {alias}"
     with mlflow_runs.tracked_run(
         registry.client, title, {"task": "promote", "version": candidate.label, "alias": alias}
@@ -130,6 +134,18 @@ def _median(registry: Registry, members: Sequence[Resolved]) -> Resolved:
     chosen = members[sorted(range(len(members)), key=values.__getitem__)[(len(members) - 1) // 2]]
     log.info(f"{chosen.label} has the median {metric} of {len(members)} versions and stands for them")
     return chosen
+
+
+def _newest_of_each_seed(registry: Registry, members: Sequence[Resolved]) -> list[Resolved]:
+    """A group without versions of a seed that was trained again: the same seed twice would make the noise look smaller."""
+    newest: dict[object, Resolved] = {}
+    for version in sorted(members, key=lambda v: int(str(v.version))):
+        tags = registry.version_of(version).tags
+        known = (tags[GROUP], tags.get("seed")) if tags.get(GROUP) else version.label
+        if known in newest:
+            log.info(f"{newest[known].label} and {version.label} are of one seed; {version.label} counts")
+        newest[known] = version
+    return list(newest.values())
 
 
 def _of_one_group(registry: Registry, version: Resolved) -> list[Resolved]:
@@ -205,7 +221,9 @@ def _check(
     device = pick_device(request.device)
     versions = [candidate] if baseline is None else [candidate, baseline]
     # Of a group, the others of both sides are measured beside them.
+    own = {v.label for v in members}
     rivals = [] if baseline is None or len(members) == 1 else _of_one_group(registry, baseline)
+    rivals = [v for v in rivals if v.label not in own]
     measured_too = {v.label: v for v in (*versions, *(members if len(members) > 1 else ()), *rivals)}
     folders = {label: registry.fetch(v) for label, v in measured_too.items()}
     kind = read_spec(folders[candidate.label]).kind

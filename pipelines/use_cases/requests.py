@@ -39,7 +39,12 @@ class TrainingRequest:
     engine: str | None = field(default=None, metadata=ENGINE)
     work_dir: str = field(default=WORK_DIR, metadata=KEPT_IN)
     reuse: bool = field(default=False, metadata={"help": "Take the version of an equal training, if there is one."})
-    fresh: bool = field(default=False, metadata={"help": "Throw away an unfinished equal training instead of going on."})
+    fresh: bool = field(
+        default=False,
+        metadata={
+            "help": "Throw away an unfinished equal training instead of going on; with --folds or --seeds do all again."
+        },
+    )
     num_gpus: int = field(default=1, metadata={"help": "Processes that Detectron2 starts."})
     register: bool = field(default=True, metadata={"help": "Add a version; otherwise the model is logged alone."})
     label: str = field(default="", metadata={"help": "What the run is called beside the model."})

@@ -139,6 +139,8 @@ def plan_training(request: TrainingRequest, data_of: Callable[[Recipe], Training
     else:
         # What auto means here: weights of another precision would be others.
         more.append(f"precision={pick_precision(device, recipe.training.precision)}")
+    # A version keeps what its scores mean: with other meanings it is another version.
+    more += [f"scores={request.scores_from}"] if request.scores_from else []
     data = data_of(recipe) if data_of else _data(request, recipe)
     recipe = with_anchors(recipe, data.train)
     key = recipe.key(data.train.digest(), data.val.digest() if data.val else "", source_digest(), *more)

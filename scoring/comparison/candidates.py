@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,11 +124,8 @@ def gather(
     *,
     runs: dict[str, Scored],
     score: Callable[[str], Candidate],
-    groups: Mapping[str, str] | None = None,
 ) -> list[Candidate]:
     """Candidates in the order of the targets, their labels made different; versions are scored by ``score``.
-
-    ``groups``: target -> the group that it was named in.
 
     Raises:
         DataError: a run over other images than the data set's.
@@ -145,7 +142,7 @@ def gather(
         elif is_file_of_predictions(target):
             candidates.append(from_file(target, dataset))
         else:
-            candidates.append(replace(score(target), group=(groups or {}).get(target, "")))
+            candidates.append(score(target))
     labels = [c.label for c in candidates]
     return [
         replace(c, label=f"{c.label} ({targets[i][:6] if targets[i] in runs else i + 1})")

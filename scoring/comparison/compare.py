@@ -108,7 +108,6 @@ class Candidate:
     """One set of predictions in a comparison; the score below which none were kept, speed and size where known.
 
     failed: how many images could not be read or predicted, None where that is not known.
-    group: the target that named it together with others, empty where it was named alone.
     """
 
     label: str
@@ -118,7 +117,6 @@ class Candidate:
     images_per_second: float = math.nan
     megabytes: float = math.nan
     failed: int | None = None
-    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -199,8 +197,19 @@ class Comparison:
         return pd.DataFrame(rows)
 
 
-def compare(dataset: Dataset, candidates: Sequence[Candidate], resamples: int = 500) -> Comparison:
+def compare(
+    dataset: Dataset,
+    candidates: Sequence[Candidate],
+    resamples: int = 500,
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> Comparison:
     """Compare two or more candidates on a data set with truth; the others are compared with the first.
+
+    Args:
+        dataset: with truth.
+        candidates: what is compared.
+        resamples: of the images, for intervals.
+        groups: group -> labels of its candidates; groups are held against each other, by their spread.
 
     Masks are compared where truth and every candidate have them, boxes always. All
     metrics count detections from the highest score threshold of the candidates on:
@@ -253,7 +262,7 @@ def compare(dataset: Dataset, candidates: Sequence[Candidate], resamples: int = 
         errors=errors,
         matched_iou=matched,
         images=images,
-        groups=_groups(candidates, metrics),
+        groups=_groups(groups or {}, metrics),
         settings=settings,
     )
 
@@ -262,16 +271,12 @@ def compare(dataset: Dataset, candidates: Sequence[Candidate], resamples: int = 
 OF_GROUPS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
-def _groups(candidates: Sequence[Candidate], metrics: Mapping[Kind, Mapping[str, Mapping[str, float]]]) -> list[Group]:
-    """The groups in the order of the candidates, one that was named alone being a group of its own; none without any."""
-    if not any(c.group for c in candidates):
+def _groups(members: Mapping[str, Sequence[str]], metrics: Mapping[Kind, Mapping[str, Mapping[str, float]]]) -> list[Group]:
+    if not members:
         return []
     # Needs scipy, which a scorer's environment does without.
     from pipelines.evaluation.spread import Spread, difference
 
-    members: dict[str, list[str]] = {}
-    for one in candidates:
-        members.setdefault(one.group or one.label, []).append(one.label)
     groups = []
     for kind, of_kind in metrics.items():
         first: dict[str, dict[str, float]] = {}

@@ -51,7 +51,7 @@ def export_job(
     rle: kaggle.Convention = "course",
     most: int = 3,
 ) -> int:
-    """Write files from the table of a job's folder, planes below ``score_threshold`` left out; return how many planes.
+    """Write files from the table of a job's folder, planes below ``score_threshold`` left out; return how many are left.
 
     Without a threshold all planes, but in kaggle.csv those from the version's suggested one on, if it has any.
 

@@ -30,7 +30,7 @@ from scoring.jobs.manifest import Manifest, claimed, make_manifest
 from scoring.jobs.retry import can_be_tried_again, failed_before, replace_in_shard, split_into_shards
 from scoring.jobs.shards import ERRORS, INSTANCES, finished, join_shards, totals_of, write_shard
 from scoring.reader import Failure
-from scoring.requests import JobSettings
+from scoring.requests import DEFAULT_THRESHOLD, JobSettings
 from scoring.runners.local import LocalRunner, auto_batch, auto_workers
 from scoring.runners.runner import Runner, ShardResult
 from scoring.writers import parquet
@@ -138,7 +138,9 @@ def run_job(
     claim_folder(folder)
     batch_size = settings.batch_size or auto_batch(device)
     decisive = _decisive(predictor, dataset, settings, device)
-    decisive |= {} if settings.scores is None else {KAGGLE_THRESHOLD: settings.scores.threshold}
+    # A threshold that somebody gave holds for the Kaggle CSV too.
+    suggested = settings.scores is not None and settings.score_threshold == DEFAULT_THRESHOLD
+    decisive |= {KAGGLE_THRESHOLD: settings.scores.threshold} if suggested else {}
     workers = settings.workers or auto_workers(device, dataset)
     runner = runner or LocalRunner(predictor, device, batch_size=batch_size, workers=workers, kind=settings.precision)
     manifest = make_manifest(label, model, settings=decisive, dataset=dataset, shard_size=settings.shard_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -78,9 +79,15 @@ def folded(registry, airfield):
             raise ModelError("broken")
         return real(registry, plan, display, listeners)
 
+    seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(use_case, "run_plan", fails_once)
-        first = ablate(registry, request)
+        patch.setattr(use_case, "_say_what_next", lambda plan, results, parent: seen.append(results))
+        with pytest.raises(
+            ModelError, match=r"1 of 3 trainings failed .first: broken.; the same command does what is missing"
+        ):
+            ablate(registry, request)
+        first = seen[0]
         assert [r.error for r in first] == ["", "broken", ""]
         assert not [k for k in _parent(registry, first).data.metrics if k.startswith("out_of_fold")]
         again = ablate(registry, request)
@@ -204,7 +211,8 @@ def test_a_group_is_named_by_its_first_and_last_version_and_promoted_by_its_medi
     assert registry.group("grp/1..3") == ["grp/1", "grp/2", "grp/3"]
     assert registry.group("models:/grp/2..9") == ["grp/2", "grp/3"]
     assert registry.group("grp/2") == ["grp/2"]
-    with pytest.raises(RegistryError, match=r"no version of grp from 7 to 9"):
+    assert registry.group("grp/3,1") == registry.group("grp/1,3..3") == ["grp/1", "grp/3"]
+    with pytest.raises(RegistryError, match=r"no version of grp among 7\.\.9"):
         registry.group("grp/7..9")
     # A seed that was trained again counts once, by its newest version, or by the one that is asked about.
     assert [v.label for v in promotion._of_one_group(registry, registry.resolve("planes-unet/1"))] == [
@@ -233,13 +241,22 @@ def test_a_group_passes_its_gates_by_its_seeds(registry, airfield, caplog):
     registry.set_alias("planes-unet", "production", "1")
     verdict = promotion.promote(registry, replace(request, model="planes-unet/2..2"), given=gates)
     assert not [c for c in verdict.checks if c.gate == "IoU gain over seeds"]
-    registry.set_alias("planes-unet", "production", "2")
+    with pytest.raises(RegistryError, match="holds planes-unet/1, which is production; name those"):
+        promotion.promote(registry, request, given=gates)
+    # A copy of the first as baseline: the two of the group are held against it.
+    first = registry.version_of(registry.resolve("planes-unet/1"))
+    copy = registry.client.create_model_version("planes-unet", first.source, first.run_id, tags={"seed": "9"})
+    registry.set_alias("planes-unet", "production", str(copy.version))
     verdict = promotion.promote(registry, request, given=gates)
     (check,) = [c for c in verdict.checks if c.gate == "IoU gain over seeds"]
-    # Both sides are the same two versions.
+    values = [json.loads(registry.version_of(registry.resolve(f"planes-unet/{n}")).tags["metrics"])["IoU"] for n in (1, 2)]
+    assert check.candidate.startswith(f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} (2)")
     assert not check.passed
-    assert "+0.000" in check.candidate
-    assert "(2)" in check.baseline
+    # A seed that was trained again counts once.
+    tags = registry.version_of(registry.resolve("planes-unet/2")).tags
+    again = registry.client.create_model_version("planes-unet", first.source, first.run_id, tags=tags)
+    members = [registry.resolve(f"planes-unet/{n}") for n in (1, 2, again.version)]
+    assert [v.version for v in promotion._newest_of_each_seed(registry, members)] == ["1", str(again.version)]
 
 
 def test_what_scores_mean_is_known_by_folds_and_goes_to_a_version(registry, airfield, monkeypatch, tmp_path):

@@ -39,10 +39,16 @@ def test_folds_are_paired_and_share_their_training_images():
     half = stats.t.ppf(0.975, 4) * np.sqrt(each.var(ddof=1) * (1 / 5 + 1 / 4))
     assert (paired.low, paired.high) == (pytest.approx(each.mean() - half), pytest.approx(each.mean() + half))
     assert paired.verdict == "beyond the noise"
-    # Unpaired, the folds' own spread hides it; so does a fold that is missing in one of them.
+    # Unpaired, the folds' own spread hides it.
     assert difference(a, b).verdict == "inside the noise"
+    # A fold that one of them has not is left out, and what is left is paired still.
     del b["fold 0"]
-    assert difference(a, b, folds=5).verdict == "inside the noise"
+    fewer = difference(a, b, folds=5)
+    assert fewer.value == pytest.approx(each[1:].mean())
+    half = stats.t.ppf(0.975, 3) * np.sqrt(each[1:].var(ddof=1) * (1 / 4 + 1 / 4))
+    assert fewer.low == pytest.approx(fewer.value - half)
+    assert str(difference({"fold 0": 0.1}, {"fold 1": 0.9}, folds=5)) == "-"
+    assert difference({"fold 0": 0.1}, {"fold 0": 0.9}, folds=5).verdict == "noise unknown"
 
 
 def test_one_measurement_is_as_noisy_as_the_others():
@@ -60,4 +66,8 @@ def test_what_was_done_once_says_nothing_of_noise():
     assert str(difference({}, {"a": 0.9})) == "-"
     equal = difference({"1": 0.5, "2": 0.5}, {"3": 0.5, "4": 0.5})
     assert (equal.low, equal.high, equal.verdict) == (0, 0, "inside the noise")
+    # Values that never differ tell nothing about how much they might.
+    for first, second in (({"1": 0.5, "2": 0.5}, {"3": 0.6, "4": 0.6}), ({"1": 0.49}, {"1": 0.5, "2": 0.5})):
+        assert difference(first, second).verdict == "noise unknown"
+    assert difference({"f1": 0.1, "f2": 0.2}, {"f1": 0.2, "f2": 0.3}, folds=2).verdict == "noise unknown"
     assert str(Difference(0.012, -0.004, 0.028)) == "+0.012 [-0.004, +0.028]: inside the noise"

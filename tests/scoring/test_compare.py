@@ -2,7 +2,6 @@
 
 import math
 import shutil
-from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -156,13 +155,11 @@ def test_the_page_in_a_browser_without_network(report, width, tmp_path):
 
 def test_groups_of_versions_have_a_spread_and_are_held_against_the_first(data, tmp_path):
     noise = {"a/1": 1.0, "a/2": 1.3, "b/1": 5.0, "b/2": 5.5, "c/1": 1.0}
-    candidates = [
-        replace(_candidate(label, data, n, 0, seed), group=label[0] + "/1..2" if label[0] in "ab" else "")
-        for seed, (label, n) in enumerate(noise.items())
-    ]
-    made = compare(data, candidates, resamples=20)
+    candidates = [_candidate(label, data, n, 0, seed) for seed, (label, n) in enumerate(noise.items())]
+    groups = {"a/1..2": ["a/1", "a/2"], "b/1..2": ["b/1", "b/2"], "c/1": ["c/1"], "a/2": ["a/2"]}
+    made = compare(data, candidates, resamples=20, groups=groups)
     boxes = [g for g in made.groups if g.kind == "bbox"]
-    assert [g.label for g in boxes] == ["a/1..2", "b/1..2", "c/1"]
+    assert [g.label for g in boxes] == ["a/1..2", "b/1..2", "c/1", "a/2"]
     values = [made.metrics["bbox"][label]["AP"] for label in ("a/1", "a/2", "b/1", "b/2", "c/1")]
     assert boxes[0].spreads["AP"] == f"{np.mean(values[:2]):.3f} ± {np.std(values[:2], ddof=1):.3f} (2)"
     assert boxes[0].differences == {}
@@ -170,8 +167,10 @@ def test_groups_of_versions_have_a_spread_and_are_held_against_the_first(data, t
     assert boxes[1].differences["AP"].startswith(f"{gap:+.3f} [")
     assert boxes[2].spreads["AP"] == f"{values[4]:.3f}"
     assert "the noise" in boxes[2].differences["AP"]
+    # A version may be in a group and stand alone too.
+    assert boxes[3].spreads["AP"] == f"{values[1]:.3f}"
     text = write_report(made, candidates, data, tmp_path / "report.html").read_text()
     assert "Groups of versions" in text
     assert boxes[1].differences["AP"] in text
     # Versions that were named one by one are no groups.
-    assert compare(data, [replace(c, group="") for c in candidates], resamples=20).groups == []
+    assert compare(data, candidates, resamples=20).groups == []
