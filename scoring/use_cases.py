@@ -15,6 +15,7 @@ from models.images.rendering import parse_rendering
 from models.loading import load_model
 from models.runtime.devices import pick_device
 from models.saved.folder import folder_digest
+from models.saved.scores import Scores
 from models.saved.spec import read_spec
 from models.tiling.predictor import tiling_of
 from pipelines.data.dataset import Dataset
@@ -329,13 +330,7 @@ def score_version(
     Raises:
         PlanesError: the version, the images or the folder cannot be used.
     """
-    scores = read_spec(folder).scores
-    if scores is not None and set(settings.tiling):
-        log.info(
-            f"{version.label}: no probabilities, and no suggested score: they were learnt with the version's own tiles"
-        )
-        scores = None
-    settings = replace(settings, scores=scores)
+    settings = replace(settings, scores=_scores(version.label, folder, settings))
     dataset = dataset.rendered(parse_rendering(settings.value_range, settings.bands, read_spec(folder).rendering))
     predictor = load_model(folder, "cpu" if execution.runner == "ray" else device, settings.changes)
     runner = (
@@ -380,6 +375,15 @@ def score_version(
     measured = (job.metrics, job.images, job.seconds)
     scored = Scored(job.label, name, dataset.digest(), *measured, category=dataset.category, failed=job.failures)
     return scored, job
+
+
+def _scores(label: str, folder: Path, settings: JobSettings) -> Scores | None:
+    """What the version's scores mean; other tiles than its own make other scores."""
+    scores = read_spec(folder).scores
+    if scores is not None and settings.tiling:
+        log.info(f"{label}: no probabilities, and no suggested score: they were learnt with the version's own tiles")
+        return None
+    return scores
 
 
 def check_logged(jobs: Sequence[JobResult]) -> None:

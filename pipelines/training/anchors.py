@@ -8,13 +8,13 @@ import numpy as np
 
 from models.errors import DataError
 from pipelines.data.dataset import Dataset
-from pipelines.data.loading.augment import plane_scale
+from pipelines.data.loading.augment import move_boxes, place_window
 from pipelines.recipes.settings import DetectorRecipe, MaskRecipe, Recipe
 
 log = logging.getLogger(__name__)
 
-# Anchors of each feature map, and the places of a range of sizes that stand for all of it.
-A_MAP, PLACES = 3, 33
+# Anchors of each feature map, and random windows that are drawn to see sizes.
+A_MAP, DRAWN = 3, 2000
 
 
 def with_anchors(recipe: Recipe, train: Dataset) -> Recipe:
@@ -48,23 +48,38 @@ def with_anchors(recipe: Recipe, train: Dataset) -> Recipe:
 
 
 def training_sizes(recipe: DetectorRecipe | MaskRecipe, train: Dataset) -> np.ndarray:
-    """Sizes of the training planes in pixels of the network's input, float64 (N,); augmentation at random left out."""
+    """Sizes of planes in pixels of the network's input, float64 (N,).
+
+    Of random windows those in `DRAWN` of them, cut planes as they are cut; else of all planes of the images, or of the
+    tiles that they are whole in, without augmentation.
+    """
     architecture, sizes = recipe.architecture, []
-    for sample in train.samples:
+    for i in range(DRAWN) if recipe.window else range(len(train)):
+        sample = train.samples[i % len(train)]
         real = sample.outlined if recipe.task == "maskrcnn" else np.flatnonzero(~sample.crowd)
-        sides = sample.boxes[real, 2:].astype(np.float64) - sample.boxes[real, :2]
-        if architecture.min_size is not None:
-            shown = [recipe.window or (recipe.tiles.size if recipe.tiles else 0)] * 2
-            short, long = sorted(shown if shown[0] else (sample.height, sample.width))
-            scale = min(architecture.min_size / max(short, 1), architecture.max_size / max(long, 1))
-        else:
-            scale = architecture.zoom
-        scale *= recipe.window_zoom
-        for width, height in sides:
-            size = np.sqrt(width * height) * scale
-            if recipe.window and recipe.plane_sizes:
-                targets = np.geomspace(*recipe.plane_sizes, PLACES)
-                sizes += [size * plane_scale(max(width, height) * scale, target) for target in targets]
-            else:
-                sizes.append(size)
+        boxes, extent = sample.boxes[real].astype(np.float64), (sample.height, sample.width)
+        if recipe.window:
+            affine = place_window(
+                np.random.default_rng([recipe.seed, 4, i]),
+                extent,
+                boxes,
+                settings=recipe.augmentation,
+                size=recipe.window,
+                focus=recipe.focus,
+                zoom=recipe.window_zoom * (architecture.zoom if architecture.min_size is None else 1.0),
+                plane_sizes=recipe.plane_sizes,
+            )
+            boxes, extent = move_boxes(boxes, affine, recipe.window, recipe.min_visible)[0], (recipe.window,) * 2
+        elif recipe.tiles:
+            extent = (recipe.tiles.size,) * 2
+        sizes += list(np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1)) * _network_scale(recipe, *extent))
     return np.maximum(np.array(sizes), 1.0)
+
+
+def _network_scale(recipe: DetectorRecipe | MaskRecipe, height: int, width: int) -> float:
+    """The factor by which the network scales an image of that size."""
+    architecture = recipe.architecture
+    if architecture.min_size is None:
+        # Windows are cut at that scale already.
+        return 1.0 if recipe.window else architecture.zoom
+    return min(architecture.min_size / min(height, width), architecture.max_size / max(height, width))

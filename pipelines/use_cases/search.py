@@ -108,6 +108,15 @@ class SearchPlan:
     folds: Folds | None = field(compare=False, default=None)
 
 
+def search(registry: Registry, request: AblationRequest, display: Display = SILENT) -> list[ablation.Result]:
+    """Plan and run the trials that are missing.
+
+    Raises:
+        PlanesError: see `plan_search` and `search_planned`.
+    """
+    return search_planned(registry, plan_search(request, display), display)
+
+
 def plan_search(request: AblationRequest, display: Display = SILENT) -> SearchPlan:
     """Read recipe, space and data; nothing is written yet.
 

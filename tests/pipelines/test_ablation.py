@@ -7,7 +7,17 @@ import pytest
 from mlflow.entities import Metric, Run, RunData, RunInfo
 
 from models.errors import RecipeError
-from pipelines.ablation import Member, Result, Variant, as_csv, deciding_metric, make_variants, result_rows
+from pipelines.ablation import (
+    Member,
+    Result,
+    Variant,
+    as_csv,
+    best_variant,
+    compared_by,
+    deciding_metric,
+    make_variants,
+    result_rows,
+)
 from pipelines.evaluation.figures import ablation_figure
 
 
@@ -73,3 +83,29 @@ def test_the_chart_shows_every_variant(tmp_path):
     assert {t.get_text() for t in figure.axes[0].texts} == {"0.400", "failed"}
     figure.savefig(tmp_path / "a.png")
     assert len(figure.axes) == 3
+
+
+def test_a_variant_that_was_spared_its_hard_folds_is_not_the_best():
+    values = {"1": [0.82, 0.82, 0.22], "2": [0.8, 0.8, None]}
+    results = []
+    for label, numbers in values.items():
+        for fold, value in enumerate(numbers, start=1):
+            one = _result(label, **({} if value is None else {"test__AP": value}))
+            failed = {"run": None, "error": "killed"} if value is None else {}
+            results.append(replace(one, member=Member(0, fold, 3), **failed))
+    assert best_variant(results, "test/AP").label == "lr=1"
+    rows = result_rows(results, "test/AP")
+    assert rows[0]["against the best"] == "the best"
+    # Held against it by the folds that both have.
+    assert rows[1]["against the best"].startswith("-0.020")
+    assert rows[1]["trainings"] == 2
+
+
+def test_folds_are_compared_by_their_mean_over_seeds():
+    results = [
+        replace(_result("1", test__AP=value), member=Member(seed, fold, 2))
+        for seed, fold, value in ((0, 1, 0.1), (0, 2, 0.5), (1, 1, 0.3), (1, 2, 0.7))
+    ]
+    assert compared_by(results, "test/AP") == {"fold 1": pytest.approx(0.2), "fold 2": pytest.approx(0.6)}
+    seeds = [replace(_result("1", test__AP=v), member=Member(s)) for s, v in ((0, 0.1), (1, 0.3))]
+    assert compared_by(seeds, "test/AP") == {"seed 0": 0.1, "seed 1": 0.3}

@@ -6,6 +6,7 @@ import pytest
 from models.engines.torchvision.network import DetectorArchitecture, build_detector
 from models.errors import DataError, ModelError
 from pipelines.data.dataset import Dataset
+from pipelines.data.loading.batches import DetectorBatches
 from pipelines.data.readers.annotations import make_sample
 from pipelines.data.readers.opening import open_dataset
 from pipelines.recipes.reading import load_recipe
@@ -25,11 +26,14 @@ def _recipe(*overrides):
     return load_recipe("detector_scratch", ("architecture.anchor_sizes=auto", *overrides), task="detector")
 
 
+WHOLE = ("window=null", "augmentation.scale=0")
+
+
 def test_anchors_are_where_the_planes_are():
     rng = np.random.default_rng(0)
     true = np.array([20, 30, 45, 90, 140, 220])
     planes = [(s * a, s / a) for s in true for a in rng.uniform(0.8, 1.25, 12)]
-    sizes = with_anchors(_recipe(), _data(planes)).architecture.anchor_sizes
+    sizes = with_anchors(_recipe(*WHOLE), _data(planes)).architecture.anchor_sizes
     assert [len(s) for s in sizes] == [3, 3]
     assert np.allclose(np.ravel(sizes), true, atol=1)
     assert all(isinstance(v, int) for s in sizes for v in s)
@@ -40,31 +44,47 @@ def test_anchors_are_where_the_planes_are():
     [
         ((), 100),
         (("architecture.zoom=0.5",), 50),
-        (("architecture.zoom=0.5", "window_zoom=0.5"), 25),
-        # A window of 320 pixels is scaled to 800, a whole image of 2000 to 800.
-        (("architecture.min_size=800",), 250),
-        (("architecture.min_size=800", "window=null", "tiles.size=400"), 200),
-        (("architecture.min_size=800", "window=null"), 40),
+        (("architecture.min_size=800", "tiles.size=400"), 200),
+        # A whole image of 2000 pixels becomes one of 800.
+        (("architecture.min_size=800",), 40),
     ],
 )
 def test_sizes_are_those_that_the_network_sees(overrides, expected):
-    assert training_sizes(_recipe(*overrides), _data([(200, 50)])).tolist() == [pytest.approx(expected)]
+    assert training_sizes(_recipe(*WHOLE, *overrides), _data([(200, 50)])).tolist() == [pytest.approx(expected)]
 
 
-def test_sizes_fill_the_range_that_windows_scale_planes_to():
-    sizes = training_sizes(_recipe("plane_sizes=[32,128]"), _data([(200, 200), (20, 20), (2000, 2000)]))
-    assert (sizes.min(), sizes.max()) == (32, 250)
-    # One of 20 pixels is enlarged twice at most, one of 2,000 shrunk by eight at most.
-    assert sizes[33:66].max() == 40
-    assert set(sizes[66:].tolist()) == {250.0}
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("window=128",),
+        ("window=128", "window_zoom=0.5"),
+        ("window=128", "plane_sizes=[24,40]"),
+        ("window=128", "plane_sizes=[24,40]", "window_zoom=0.5"),
+        ("window=128", "plane_sizes=[24,40]", "architecture.zoom=2"),
+        ("window=128", "plane_sizes=[24,40]", "architecture.min_size=256", "architecture.max_size=256"),
+    ],
+)
+def test_sizes_are_those_of_the_training_s_own_windows(airfield, overrides):
+    recipe, data = _recipe(*overrides), open_dataset(airfield, "train")
+    batches = DetectorBatches(
+        data, recipe.augmentation, batch_size=4, window=recipe.window, focus=recipe.focus, min_visible=recipe.min_visible,
+        seed=3, zoom=recipe.window_zoom * (recipe.architecture.zoom if recipe.architecture.min_size is None else 1),
+        plane_sizes=recipe.plane_sizes,
+    )  # fmt: skip
+    seen = [e.boxes for step in range(60) for e in batches[step]]
+    shown = np.concatenate([np.sqrt((b[:, 2:] - b[:, :2]).prod(axis=1)) for b in seen])
+    shown = shown * ((recipe.architecture.min_size or recipe.window) / recipe.window)
+    ours = training_sizes(recipe, data)
+    for share in (10, 50, 90):
+        assert np.percentile(ours, share) == pytest.approx(np.percentile(shown, share), rel=0.15)
 
 
 def test_too_few_sizes_are_said_and_a_model_never_has_auto():
     with pytest.raises(DataError, match=r"d/train: 1 sizes of planes for 2 feature maps; give architecture\.anchor_sizes"):
-        with_anchors(_recipe(), _data([(50, 50)] * 9))
+        with_anchors(_recipe(*WHOLE), _data([(50, 50)] * 9))
     with pytest.raises(ModelError, match="auto is found out by a training"):
         build_detector(DetectorArchitecture(anchor_sizes="auto"), 1)
-    few = with_anchors(_recipe(), _data([(20, 20), (40, 40), (80, 80)])).architecture.anchor_sizes
+    few = with_anchors(_recipe(*WHOLE), _data([(20, 20), (40, 40), (80, 80)])).architecture.anchor_sizes
     assert [len(s) for s in few] == [1, 1]
 
 
@@ -76,8 +96,4 @@ def test_the_plan_of_a_training_has_numbers_and_follows_its_data(airfield):
     plan = plan_training(request)
     assert plan.recipe.architecture.anchor_sizes == with_anchors(plan.recipe, plan.data.train).architecture.anchor_sizes
     assert plan.recipe.architecture.anchor_sizes != "auto"
-    everything = open_dataset(airfield, "train")
     assert plan_training(request).key == plan.key
-    sizes = np.ravel(plan.recipe.architecture.anchor_sizes) / plan.recipe.architecture.zoom
-    planes = np.concatenate([np.sqrt((s.boxes[:, 2:] - s.boxes[:, :2]).prod(axis=1)) for s in everything.samples])
-    assert planes.min() * 0.9 <= sizes.min() < sizes.max() <= planes.max() * 1.1

@@ -12,6 +12,7 @@ from pipelines.data.loading.augment import (
     jitter_light,
     move_boxes,
     move_mask,
+    place_window,
     random_linear,
     random_window,
     turned_whole,
@@ -297,3 +298,14 @@ def test_the_recipe_s_scales_reach_the_windows(monkeypatch, airfield, tmp_path):
         with pytest.raises(CapturedError) as caught:
             train_detector(recipe, data, None, folder=tmp_path, device="cpu")
         assert (caught.value.args[0]["zoom"], caught.value.args[0]["plane_sizes"]) == (zoom, (20, 90))
+
+
+@pytest.mark.parametrize("zoom", [0.5, 2.0])
+def test_planes_have_the_size_asked_for_at_any_scale_of_the_windows(zoom):
+    box = np.array([[400, 400, 480, 440]])
+    for seed in range(20):
+        affine = place_window(
+            np.random.default_rng(seed), (1000, 1000), box, settings=Augmentation(), size=300, focus=1.0, zoom=zoom,
+            plane_sizes=(60, 60),
+        )  # fmt: skip
+        assert 80 * np.sqrt(abs(np.linalg.det(affine[:, :2]))) == pytest.approx(60)

@@ -73,3 +73,22 @@ def test_crop_segmenters_are_measured_by_iou(data):
 def test_the_worst_scene_comes_first_and_one_without_planes_last():
     scenes = {"a": {"AP50": 0.5}, "b": {"AP50": float("nan")}, "c": {"AP50": 0.1}, "d": {"AP50": 0.1}}
     assert worst_first(scenes, "AP50") == ["c", "d", "a", "b"]
+
+
+def test_masks_and_boxes_are_not_ranked_together(data):
+    """Where some planes have outlines, an instance segmenter is measured by those alone."""
+    first, rest = data.samples[0], data.samples[1:]
+    scene = first.scene
+    some = replace(first, masks=(first.masks[0], *[None] * (len(first.masks) - 1)))
+    none = [replace(s, masks=(None,) * len(s.masks)) if s.scene != scene else s for s in rest]
+    mixed = replace(data, samples=(some, *none))
+    predictions = [
+        Instances.make(s.image_id, s.height, s.width, s.boxes, np.ones(len(s.boxes)), masks=s.masks) for s in data.samples
+    ]
+    scenes = scene_metrics(mixed, predictions, "instance_segmenter")
+    assert (scenes[scene]["AP50"], scenes[scene]["recall"]) == (1, 1)
+    outlined = 1 + sum(len(s.boxes) for s in rest if s.scene == scene)
+    assert scenes[scene]["planes"] == outlined
+    others = [v for k, v in scenes.items() if k != scene]
+    assert others
+    assert all(np.isnan(v["AP50"]) and v["planes"] == 0 for v in others)

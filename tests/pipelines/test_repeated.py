@@ -138,7 +138,8 @@ def test_folds_have_their_mean_and_deviation_and_no_version(registry, folded):
     assert parent.info.run_name == "train demo_detector: 3 folds"
 
 
-def test_each_seed_becomes_a_version_and_all_of_them_a_spread(registry, airfield, capsys):
+def test_each_seed_becomes_a_version_and_all_of_them_a_spread(registry, airfield, monkeypatch, caplog):
+    caplog.set_level("INFO")
     request = _request(airfield, recipe="demo_unet", name="planes-unet", overrides=(*TINY_UNET, "seed=4"), seeds=2)
     results = ablate(registry, request)
     assert [(r.member.seed, r.version) for r in results] == [(4, "1"), (5, "2")]
@@ -154,6 +155,14 @@ def test_each_seed_becomes_a_version_and_all_of_them_a_spread(registry, airfield
     again = ablate(registry, request)
     assert [(r.run.info.run_id, r.version) for r in again] == [(r.run.info.run_id, r.version) for r in results]
     assert len(registry.search_versions("name = 'planes-unet'")) == 2
+    assert "as a group: planes-unet/1..2" in caplog.text
+    # Nor does it where MLflow's runner has opened a run for it, however often.
+    monkeypatch.setattr(use_case, "run_plan", None)
+    for _ in range(2):
+        given = registry.client.create_run(parent.info.experiment_id)
+        monkeypatch.setenv("MLFLOW_RUN_ID", given.info.run_id)
+        assert [r.run.info.run_id for r in ablate(registry, request)] == [r.run.info.run_id for r in results]
+        assert registry.client.get_run(given.info.run_id).data.tags["same_as"] == parent.info.run_id
 
 
 def test_variants_are_held_against_their_noise(registry, airfield):

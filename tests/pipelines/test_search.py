@@ -99,7 +99,7 @@ def test_a_trial_that_is_behind_is_stopped_and_stays_stopped(registry, airfield,
     assert [r.error for r in results] == ["", "stopped at step 2"]
     run = registry.client.get_run(results[1].run.info.run_id)
     assert (run.info.status, run.data.tags[PRUNED]) == ("FINISHED", "2")
-    again = search_planned(registry, plan_search(request))
+    again = search.search(registry, request)
     assert [r.run.info.run_id for r in again] == [r.run.info.run_id for r in results]
 
 

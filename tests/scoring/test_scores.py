@@ -108,3 +108,16 @@ def test_a_threshold_that_is_none_is_said(text, tmp_path):
     result = CliRunner().invoke(main, ["--model", "m/1", "--data", str(tmp_path), "--score-threshold", text])
     assert result.exit_code == 2
     assert f"--score-threshold {text}: expected a number from 0 to 1, or auto" in result.output
+
+
+def test_a_threshold_of_one_s_own_holds_for_the_kaggle_csv_too(images, tmp_path):
+    assert len(_rows(_run(tmp_path / "low", images, SCORES, score_threshold=0.2).folder / "kaggle.csv")) == 14
+    assert len(_rows(_run(tmp_path / "high", images, SCORES, score_threshold=0.95).folder / "kaggle.csv")) == 7
+
+
+def test_other_tiles_than_the_version_s_own_have_no_probabilities(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(use_cases, "read_spec", lambda folder: SimpleNamespace(scores=SCORES))
+    assert use_cases._scores("m/1", Path(), JobSettings(batch_size=4)) == SCORES
+    assert use_cases._scores("m/1", Path(), JobSettings(tiling={"size": 128})) is None
+    assert "m/1: no probabilities" in caplog.text

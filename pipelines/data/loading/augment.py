@@ -131,21 +131,40 @@ def random_window(
     zoom: float = 1.0,
     plane_sizes: tuple[float, float] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a turned, scaled window of ``size`` pixels out of an image.
-
-    With probability ``focus`` it is placed so that a random plane lies inside it,
-    else anywhere. Outside the image it is black. ``zoom`` scales all windows alike; ``plane_sizes`` is the range of
-    longer sides to one of which a random plane of the image is scaled.
+    """Cut a turned, scaled window of ``size`` pixels out of an image; see `place_window`. Outside the image it is black.
 
     Returns:
         RGB uint8 (size, size, 3) and (2, 3) float64, the affine map from image pixels
         (edges at whole numbers) to window pixels.
     """
-    height, width = image.shape[:2]
+    affine = place_window(
+        rng, image.shape[:2], boxes, settings=settings, size=size, focus=focus, zoom=zoom, plane_sizes=plane_sizes
+    )
+    return warp(image, affine, size), affine
+
+
+def place_window(
+    rng: np.random.Generator,
+    extent: tuple[int, ...],
+    boxes: np.ndarray,
+    *,
+    settings: Augmentation,
+    size: int,
+    focus: float,
+    zoom: float = 1.0,
+    plane_sizes: tuple[float, float] | None = None,
+) -> np.ndarray:
+    """Where a random window of an image is, as the affine map (2, 3) from image pixels to window pixels.
+
+    With probability ``focus`` it is placed so that a random plane lies inside it,
+    else anywhere. ``zoom`` scales all windows alike; ``plane_sizes`` is the range of
+    longer sides, in window pixels, to one of which a random plane of the image is scaled.
+    """
+    height, width = extent
     linear = random_linear(rng, settings) * zoom
     chosen = int(rng.integers(len(boxes))) if len(boxes) else None
     if plane_sizes:
-        linear = linear * _scale_to(rng, None if chosen is None else boxes[chosen], plane_sizes)
+        linear = linear * _scale_to(rng, None if chosen is None else boxes[chosen] * zoom, plane_sizes)
     reach = size / 2 / np.sqrt(abs(np.linalg.det(linear)))
     if chosen is not None and rng.random() < focus:
         x1, y1, x2, y2 = boxes[chosen]
@@ -153,10 +172,9 @@ def random_window(
     else:
         centre = rng.uniform(0, 1, 2) * [width, height]
     # Keep the window inside where the image is large enough.
-    for axis, extent in enumerate((width, height)):
-        centre[axis] = extent / 2 if extent <= 2 * reach else np.clip(centre[axis], reach, extent - reach)
-    affine = np.concatenate([linear, (size / 2 - linear @ centre)[:, None]], axis=1)
-    return warp(image, affine, size), affine
+    for axis, side in enumerate((width, height)):
+        centre[axis] = side / 2 if side <= 2 * reach else np.clip(centre[axis], reach, side - reach)
+    return np.concatenate([linear, (size / 2 - linear @ centre)[:, None]], axis=1)
 
 
 # Planes are enlarged and shrunk by no more than that: an enlarged one has no more detail.
@@ -168,11 +186,6 @@ def _scale_to(rng: np.random.Generator, box: np.ndarray | None, sizes: tuple[flo
     target = float(np.exp(rng.uniform(np.log(sizes[0]), np.log(sizes[1]))))
     # An image without planes: as if it had one of the middle of the range.
     side = float(np.sqrt(sizes[0] * sizes[1])) if box is None else float(max(box[2] - box[0], box[3] - box[1]))
-    return plane_scale(side, target)
-
-
-def plane_scale(side: float, target: float) -> float:
-    """The factor by which a plane whose longer side has ``side`` pixels comes near ``target`` pixels."""
     return float(np.clip(target / max(side, 1.0), 1 / MOST_SHRUNK, MOST_ENLARGED))
 
 
