@@ -6,9 +6,15 @@ import contextlib
 import functools
 import shutil
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pytest
 from filelock import FileLock
+
+if TYPE_CHECKING:
+    from pipelines.registry.model_versions import Registry
 
 # A folder of all processes of this run, where the empty store is made once.
 shared: Path | None = None
@@ -41,3 +47,15 @@ def new_store(path: Path, artefacts: str = "") -> str:
         )
     connection.close()
     return f"sqlite:///{path}"
+
+
+@contextlib.contextmanager
+def working_in(folder: Path) -> Iterator[Registry]:
+    """A new store in a folder, which is the working folder inside; errors of the store are ours."""
+    from pipelines.registry.model_versions import Registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_EXPERIMENT_ID", "")
+        patch.delenv("PLANES_TRACEBACK", raising=False)
+        yield Registry.connect(new_store(folder / "mlflow.db"))

@@ -26,7 +26,7 @@ from pipelines.evaluation.metrics import evaluate_instances
 from pipelines.instance_table import write_instances
 from pipelines.recipes.reading import load_recipe
 from pipelines.registry.gates import parse_gates
-from pipelines.registry.model_versions import GROUP, Registry
+from pipelines.registry.model_versions import GROUP
 from pipelines.tracking import mlflow_runs
 from pipelines.use_cases import ablate as use_case
 from pipelines.use_cases import promote as promotion
@@ -34,7 +34,7 @@ from pipelines.use_cases.ablate import AblationRequest, ablate, plan_ablation
 from pipelines.use_cases.out_of_fold import log_out_of_fold, read_scores
 from pipelines.use_cases.requests import PromotionRequest, TrainingRequest
 from pipelines.use_cases.training import train
-from tests.stores import new_store
+from tests.stores import working_in
 
 pytestmark = pytest.mark.slow
 
@@ -45,12 +45,8 @@ TINY_UNET = ("training.steps=3", "training.batch_size=2", "data.val_fraction=0")
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
     """A store in the working folder."""
-    folder = tmp_path_factory.mktemp("repeated")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_EXPERIMENT_ID", "")
-        patch.delenv("PLANES_TRACEBACK", raising=False)
-        yield Registry.connect(new_store(folder / "mlflow.db"))
+    with working_in(tmp_path_factory.mktemp("repeated")) as registry:
+        yield registry
 
 
 def _request(airfield, **changes):

@@ -7,12 +7,11 @@ import sys
 import pytest
 
 from models.errors import EngineMissing, RecipeError
-from pipelines.registry.model_versions import Registry
 from pipelines.training.loop import Stopped
 from pipelines.use_cases import search
 from pipelines.use_cases.ablate import AblationRequest
 from pipelines.use_cases.search import PRUNED, Dimension, plan_search, search_planned
-from tests.stores import new_store
+from tests.stores import working_in
 
 TINY = ("training.steps=4", "training.batch_size=2", "training.evaluate_every=2", "data.val_fraction=0.3")
 
@@ -20,12 +19,8 @@ TINY = ("training.steps=4", "training.batch_size=2", "training.evaluate_every=2"
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
     """A store in the working folder."""
-    folder = tmp_path_factory.mktemp("search")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_EXPERIMENT_ID", "")
-        patch.delenv("PLANES_TRACEBACK", raising=False)
-        yield Registry.connect(new_store(folder / "mlflow.db"))
+    with working_in(tmp_path_factory.mktemp("search")) as registry:
+        yield registry
 
 
 def _request(airfield, **changes):
