@@ -41,7 +41,8 @@ def random_model(folder: Path, tiled: bool = False) -> Path:
     recipe = load_recipe("detector_scratch")
     assert isinstance(recipe, DetectorRecipe)
     network = build_detector(recipe.architecture, 1)
-    tiling = recipe.tiling if tiled else None
+    # SAHI cuts at one scale.
+    tiling = recipe.tiling.model_copy(update={"zooms": (1.0,)}) if tiled and recipe.tiling else None
     return save_model(folder, detector_spec(recipe.architecture, ["plane"], tiling=tiling), network.state_dict())
 
 

@@ -26,7 +26,7 @@ def _recipe(*overrides):
     return load_recipe("detector_scratch", ("architecture.anchor_sizes=auto", *overrides), task="detector")
 
 
-WHOLE = ("window=null", "augmentation.scale=0")
+WHOLE = ("window=null", "window_zoom=1", "augmentation.scale=0")
 
 
 def test_anchors_are_where_the_planes_are():
@@ -56,9 +56,9 @@ def test_sizes_are_those_that_the_network_sees(overrides, expected):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("window=128",),
+        ("window=128", "window_zoom=1"),
         ("window=128", "window_zoom=0.5"),
-        ("window=128", "plane_sizes=[24,40]"),
+        ("window=128", "window_zoom=1", "plane_sizes=[24,40]"),
         ("window=128", "plane_sizes=[24,40]", "window_zoom=0.5"),
         ("window=128", "plane_sizes=[24,40]", "architecture.zoom=2"),
         ("window=128", "plane_sizes=[24,40]", "architecture.min_size=256", "architecture.max_size=256"),

@@ -133,7 +133,7 @@ def test_the_key_changes_with_any_setting():
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (("window=null", "plane_sizes=[20,200]"), "plane_sizes and window_zoom scale windows; set window"),
+        (("window=null", "window_zoom=1", "plane_sizes=[20,200]"), "plane_sizes and window_zoom scale windows; set window"),
         (("window=null", "window_zoom=0.5"), "plane_sizes and window_zoom scale windows; set window"),
         (("plane_sizes=[200,20]",), r"least and largest in pixels, 4 or more, found \[200.0, 20.0\]"),
         (("plane_sizes=[1,20]",), "4 or more"),
