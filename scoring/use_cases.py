@@ -62,7 +62,7 @@ def compare_targets(registry: Registry, request: ComparisonRequest, display: Dis
     """
     claim_folder(Path(request.out))
     named = {text: registry.group(text) for text in request.targets}
-    request = replace(request, targets=tuple(dict.fromkeys(one for text in request.targets for one in named[text])))
+    request = replace(request, targets=tuple(_members_once(named, request.targets)))
     runs = {t: mlflow_log.load_scored(registry.client, t) for t in request.targets if is_run(t)}
     if request.data is None and not runs:
         raise DataError("give --data: only scoring runs know what they were made on")
@@ -107,6 +107,15 @@ def compare_targets(registry: Registry, request: ComparisonRequest, display: Dis
     grouped = any(members != [text] for text, members in named.items())
     finish(registry, candidates, dataset, Path(request.out), groups if grouped else {})
     log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client)}")
+
+
+def _members_once(named: Mapping[str, Sequence[str]], targets: Sequence[str]) -> list[str]:
+    """The targets with the members of groups in their place: what a group holds is there once, whoever names it too."""
+    grouped = {one for text, members in named.items() if list(members) != [text] for one in members}
+    chosen: list[str] = []
+    for text in targets:
+        chosen += [one for one in named[text] if one not in grouped or one not in chosen]
+    return chosen
 
 
 def _category(registry: Registry, request: ComparisonRequest, runs: Mapping[str, Scored]) -> str:

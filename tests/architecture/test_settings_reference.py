@@ -80,4 +80,4 @@ def test_a_field_of_a_request_becomes_an_option():
     helped = " ".join(CliRunner().invoke(command, ["--help"]).output.split())
     assert "Least score to segment. [default: 0.0; 0<=x<=1]" in helped
     assert "Registered model to add a version to. [default: planes-det]" in helped
-    assert "an unfinished equal training instead of going on. --name" in helped
+    assert "with --folds or --seeds do all again. --name" in helped

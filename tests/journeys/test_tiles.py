@@ -114,6 +114,8 @@ def test_other_tiles_can_be_given(tiled):
         "threshold": 0.4,
         "full_image_size": 256,
         "batch": 3,
+        "zooms": [1.0],
+        "zoom_weights": None,
     }
     refused = project.score("--model", "planes-unet/1", "--data", str(project.data), "--tile", "128", code=1)
     assert "segments planes in given boxes" in error_line(refused)

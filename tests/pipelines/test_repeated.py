@@ -36,7 +36,8 @@ from pipelines.use_cases.requests import PromotionRequest, TrainingRequest
 from pipelines.use_cases.training import train
 from tests.stores import working_in
 
-pytestmark = pytest.mark.slow
+# One process makes what these tests share.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("repeated")]
 
 TINY = ("training.steps=3", "training.batch_size=2", "window=128", "architecture.max_detections=20", "data.val_fraction=0")
 TINY_UNET = ("training.steps=3", "training.batch_size=2", "data.val_fraction=0")
@@ -134,10 +135,16 @@ def test_folds_have_their_mean_and_deviation_and_no_version(registry, folded):
     assert parent.info.run_name == "train demo_detector: 3 folds"
 
 
-def test_each_seed_becomes_a_version_and_all_of_them_a_spread(registry, airfield, monkeypatch, caplog):
-    caplog.set_level("INFO")
+@pytest.fixture(scope="module")
+def seeded(registry, airfield):
+    """A U-Net of two seeds: its request and results."""
     request = _request(airfield, recipe="demo_unet", name="planes-unet", overrides=(*TINY_UNET, "seed=4"), seeds=2)
-    results = ablate(registry, request)
+    return request, ablate(registry, request)
+
+
+def test_each_seed_becomes_a_version_and_all_of_them_a_spread(registry, seeded, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    request, results = seeded
     assert [(r.member.seed, r.version) for r in results] == [(4, "1"), (5, "2")]
     assert [r.run.data.params["training.seed"] for r in results] == ["4", "5"]
     versions = [registry.client.get_model_version("planes-unet", v) for v in "12"]
@@ -204,7 +211,7 @@ def test_all_splits_with_truth_are_parted_and_the_recipe_s_own_seed_comes_first(
     assert ablation.members(3, 1, 0) == [ablation.Member(3)]
 
 
-def test_a_group_is_named_by_its_first_and_last_version_and_promoted_by_its_median(registry, airfield):
+def test_a_group_is_named_by_its_first_and_last_version_and_promoted_by_its_median(registry, seeded):
     known = registry.client
     for name in ("grp",):
         known.create_registered_model(name)
@@ -238,7 +245,7 @@ def test_a_group_is_named_by_its_first_and_last_version_and_promoted_by_its_medi
     assert promotion._of_one_group(registry, registry.resolve("planes-unet/1"))[0].name == "planes-unet"
 
 
-def test_a_group_passes_its_gates_by_its_seeds(registry, airfield, caplog):
+def test_a_group_passes_its_gates_by_its_seeds(registry, airfield, seeded, caplog):
     caplog.set_level("INFO")
     gates = parse_gates({"data": [], "gates": {"production": {"metrics": {"IoU": {"min_gain": 0}}}}}, "gates")
     request = PromotionRequest(model="planes-unet/1..2", data=(str(airfield),), device="cpu", dry_run=True)
@@ -262,6 +269,9 @@ def test_a_group_passes_its_gates_by_its_seeds(registry, airfield, caplog):
     again = registry.client.create_model_version("planes-unet", first.source, first.run_id, tags=tags)
     members = [registry.resolve(f"planes-unet/{n}") for n in (1, 2, again.version)]
     assert [v.version for v in promotion._newest_of_each_seed(registry, members)] == ["1", str(again.version)]
+    registry.client.delete_registered_model_alias("planes-unet", "production")
+    for version in (copy, again):
+        registry.client.delete_model_version("planes-unet", str(version.version))
 
 
 def test_what_scores_mean_is_known_by_folds_and_goes_to_a_version(registry, airfield, monkeypatch, tmp_path):

@@ -13,6 +13,7 @@ from pipelines.data.readers.opening import open_dataset
 from pipelines.evaluation.metrics import evaluate_instances
 from scoring.comparison.compare import Candidate, compare, deltas
 from scoring.comparison.report import write_report
+from scoring.use_cases import _members_once
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -174,3 +175,11 @@ def test_groups_of_versions_have_a_spread_and_are_held_against_the_first(data, t
     assert boxes[1].differences["AP"] in text
     # Versions that were named one by one are no groups.
     assert compare(data, candidates, resamples=20).groups == []
+
+
+def test_what_a_group_holds_is_scored_once():
+    named = {"a/1..2": ["a/1", "a/2"], "a/2": ["a/2"], "b/1": ["b/1"], "a/2..3": ["a/2", "a/3"]}
+    assert _members_once(named, ["a/1..2", "a/2", "a/2..3", "b/1"]) == ["a/1", "a/2", "a/3", "b/1"]
+    assert _members_once(named, ["a/2", "a/1..2"]) == ["a/2", "a/1"]
+    # The same thing named twice is a mistake that the comparison refuses.
+    assert _members_once({"b/1": ["b/1"]}, ["b/1", "b/1"]) == ["b/1", "b/1"]

@@ -234,7 +234,7 @@ def test_every_evaluation_opens_its_data_with_the_lost_images(tmp_path, monkeypa
     assert "5 images" in done.output
 
     opened = []
-    monkeypatch.setattr(use_cases, "finish", lambda registry, candidates, dataset, out: opened.append(dataset))
+    monkeypatch.setattr(use_cases, "finish", lambda registry, candidates, dataset, out, groups: opened.append(dataset))
     targets = tuple(str(job.folder) for job in jobs)
     registry = Registry.connect(new_store(tmp_path / "mlflow.db"))
     request = use_cases.ComparisonRequest(targets=targets, data=str(folder), out=str(tmp_path / "c"), device="cpu")
