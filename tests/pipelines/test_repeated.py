@@ -333,7 +333,9 @@ SMALL_COURSE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", list(SMALL_COURSE))
+@pytest.mark.parametrize(
+    "recipe", ["course_det_final_torchvision", pytest.param("course_det_final", marks=pytest.mark.soak)]
+)
 def test_course_recipes_with_weights_of_a_file_have_folds_and_seeds(registry, airfield, tmp_path, recipe):
     """The same recipes, tiny; the weights are those of a network of that form."""
     overrides = SMALL_COURSE[recipe]
