@@ -72,6 +72,8 @@ def rewrite_spec(folder: Path, spec: ModelSpec) -> None:
         temporary.chmod(0o644)
         os.replace(temporary, path)
     except OSError as error:
+        # A file that does not belong there would make the folder unreadable.
+        temporary.unlink(missing_ok=True)
         raise ModelError(f"{path}: cannot be written ({one_line(error)})") from error
 
 

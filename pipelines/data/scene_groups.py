@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 # Longer side in pixels at which images are compared, and features looked for in each.
 SIDE, FEATURES = 960, 500
 # Features that agree on one shift, turn and scale from which two images show the same ground. Measured on 68 tiles of
-# DOTA: at most 10 between tiles of different scenes, 20 and more for 45 of 47 pairs of tiles that share much ground.
+# DOTA: none of the 2,195 pairs of different scenes reaches it, 35 of the 83 pairs of one scene do (not all overlap).
 AGREEING = 20
 # Bits of 64 in which the hashes of near-duplicates differ at most, and the least correlation of their thumbnails.
 BITS, CORRELATION = 8, 0.95
@@ -38,7 +38,7 @@ MOST_COMPARED = 300
 
 @dataclass(frozen=True)
 class _Look:
-    """What an image is recognised by; ``points`` (K, 2) and ``descriptors`` uint8 (K, 32) are None without features."""
+    """What an image is recognised by: ``points`` (K, 2) and ``descriptors`` uint8 (K, 32), None without features."""
 
     bits: int
     thumbnail: np.ndarray | None

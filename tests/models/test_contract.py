@@ -187,6 +187,14 @@ def test_skipnet_is_the_network_described():
     ("build", "message"),
     [
         (lambda: build_detector(SMALL.model_copy(update={"anchor_sizes": [[8]]}), 1), "1 lists for 2 feature maps"),
+        (
+            lambda: build_detector(SMALL.model_copy(update={"norm": "group"}), 1, "imagenet"),
+            "not for group; use weights none",
+        ),
+        (
+            lambda: build_detector(SMALL.model_copy(update={"norm": "group", "backbone": "mobilenet_v2"}), 1),
+            "which mobilenet_v2's are not; use batch or frozen",
+        ),
         (lambda: build_detector(SMALL.model_copy(update={"anchor_sizes": [[8], [8, 9]]}), 1), "same number of sizes"),
         (lambda: build_detector(SMALL.model_copy(update={"levels": [2, 9]}), 1), "not 9"),
         (lambda: build_detector(SMALL, 1, "/absent/weights.pth"), "no such file"),
@@ -240,3 +248,13 @@ def test_an_image_that_becomes_a_single_column_keeps_its_rows(width):
     pillow = Image.fromarray(image[0].numpy()).resize((resized.shape[2], 4), Image.Resampling.BILINEAR)
     torch.testing.assert_close(resized, torch.from_numpy(np.array(pillow)).expand_as(resized))
     assert len(resized.unique()) == 4
+
+
+def test_group_norm_has_no_statistics_and_predicts():
+    network = build_detector(SMALL.model_copy(update={"norm": "group", "backbone": "resnet18"}), 1).eval()
+    kinds = {type(module).__name__ for module in network.backbone.modules()}
+    assert "GroupNorm" in kinds
+    assert not kinds & {"BatchNorm2d", "FrozenBatchNorm2d"}
+    assert {g.num_groups for g in network.backbone.modules() if type(g).__name__ == "GroupNorm"} == {32}
+    (found,) = network([torch.rand(3, 96, 96)])
+    assert set(found) == {"boxes", "labels", "scores"}

@@ -49,7 +49,15 @@ def test_mistakes_are_said_before_anything_is_trained(airfield, monkeypatch):
 
 @pytest.mark.slow
 def test_trials_are_children_and_none_is_run_twice(registry, airfield, monkeypatch):
+    studies, made, real, values = [], search._study, search._value, iter([0.2, 0.5, 0.3])
+    read = []
+    # Trainings of four steps all reach 0.
+    monkeypatch.setattr(search, "_value", lambda results, plan: read.append(real(results, plan)) or next(values, 0.1))
+    monkeypatch.setattr(search, "_study", lambda: studies.append(made()) or studies[-1])
     first = search_planned(registry, plan_search(_request(airfield)))
+    # What Optuna is told is what each trial reached on validation, to be made large.
+    assert read == [r.run.data.metrics["val/best_IoU"] for r in first]
+    assert ([t.value for t in studies[-1].trials], studies[-1].best_value) == ([0.2, 0.5, 0.3], 0.5)
     assert len({r.variant for r in first}) == 3
     for result in first:
         given = dict(o.split("=") for o in result.variant.overrides)
@@ -57,6 +65,7 @@ def test_trials_are_children_and_none_is_run_twice(registry, airfield, monkeypat
         assert result.run.data.params["optimizer.lr"] == str(float(given["lr"]))
         assert result.run.data.params["loss"] == given["loss"]
     monkeypatch.setattr("pipelines.use_cases.ablate.run_plan", _refused(1))
+    values = iter([0.2, 0.5, 0.3])
     longer = search_planned(registry, plan_search(_request(airfield, search=4)))
     # The first three come again from their runs; only the fourth is new, and fails here.
     assert [r.run.info.run_id for r in longer[:3]] == [r.run.info.run_id for r in first]

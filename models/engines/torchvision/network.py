@@ -225,6 +225,8 @@ def _backbone(architecture: DetectorArchitecture, pretrained: bool) -> BackboneW
         raise ModelError("architecture.norm: ImageNet weights are for batch or frozen, not for group; use weights none")
     norm = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": partial(nn.GroupNorm, 32)}[architecture.norm]
     enum = "DEFAULT" if pretrained else None
+    if architecture.norm == "group" and name.startswith("mobilenet"):
+        raise ModelError(f"architecture.norm: group parts channels into 32, which {name}'s are not; use batch or frozen")
     try:
         body = torchvision.models.get_model(name, weights=enum, norm_layer=norm)
     except OSError as error:
