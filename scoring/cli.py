@@ -66,6 +66,7 @@ CATEGORY = option(ComparisonRequest, "category")
 @option(JobSettings, "workers", default=AUTO)
 @option(JobSettings, "shard_size", "--shard", "shard", type=click.IntRange(1))
 @option(JobSettings, "fresh")
+@option(JobSettings, "update")
 @click.option(
     "--max-errors",
     default=1.0,
@@ -85,6 +86,7 @@ def main(context: click.Context, **options: Any) -> None:
     \b
     score --model planes-det/Production --data data/airfield --out predictions
     score --model planes-det/2 --model planes-det/3 --data test_coco.json --out both
+    score --model planes-det/Production --data survey --out nightly --update
     score compare planes-inst/latest planes-mask/latest --data data/airfield
     score evaluate predictions/planes-inst-1/kaggle.csv --data data/airfield
     score export predictions/planes-inst-1 --to geojson,overlays
@@ -95,6 +97,8 @@ def main(context: click.Context, **options: Any) -> None:
         raise click.UsageError("give at least one --model, such as --model planes-det/Production")
     if not options["data"]:
         raise click.UsageError("give --data: a folder, a COCO JSON, an image or a quoted glob")
+    if options["update"] and options["fresh"]:
+        raise click.UsageError("--update keeps what --fresh throws away; give one of them")
     from pipelines.steps.cli_support import friendly
 
     friendly(_score)(**options)
@@ -181,6 +185,7 @@ def _score(models: tuple[str, ...], data: str, *, out: str, split: str, device: 
         shard_size=options["shard"],
         workers=_auto("workers", options),
         fresh=options["fresh"],
+        update=options["update"],
         precision=options["precision"],
         value_range=None if options["value_range"] == VERSION else options["value_range"],
         bands=None if options["bands"] == VERSION else options["bands"],

@@ -11,10 +11,12 @@ from mlflow.tracking import MlflowClient
 from models.errors import RegistryError, one_line
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation.categories import PLANE
+from pipelines.files import write_text
 from pipelines.registry.model_versions import Resolved
 from pipelines.tracking import mlflow_runs
 from scoring.comparison.compare import Comparison, Scored
 from scoring.jobs.job import JobResult, folder_name
+from scoring.jobs.manifest import LOGGED, Generation
 
 # File in a job's folder that holds the id of a run that is not logged to its end.
 PENDING = ".run"
@@ -37,6 +39,7 @@ def log_job(
     prefix = next((f"{name}/" for name in ("train", "val") if dataset.split.startswith(name)), "test/")
     tags = {"task": "score", "version": job.label, "metric_prefix": prefix}
     tags |= {"outlines_given_boxes": "true"} if job.segmenter else {}
+    tags |= {"generation": str(job.generation.number)} if job.generation else {}
     # Written while a run is being logged: after a stop, or a store that went away, it is gone on with.
     pending = job.folder / PENDING
     resumed = pending.read_text() if pending.exists() else None
@@ -51,6 +54,9 @@ def log_job(
         model_id = mlflow_runs.link_model(resolved.model_id)
         counts = {"images": job.images, "instances": job.instances, "errors": job.failures}
         counts |= {"images_filling_little_of_their_range": job.little} if job.little else {}
+        if job.generation:
+            found = job.generation.model_dump(include={*Generation.KINDS, "gone"})
+            counts |= {f"generation_{kind}": number for kind, number in found.items()}
         if not math.isnan(megabytes):
             mlflow.log_metric("model_megabytes", megabytes)
         mlflow.log_metrics({**counts, "seconds": job.seconds, "images_per_second": job.images / job.seconds})
@@ -59,11 +65,14 @@ def log_job(
         for kind, evaluation in job.evaluations:
             mlflow_runs.log_evaluation(prefix + kind, evaluation, dataset, model_id=model_id)
         for path in sorted(job.folder.iterdir()):
+            if path.name.startswith("."):
+                continue
             if path.is_dir():
                 mlflow.log_artifacts(str(path), f"scoring/{path.name}")
-            elif not path.name.startswith("."):
+            else:
                 mlflow.log_artifact(str(path), "scoring")
     pending.unlink(missing_ok=True)
+    write_text(job.folder / LOGGED, job.inputs)
     return run.info.run_id
 
 

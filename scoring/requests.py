@@ -48,6 +48,13 @@ class JobSettings:
     fresh: bool = field(
         default=False, metadata={"help": "Score anew where the folder holds another or an unfinished scoring."}
     )
+    update: bool = field(
+        default=False,
+        metadata={
+            "help": "Where the folder holds a scoring of other images, keep what is unchanged, score what is new or "
+            "changed, and set aside what is gone."
+        },
+    )
     precision: Precision = field(default="32", metadata={"help": "Of the networks."})
     runtime: str = field(default=TORCH, metadata={"help": "What runs the networks: torch, or a twin: openvino bf16."})
     value_range: str | None = field(

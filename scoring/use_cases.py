@@ -371,6 +371,20 @@ def score_version(
     params |= {"tiling": tiling.model_dump_json() if tiling else "whole images"}
     params |= {"range": dataset.rendering.range, "bands": dataset.rendering.bands or "auto"}
     params |= {"device": device, "data": str(dataset.source)}
+    name = f"{dataset.name}/{dataset.split}"
+    scored = Scored(
+        job.label,
+        name,
+        dataset.digest(),
+        job.metrics,
+        job.images,
+        job.seconds,
+        category=dataset.category,
+        failed=job.failures,
+    )
+    if job.unchanged:
+        log.info(f"   nothing new: outputs in {job.folder} are as they were logged")
+        return scored, job
     try:
         run_id = mlflow_log.log_job(registry.client, job, version, dataset, params=params, megabytes=job.megabytes)
         log.info(f"   outputs in {job.folder}, run {run_id}")
@@ -380,9 +394,6 @@ def score_version(
         # What was scored is on disk; a store that is away must not keep the next model from being scored.
         job.unlogged = one_line(error, 200)
         log.info(f"   outputs in {job.folder}; NOT LOGGED: {job.unlogged}")
-    name = f"{dataset.name}/{dataset.split}"
-    measured = (job.metrics, job.images, job.seconds)
-    scored = Scored(job.label, name, dataset.digest(), *measured, category=dataset.category, failed=job.failures)
     return scored, job
 
 
@@ -435,6 +446,10 @@ def _tell(job: JobResult) -> None:
     errors += f", {job.resumed} of them scored before" if job.resumed else ""
     speed = f"{job.seconds:.1f} s, {job.images / job.seconds:.3g} images/s"
     log.info(f"{job.label}: {job.instances} planes in {job.images} images{errors}, {speed}")
+    if job.generation and not job.unchanged:
+        one = job.generation
+        kinds = ", ".join(f"{getattr(one, k)} {k}" for k in ("new", "changed", "retried", "returned", "kept", "gone"))
+        log.info(f"   generation {one.number}: {kinds}")
     timings = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sorted(job.timings.items(), key=lambda s: -s[1]))
     peaks = ", ".join(f"peak {kind.replace('_', ' ')} {megabytes:,.0f} MB" for kind, megabytes in job.peaks.items())
     log.info(f"   {timings or 'no operations timed'}; {peaks}")

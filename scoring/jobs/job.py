@@ -26,9 +26,10 @@ from pipelines.evaluation.metrics import Evaluation
 from pipelines.files import write_text
 from pipelines.progress import Progress
 from scoring.jobs.export import FORMATS, KAGGLE_THRESHOLD, export
-from scoring.jobs.manifest import Manifest, claimed, make_manifest
+from scoring.jobs.manifest import LOGGED, Generation, Manifest, claimed, make_manifest, read_manifest
 from scoring.jobs.retry import can_be_tried_again, failed_before, replace_in_shard, split_into_shards
-from scoring.jobs.shards import ERRORS, INSTANCES, finished, join_shards, totals_of, write_shard
+from scoring.jobs.shards import ERRORS, INSTANCES, Totals, finished, join_shards, totals_of, write_shard
+from scoring.jobs.update import bring_up_to_date
 from scoring.reader import Failure
 from scoring.requests import DEFAULT_THRESHOLD, JobSettings
 from scoring.runners.local import LocalRunner, auto_batch, auto_workers
@@ -57,6 +58,9 @@ class JobResult:
         unlogged: why the tracking store did not take it.
         little: how many images fill little of the range that they are read with.
         first_little: id of the first of them.
+        inputs: digest of the images in their order.
+        generation: what the last update found, None for a job that never had one.
+        unchanged: whether nothing was new, all outputs being written and logged already.
     """
 
     label: str
@@ -76,6 +80,9 @@ class JobResult:
     unlogged: str | None = None
     little: int = 0
     first_little: str = ""
+    inputs: str = ""
+    generation: Generation | None = None
+    unchanged: bool = False
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -124,7 +131,8 @@ def run_job(
 
     The work is done in shards that are on disk whole or not at all: called again after a
     stop, the missing ones are made, and the tables are those of an undisturbed call.
-    Unreadable images are listed in ``errors.parquet`` and the others scored.
+    Unreadable images are listed in ``errors.parquet`` and the others scored. With ``settings.update``
+    a job of other inputs is brought up to date (`scoring.jobs.update`).
 
     Args:
         model: digest of the saved model, device: where it runs; both decide the rows.
@@ -145,21 +153,10 @@ def run_job(
     runner = runner or LocalRunner(predictor, device, batch_size=batch_size, workers=workers, kind=settings.precision)
     manifest = make_manifest(label, model, settings=decisive, dataset=dataset, shard_size=settings.shard_size)
     try:
-        with claimed(folder, manifest, dataset, settings.fresh):
-            again = _try_again(
-                runner, manifest, folder, dataset, score_threshold=settings.score_threshold, progress=progress
-            )
-            resumed, totals = len(dataset) - again, totals_of(folder)
-            if totals is None:
-                resumed = (
-                    _make_missing(
-                        runner, manifest, folder, dataset, score_threshold=settings.score_threshold, progress=progress
-                    )
-                    - again
-                )
-                join_shards(folder, len(manifest.shards()), settings.scores)
-                totals = totals_of(folder)
-            assert totals is not None
+        with claimed(folder, manifest, dataset, fresh=settings.fresh, update=settings.update) as held:
+            if held is not None and is_segmenter(predictor):
+                raise DataError(f"{label}: outlines given boxes, which may be others now; score with --fresh")
+            resumed, totals = _complete(runner, manifest, folder, dataset, settings=settings, progress=progress, held=held)
             if not totals.images:
                 first = parquet.read_failures(folder / ERRORS)[0]
                 raise DataError(
@@ -176,12 +173,49 @@ def run_job(
             job.segmenter, job.score_threshold, job.resumed = is_segmenter(predictor), settings.score_threshold, resumed
             job.timings, job.peaks = totals.timings, runner.peak_megabytes()
             job.little, job.first_little = totals.little, totals.first_little
-            _write(job, dataset, totals.masks, settings, manifest)
+            manifest = read_manifest(folder)
+            job.inputs, job.generation = manifest.inputs, next(iter(manifest.generations[::-1]), None)
+            job.unchanged = settings.update and resumed == len(dataset) and _is_logged(folder, manifest)
+            if not job.unchanged or dataset.has_truth:
+                _write(job, dataset, totals.masks, settings, manifest)
     except OSError as error:
         raise OutputError(
             f"{folder}: cannot be written ({error.strerror or one_line(error)}); what is done is kept, call again"
         ) from error
     return job
+
+
+def _complete(
+    runner: Runner,
+    manifest: Manifest,
+    folder: Path,
+    dataset: Dataset,
+    *,
+    settings: JobSettings,
+    progress: Progress,
+    held: Manifest | None,
+) -> tuple[int, Totals]:
+    """Make what the folder lacks; return how many images were not scored now, and the sums over all.
+
+    Args:
+        held: manifest of the job of other inputs that is brought up to date.
+    """
+    fill = partial(_make_missing, runner, score_threshold=settings.score_threshold, progress=progress)
+    if held is not None:
+        resumed = bring_up_to_date(folder, held, manifest, dataset=dataset, fill=fill, scores=settings.scores)
+    else:
+        again = _try_again(runner, manifest, folder, dataset, score_threshold=settings.score_threshold, progress=progress)
+        resumed = len(dataset) - again
+        if totals_of(folder) is None:
+            resumed = fill(folder, manifest, dataset) - again
+            join_shards(folder, len(manifest.shards()), settings.scores)
+    totals = totals_of(folder)
+    assert totals is not None
+    return resumed, totals
+
+
+def _is_logged(folder: Path, manifest: Manifest) -> bool:
+    return (folder / LOGGED).exists() and (folder / LOGGED).read_text() == manifest.inputs
 
 
 def _decisive(predictor: Predictor, dataset: Dataset, settings: JobSettings, device: str) -> dict[str, Any]:
@@ -239,7 +273,7 @@ def _failed_again(result: Instances | Failure, sample: Sample) -> bool:
 
 
 def _make_missing(
-    runner: Runner, manifest: Manifest, folder: Path, dataset: Dataset, *, score_threshold: float, progress: Progress
+    runner: Runner, folder: Path, manifest: Manifest, dataset: Dataset, *, score_threshold: float, progress: Progress
 ) -> int:
     """Predict and write the shards that are not there; return how many images the others hold."""
     done, shards = finished(folder), manifest.shards()

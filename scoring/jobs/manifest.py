@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +21,15 @@ from models.images.rendering import DEFAULT, Rendering
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.data.remote import UNREADABLE, absolute, to_path
 from pipelines.evaluation.categories import PLANE
-from pipelines.files import replacing
+from pipelines.files import flush, replacing
 from scoring.requests import TORCH
 
 MANIFEST, INPUTS, SHARDS, DONE, LOCK = "manifest.json", "inputs.parquet", "shards", "done.json", ".lock"
+# Of `score --update`: what it works in, the finished generation there that takes the job's place, and results of images
+# that are not among the inputs any more.
+STAGING, NEWEST, GONE = ".update", "newest", "gone"
+# The digest of the inputs whose outputs have been written and logged.
+LOGGED = ".logged"
 
 # All that a job writes beside its manifest; ``.run`` is the MLflow run that is being logged (scoring.jobs.mlflow_log).
 WRITTEN = (
@@ -33,6 +39,7 @@ WRITTEN = (
     "kaggle.csv",
     "metrics.json",
     ".run",
+    LOGGED,
     DONE,
     INPUTS,
 )
@@ -46,8 +53,38 @@ INPUT_SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("number", pa.int64()),
         ("digest", pa.string()),
+        ("generation", pa.int32()),
     ]
 )
+
+
+class Generation(BaseModel):
+    """What one scoring of a folder found among its inputs.
+
+    Attributes:
+        number: counted from 1; column ``generation`` of the list of inputs says in which one an image was scored.
+        at: when it was finished, or the first one begun; ISO 8601.
+        images: how many inputs there were.
+        new: of them, not known before.
+        changed: whose file was another one before.
+        retried: that had failed before.
+        returned: that had been gone.
+        kept: as they were.
+        gone: images that were known and are no input any more.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    KINDS: ClassVar = ("kept", "returned", "new", "changed", "retried")
+
+    number: int
+    at: str
+    images: int
+    new: int = 0
+    changed: int = 0
+    retried: int = 0
+    returned: int = 0
+    kept: int = 0
+    gone: int = 0
 
 
 class Manifest(BaseModel):
@@ -65,6 +102,7 @@ class Manifest(BaseModel):
         images: how many.
         shard_size: images of a shard.
         category: what is looked for.
+        generations: of a job that was brought up to date, the last one being what the folder holds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -80,6 +118,7 @@ class Manifest(BaseModel):
     images: int
     shard_size: int
     category: str = PLANE
+    generations: tuple[Generation, ...] = ()
 
     def shards(self) -> list[range]:
         """Positions of each shard's images among the inputs."""
@@ -95,15 +134,15 @@ def make_manifest(label: str, model: str, settings: Mapping[str, Any], *, datase
         data=dataset.name,
         split=dataset.split,
         category_id=dataset.category_id,
-        inputs=_digest_in_order(dataset),
+        inputs=digest_in_order(dataset),
         images=len(dataset),
         shard_size=shard_size,
         category=dataset.category,
     )
 
 
-def _digest_in_order(dataset: Dataset, file_digests: Sequence[str] | None = None, as_in_060: bool = False) -> str:
-    """Of images, annotations and order: shards count the images."""
+def digest_in_order(dataset: Dataset, file_digests: Sequence[str] | None = None, as_in_060: bool = False) -> str:
+    """Of images, annotations and order: shards count the images. See `Dataset.digest_with`."""
     fingerprints = file_digests or dataset.file_digests()
     content = dataset.digest_with(fingerprints, as_in_060) if file_digests or as_in_060 else dataset.digest()
     digest = hashlib.sha256(content.encode())
@@ -113,11 +152,17 @@ def _digest_in_order(dataset: Dataset, file_digests: Sequence[str] | None = None
 
 
 @contextmanager
-def claimed(folder: Path, manifest: Manifest, dataset: Dataset, fresh: bool) -> Iterator[None]:
+def claimed(
+    folder: Path, manifest: Manifest, dataset: Dataset, *, fresh: bool = False, update: bool = False
+) -> Iterator[Manifest | None]:
     """Hold a job's folder: write the manifest and the list of inputs, or go on where an equal job stopped.
 
     Args:
         fresh: throw away what a job left there, whatever it was.
+        update: accept a job that differs in its inputs alone.
+
+    Yields:
+        The manifest of the job that is there, if it has other inputs.
 
     Raises:
         DataError: the folder holds a job of another model, other settings or inputs (saying which).
@@ -125,20 +170,48 @@ def claimed(folder: Path, manifest: Manifest, dataset: Dataset, fresh: bool) -> 
     """
     try:
         with FileLock(folder / LOCK, timeout=0):
+            held = None
+            complete_update(folder)
             if fresh:
                 # First of all: where what follows is interrupted, the next call finds no job and clears the rest.
                 (folder / MANIFEST).unlink(missing_ok=True)
             if (folder / MANIFEST).exists():
-                _check(folder, read_manifest(folder), manifest, dataset)
+                there = read_manifest(folder)
+                if not _equal(folder, there, manifest, dataset):
+                    if not update or not _differ_in_inputs_alone(there, manifest):
+                        raise DataError(_refusal(folder, there, manifest, dataset))
+                    held = there
             else:
                 clear(folder)
                 with replacing(folder / INPUTS, durable=True) as temporary:
-                    pq.write_table(_inputs(dataset), temporary, compression="zstd")
+                    pq.write_table(input_rows(dataset), temporary, compression="zstd")
                 with replacing(folder / MANIFEST, durable=True) as temporary:
                     temporary.write_text(manifest.model_dump_json(indent=2) + "\n")
-            yield
+            yield held
     except Timeout as error:
         raise OutputError(f"{folder}: another score is writing there; wait for it or name another --out") from error
+
+
+def complete_update(folder: Path) -> None:
+    """Let the generation that an update has made ready take the job's place; what a stop left half done is done.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    newest = folder / STAGING / NEWEST
+    if not newest.exists():
+        return
+    for path in sorted((newest / GONE).glob("*")):
+        (folder / GONE).mkdir(exist_ok=True)
+        os.replace(path, folder / GONE / path.name)
+    # Made anew of the new tables, if they can be.
+    for name in ("metrics.json", "kaggle.csv", LOGGED):
+        (folder / name).unlink(missing_ok=True)
+    # The manifest last: until it is there, all that comes first is done again.
+    for path in sorted(newest.glob("*.*"), key=lambda p: p.name == MANIFEST):
+        os.replace(path, folder / path.name)
+    flush(folder)
+    shutil.rmtree(folder / STAGING)
 
 
 def clear(folder: Path) -> None:
@@ -161,6 +234,12 @@ def clear(folder: Path) -> None:
                 path.unlink()
             if not any((folder / name).iterdir()):
                 (folder / name).rmdir()
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    if (folder / GONE / INPUTS).exists():
+        for name in ("instances.parquet", INPUTS):
+            (folder / GONE / name).unlink(missing_ok=True)
+        if not any((folder / GONE).iterdir()):
+            (folder / GONE).rmdir()
     # The list of inputs last: while it is there, an interrupted call is gone on with.
     for name in (*(f".{name}.tmp" for name in (*WRITTEN, MANIFEST)), *WRITTEN):
         (folder / name).unlink(missing_ok=True)
@@ -173,10 +252,15 @@ def read_manifest(folder: Path) -> Manifest:
         DataError: absent, damaged, or of another release.
     """
     try:
+        if (folder / STAGING / NEWEST).exists():
+            with FileLock(folder / LOCK, timeout=0):
+                complete_update(folder)
         held = Manifest.model_validate_json((folder / MANIFEST).read_text())
         # Releases before 0.6.1 had no other way to read image files, and up to it none but torch to run a network.
         default = {"rendering": DEFAULT.model_dump(mode="json"), "runtime": TORCH}
         return held.model_copy(update={"settings": {**default, **held.settings}})
+    except Timeout as error:
+        raise DataError(f"{folder}: a score is writing there; wait for it") from error
     except FileNotFoundError as error:
         raise DataError(f"{folder}: not the folder of a scoring (no {MANIFEST})") from error
     except (OSError, ValidationError, ValueError) as error:
@@ -215,18 +299,30 @@ def read_inputs(folder: Path, manifest: Manifest) -> Dataset:
     )
 
 
-def _inputs(dataset: Dataset) -> pa.Table:
+def input_rows(dataset: Dataset) -> pa.Table:
+    """The list of inputs of a first generation."""
     columns: dict[str, list[Any]] = {name: [getattr(s, name) for s in dataset.samples] for name in ("image_id", "number")}
     # The size of a lost image is a guess, and nothing is drawn into it.
     columns |= {name: [0 if s.lost else getattr(s, name) for s in dataset.samples] for name in ("height", "width")}
     columns["path"] = [absolute(s.path) for s in dataset.samples]
     columns["digest"] = dataset.file_digests()
+    columns["generation"] = [1] * len(dataset)
     return pa.Table.from_pydict(columns, schema=INPUT_SCHEMA)
 
 
-def _check(folder: Path, held: Manifest, requested: Manifest, dataset: Dataset) -> None:
-    if held == requested or (held.inputs != requested.inputs and _but_for_fingerprints(folder, held, requested, dataset)):
-        return
+def _equal(folder: Path, held: Manifest, requested: Manifest, dataset: Dataset) -> bool:
+    held = held.model_copy(update={"generations": ()})
+    return held == requested or (
+        held.inputs != requested.inputs and _but_for_fingerprints(folder, held, requested, dataset)
+    )
+
+
+def _differ_in_inputs_alone(held: Manifest, requested: Manifest) -> bool:
+    free = ("inputs", "images", "data", "split", "category_id", "generations")
+    return held.model_copy(update={key: getattr(requested, key) for key in free}) == requested
+
+
+def _refusal(folder: Path, held: Manifest, requested: Manifest, dataset: Dataset) -> str:
     what = [f"{k} {held.settings.get(k)}, not {v}" for k, v in requested.settings.items() if held.settings.get(k) != v]
     for key in ("label", "model", "category", "shard_size"):
         if getattr(held, key) != getattr(requested, key):
@@ -237,21 +333,22 @@ def _check(folder: Path, held: Manifest, requested: Manifest, dataset: Dataset) 
     if held.inputs != requested.inputs:
         what.append(_other_inputs(folder, dataset))
     what = what or ["other data"]
-    raise DataError(f"{folder}: holds a scoring with {'; '.join(what)}; name another --out, or --fresh to score anew")
+    more = "--update to score what is new, " if _differ_in_inputs_alone(held, requested) else ""
+    return f"{folder}: holds a scoring with {'; '.join(what)}; name another --out, {more}or --fresh to score anew"
 
 
 def _but_for_fingerprints(folder: Path, held: Manifest, requested: Manifest, dataset: Dataset) -> bool:
     """Whether two jobs are equal but for files of which one knows nothing: a store did not answer, a file was missing."""
     if held.model_copy(update={"inputs": requested.inputs}) != requested:
         return False
-    if _digest_in_order(dataset, as_in_060=True) == held.inputs:
+    if digest_in_order(dataset, as_in_060=True) == held.inputs:
         return True
     then = pq.read_table(folder / INPUTS, columns=["digest"])["digest"].to_pylist()
     now = dataset.file_digests()
     if len(then) != len(now) or UNREADABLE not in {*then, *now}:
         return False
     fingerprints = [old if UNREADABLE in (old, new) else new for old, new in zip(then, now, strict=True)]
-    return _digest_in_order(dataset, fingerprints) == held.inputs
+    return digest_in_order(dataset, fingerprints) == held.inputs
 
 
 def _other_inputs(folder: Path, dataset: Dataset) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from models.instances import Instances
 from pipelines.data.dataset import Dataset, Sample
-from scoring.jobs.manifest import DONE, Manifest
+from scoring.jobs.manifest import DONE, LOGGED, Manifest
 from scoring.jobs.shards import ERRORS, INSTANCES, NOTES, Totals, finished, shard_folder, totals_of, write_shard
 from scoring.reader import Failure
 from scoring.writers import parquet
@@ -58,6 +58,7 @@ def split_into_shards(folder: Path, manifest: Manifest, dataset: Dataset, totals
         seconds, timings = (totals.seconds, totals.timings) if number == 0 else (0.0, {})
         little = [totals.first_little] * totals.little if number == 0 else []
         write_shard(folder, number, results, seconds=seconds, timings=timings, little=little)
+    (folder / LOGGED).unlink(missing_ok=True)
     # Until here a stop changes nothing: shards beside a finished job are removed.
     (folder / DONE).unlink()
 

@@ -138,6 +138,11 @@ def join_shards(folder: Path, count: int, scores: Scores | None = None) -> None:
     for name, schema, more in ((INSTANCES, parquet.SCHEMA, scores), (ERRORS, parquet.ERROR_SCHEMA, None)):
         with replacing(folder / name, durable=True) as temporary:
             parquet.join_tables([shard / name for shard in shards], temporary, schema, more)
+    write_totals(folder / DONE, totals_of_shards(shards))
+
+
+def totals_of_shards(shards: Sequence[Path]) -> Totals:
+    """Sums over the folders of shards."""
     notes = [json.loads((shard / NOTES).read_text()) for shard in shards]
     counts = {key: sum(n[key] for n in notes) for key in ("images", "instances", "failures", "seconds")}
     timings: defaultdict[str, float] = defaultdict(float)
@@ -147,6 +152,10 @@ def join_shards(folder: Path, count: int, scores: Scores | None = None) -> None:
     little = [image_id for n in notes for image_id in n.get("little", [])]
     first = little[0] if little else ""
     masks = any(n["masks"] for n in notes)
-    totals = Totals(**counts, masks=masks, timings=dict(timings), little=len(little), first_little=first)
-    with replacing(folder / DONE, durable=True) as temporary:
+    return Totals(**counts, masks=masks, timings=dict(timings), little=len(little), first_little=first)
+
+
+def write_totals(path: Path, totals: Totals) -> None:
+    """Write done.json, whole or not at all."""
+    with replacing(path, durable=True) as temporary:
         temporary.write_text(json.dumps({"stages" if k == "timings" else k: v for k, v in asdict(totals).items()}) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,25 +79,37 @@ def _check_masks(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def join_tables(tables: Sequence[Path], path: Path, schema: pa.Schema, scores: Scores | None = None) -> None:
-    """Write the rows of several files into one, a row group each.
+    """Write the rows of several files into one; see `write_joined`."""
+    write_joined((pq.read_table(source, schema=schema) for source in tables), path, schema, scores)
+
+
+def write_joined(tables: Iterable[pa.Table], path: Path, schema: pa.Schema, scores: Scores | None = None) -> int:
+    """Write tables of one schema into one file, a row group each; return how many rows they have.
 
     Args:
         scores: of the version; with them the column ``probability`` is added, float32: that of being correct.
     """
     joined = schema if scores is None else schema.append(pa.field(PROBABILITY, pa.float32()))
+    count = 0
     with pq.ParquetWriter(path, joined, compression="zstd") as writer:
-        for source in tables:
-            table = pq.read_table(source, schema=schema)
+        for table in tables:
             if scores is not None:
                 probability = scores.probability(table["score"].to_numpy())
                 table = table.append_column(PROBABILITY, pa.array(probability, pa.float32()))
             # The rows of an image must stay in one group.
             writer.write_table(table, row_group_size=max(1, table.num_rows))
+            count += table.num_rows
+    return count
+
+
+def failure_table(failures: Sequence[Failure]) -> pa.Table:
+    """Images that could not be scored, as rows."""
+    return pa.Table.from_pylist([f.__dict__ for f in failures], schema=ERROR_SCHEMA)
 
 
 def write_failures(failures: Sequence[Failure], path: Path) -> None:
     """Write image_id, path, kind and message of the images that could not be scored."""
-    write_table(pa.Table.from_pylist([f.__dict__ for f in failures], schema=ERROR_SCHEMA), path)
+    write_table(failure_table(failures), path)
 
 
 def read_failures(path: Path) -> list[Failure]:

@@ -192,7 +192,7 @@ def test_a_job_of_an_earlier_release_over_lost_images_is_gone_on_with(tmp_path):
         assert lost.digest_with(lost.file_digests(), as_in_060=True) == rest.digest()
     job = _score(folder, tmp_path / "out", Finder())
     manifest = json.loads((job.folder / "manifest.json").read_text())
-    manifest["inputs"] = plan._digest_in_order(_open(folder), as_in_060=True)
+    manifest["inputs"] = plan.digest_in_order(_open(folder), as_in_060=True)
     (job.folder / "manifest.json").write_text(json.dumps(manifest))
     assert _score(folder, tmp_path / "out", Finder()).resumed == 5
 

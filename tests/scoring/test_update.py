@@ -1,0 +1,357 @@
+"""A job brought up to date: `score --update`."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from filelock import FileLock
+
+from models.errors import DataError, OutputError
+from models.geometry.rle import rle_encode
+from models.instances import Instances
+from models.saved.scores import Scores
+from pipelines.data.readers.opening import open_dataset
+from scoring.jobs import manifest
+from scoring.jobs.export import export_job
+from scoring.jobs.job import run_job
+from scoring.jobs.manifest import GONE, LOCK, STAGING, read_manifest
+from scoring.requests import JobSettings
+from tests.conftest import write_image
+
+TABLES = ("instances.parquet", "errors.parquet", "coco_results.json", "kaggle.csv")
+
+
+class Dots:
+    """None to three planes with masks per image, made of its first pixels; notes the images' brightness."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.seen: list[float] = []
+        self.stop_after = stop_after
+
+    def predict(self, images):
+        results = []
+        for image in images:
+            if len(self.seen) == self.stop_after:
+                raise KeyboardInterrupt
+            self.seen.append(float(image.mean()))
+            height, width = image.shape[:2]
+            number = int(image[0, 0, 0]) % 4
+            boxes = [[i, i, i + 5, i + 6] for i in range(number)]
+            masks = []
+            for x1, y1, x2, y2 in boxes:
+                mask = np.zeros((height, width), bool)
+                mask[y1:y2, x1:x2] = True
+                masks.append(rle_encode(mask))
+            scores = [float(image[0, i, 1]) / 255 for i in range(number)]
+            results.append(Instances.make("", height, width, boxes, scores, masks=masks))
+        return results
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Eleven small images and one that is none."""
+    folder = tmp_path / "in"
+    for i in range(11):
+        write_image(folder / f"i{i:02}.png", 20 + i, 30, i)
+    (folder / "i05b.png").write_bytes(b"no image")
+    return folder
+
+
+def _run(out, data, predictor=None, *, update=True, **more):
+    dataset = data if hasattr(data, "samples") else open_dataset(data)
+    settings = JobSettings(**{"shard_size": 3, "overlays": 2, "score_threshold": 0.0, "update": update, **more})
+    return run_job(predictor or Dots(), "m/1", dataset, out, settings=settings, progress=lambda r, *_: r)
+
+
+def _change(folder: Path) -> None:
+    """One image changed, one gone, one renamed, one new at the beginning, one new that is no image, one mended."""
+    write_image(folder / "i02.png", 40, 44, 99)
+    (folder / "i04.png").unlink()
+    (folder / "i06.png").rename(folder / "z06.png")
+    write_image(folder / "a.png", 25, 26, 100)
+    (folder / "b.png").write_bytes(b"nothing")
+    write_image(folder / "i05b.png", 22, 23, 101)
+
+
+def _tables(job):
+    return {name: (job.folder / name).read_bytes() for name in TABLES}
+
+
+def _counts(job):
+    return {k: v for k, v in job.generation.model_dump(exclude={"at", "number", "images"}).items() if v}
+
+
+def test_the_tables_are_those_of_a_job_over_all_images(images, tmp_path):
+    _run(tmp_path / "out", images)
+    _change(images)
+    predictor = Dots()
+    job = _run(tmp_path / "out", images, predictor)
+    fresh = _run(tmp_path / "fresh", images)
+    assert _tables(job) == _tables(fresh)
+    # The changed, the renamed, the new and the mended one; the file that is no image never came to the model.
+    assert len(predictor.seen) == 4
+    assert _counts(job) == {"new": 3, "changed": 2, "kept": 8, "gone": 2}
+    assert (job.images, job.failures, job.instances, job.resumed) == (12, 1, fresh.instances, 8)
+    assert not (job.folder / STAGING).exists()
+    listed = pd.read_parquet(job.folder / "inputs.parquet").set_index("image_id")
+    assert set(listed.index[listed["generation"] == 2]) == {"a", "b", "i02", "i05b", "z06"}
+    done = json.loads((job.folder / "done.json").read_text())
+    assert done["images"] == 12
+    assert export_job(job.folder, tmp_path / "more", {"coco", "kaggle"}) == fresh.instances
+    assert (tmp_path / "more" / "kaggle.csv").read_bytes() == (fresh.folder / "kaggle.csv").read_bytes()
+    assert not (job.folder / "overlays" / "i06.jpg").exists()
+
+
+def test_one_new_image_is_the_only_one_that_is_predicted(images, tmp_path):
+    first = _run(tmp_path / "out", images)
+    before = pq.read_table(first.folder / "instances.parquet").to_pylist()
+    write_image(images / "n.png", 25, 26, 7)
+    predictor = Dots()
+    job = _run(tmp_path / "out", images, predictor)
+    assert len(predictor.seen) == 1
+    after = pq.read_table(job.folder / "instances.parquet").to_pylist()
+    assert [row for row in after if row["image_id"] != "n"] == before
+    assert [g.number for g in read_manifest(job.folder).generations] == [1, 2]
+
+
+def test_nothing_new_predicts_nothing_and_writes_no_generation(images, tmp_path):
+    job = _run(tmp_path / "out", images)
+    before = {p: p.stat().st_mtime_ns for p in job.folder.rglob("*.parquet")}
+    predictor = Dots()
+    again = _run(tmp_path / "out", images, predictor)
+    assert (predictor.seen, again.resumed, again.generation) == ([], 12, None)
+    assert before == {p: p.stat().st_mtime_ns for p in job.folder.rglob("*.parquet")}
+
+
+def test_what_is_gone_is_kept_and_comes_back_with_its_image(images, tmp_path):
+    job = _run(tmp_path / "out", images)
+    rows = pq.read_table(job.folder / "instances.parquet").to_pandas()
+    away = tmp_path / "away"
+    away.mkdir()
+    for name in ("i01.png", "i03.png", "i05b.png", "i09.png"):
+        shutil.move(images / name, away / name)
+    job = _run(tmp_path / "out", images)
+    # The file that is no image has no result to keep.
+    assert _counts(job) == {"kept": 8, "gone": 3}
+    gone = pq.read_table(job.folder / GONE / "instances.parquet").to_pandas()
+    pd.testing.assert_frame_equal(gone, rows[rows["image_id"].isin(["i01", "i03", "i09"])].reset_index(drop=True))
+    assert list(pd.read_parquet(job.folder / GONE / "inputs.parquet")["gone_in"]) == [2, 2, 2]
+    # One comes back as it was, one as another image; one stays away.
+    shutil.move(away / "i01.png", images / "i01.png")
+    write_image(images / "i03.png", 31, 33, 55)
+    predictor = Dots()
+    job = _run(tmp_path / "out", images, predictor)
+    assert _counts(job) == {"kept": 8, "returned": 1, "new": 1}
+    assert len(predictor.seen) == 1
+    assert list(pd.read_parquet(job.folder / GONE / "inputs.parquet")["image_id"]) == ["i09"]
+    assert _tables(job) == _tables(_run(tmp_path / "fresh", images))
+    shutil.move(away / "i09.png", images / "i09.png")
+    predictor = Dots()
+    job = _run(tmp_path / "out", images, predictor)
+    assert (predictor.seen, _counts(job)) == ([], {"kept": 10, "returned": 1})
+    assert pq.read_table(job.folder / GONE / "instances.parquet").num_rows == 0
+    assert _tables(job) == _tables(_run(tmp_path / "fresh2", images))
+    assert list(pd.read_parquet(job.folder / "inputs.parquet").set_index("image_id")["generation"])[:4] == [1, 1, 1, 3]
+
+
+def test_all_images_may_be_others(images, tmp_path):
+    _run(tmp_path / "out", images)
+    for path in images.iterdir():
+        path.unlink()
+    write_image(images / "only.png", 25, 26, 3)
+    job = _run(tmp_path / "out", images)
+    assert _counts(job) == {"new": 1, "gone": 11}
+    assert _tables(job) == _tables(_run(tmp_path / "fresh", images))
+
+
+def test_a_name_that_a_second_file_shares_keeps_its_rows_under_the_longer_name(tmp_path):
+    for i in range(4):
+        write_image(tmp_path / "in" / "a" / f"{i}.png", 20 + i, 30, i)
+    table = tmp_path / "list.csv"
+    paths = [f"in/a/{i}.png" for i in range(4)]
+    table.write_text("\n".join(["path", *paths]))
+    _run(tmp_path / "out", table)
+    write_image(tmp_path / "in" / "b" / "1.png", 50, 51, 9)
+    table.write_text("\n".join(["path", *reversed(paths), "in/b/1.png"]))
+    predictor = Dots()
+    job = _run(tmp_path / "out", table, predictor)
+    assert len(predictor.seen) == 1
+    assert _counts(job) == {"kept": 4, "new": 1}
+    assert _tables(job) == _tables(_run(tmp_path / "fresh", table))
+
+
+def test_a_first_scoring_that_was_never_finished_is_no_generation(images, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "out", images, Dots(stop_after=7), update=False)
+    _change(images)
+    predictor = Dots()
+    job = _run(tmp_path / "out", images, predictor)
+    assert 0 < len(predictor.seen) < 12
+    assert [g.number for g in read_manifest(job.folder).generations] == [1]
+    assert _tables(job) == _tables(_run(tmp_path / "fresh", images))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_update_that_was_stopped_is_gone_on_with_even_if_the_list_changed(images, tmp_path, again):
+    _run(tmp_path / "out", images)
+    for i in range(9):
+        write_image(images / f"n{i}.png", 25, 26, 200 + i)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "out", images, Dots(stop_after=7))
+    # The earlier generation is what others see.
+    assert len(read_manifest(tmp_path / "out" / "m-1").generations) == 0
+    assert export_job(tmp_path / "out" / "m-1", tmp_path / "more", {"coco"})
+    if again:
+        _change(images)
+        (images / "n0.png").unlink()
+    predictor = Dots()
+    job = _run(tmp_path / "out", images, predictor)
+    # Two shards of three images were on disk.
+    assert len(predictor.seen) == (7 if again else 3)
+    assert _tables(job) == _tables(_run(tmp_path / "fresh", images))
+    assert sum(_counts(job)[k] for k in ("kept", "new")) + (2 if again else 0) == job.images + job.failures
+
+
+def test_a_stop_at_any_change_of_a_file_leaves_one_generation_or_the_other(images, tmp_path, monkeypatch):
+    """Every rename, replacement and removal fails once, each in a run of its own, as after kill -9."""
+    first = _run(tmp_path / "first", images)
+    _change(images)
+    expected = _tables(_run(tmp_path / "fresh", images))
+    real = {"replace": os.replace, "rename": os.rename, "unlink": os.unlink}
+    for stop in count():
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(tmp_path / "first", out)
+        changes = []
+
+        def one(name, changes=changes, stop=stop):
+            def change(*arguments, **options):
+                if len(changes) >= stop:
+                    raise KeyboardInterrupt
+                changes.append(name)
+                return real[name](*arguments, **options)
+
+            return change
+
+        for name in real:
+            monkeypatch.setattr(os, name, one(name))
+        try:
+            _run(out, images)
+            finished = True
+        except KeyboardInterrupt:
+            finished = False
+        monkeypatch.undo()
+        folder = out / "m-1"
+        number = len(read_manifest(folder).generations)
+        rows = pq.read_table(folder / "instances.parquet").num_rows
+        assert (number, rows) in ((0, first.instances), (2, len(json.loads(expected["coco_results.json"])))), stop
+        assert export_job(folder, tmp_path / "more", {"coco"}) == rows
+        assert _tables(_run(out, images)) == expected
+        assert len(read_manifest(folder).generations) == 2
+        if finished:
+            break
+    assert stop > 15
+
+
+def test_a_full_disk_leaves_the_earlier_generation(images, tmp_path, monkeypatch):
+    job = _run(tmp_path / "out", images)
+    before = _tables(job)
+    _change(images)
+    real = pq.ParquetWriter.write_table
+
+    def full(self, table, *arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        _run(tmp_path / "out", images)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", real)
+    assert _tables(job) == before
+    assert _tables(_run(tmp_path / "out", images)) == _tables(_run(tmp_path / "fresh", images))
+
+
+def test_random_histories_end_in_the_tables_of_a_fresh_job(tmp_path):
+    """Images come, go, change and return at random, with stops in between; six nights each."""
+    for history in range(4):
+        chance = random.Random(history)
+        folder, away, out = (tmp_path / f"{history}-{name}" for name in ("in", "away", "out"))
+        away.mkdir()
+        for i in range(8):
+            write_image(folder / f"{i}.png", 20, 21, i)
+        for night in range(6):
+            for path in sorted(folder.iterdir()):
+                fate = chance.random()
+                if fate < 0.15 and len(list(folder.iterdir())) > 1:
+                    shutil.move(path, away / path.name)
+                elif fate < 0.25:
+                    write_image(path, 22 + night, 23, chance.randrange(10_000))
+            for path in sorted(away.iterdir()):
+                if chance.random() < 0.4:
+                    shutil.move(path, folder / path.name)
+            for i in range(chance.randrange(4)):
+                write_image(folder / f"n{night}{i}.png", 20, 24, chance.randrange(10_000))
+            if chance.random() < 0.5:
+                try:
+                    _run(out, folder, Dots(stop_after=chance.randrange(6)))
+                except KeyboardInterrupt:
+                    continue
+            job = _run(out, folder)
+        job = _run(out, folder)
+        fresh = _run(tmp_path / f"{history}-fresh", folder)
+        assert _tables(job) == _tables(fresh), history
+        assert (job.images, job.instances) == (fresh.images, fresh.instances)
+
+
+def test_probabilities_are_those_of_a_fresh_job(images, tmp_path):
+    scores = Scores(slope=0.7, intercept=0.2, threshold=0.5, detections=9, fitted_on="a test")
+    _run(tmp_path / "out", images, scores=scores)
+    _change(images)
+    job = _run(tmp_path / "out", images, scores=scores)
+    assert "probability" in pq.read_table(job.folder / "instances.parquet").column_names
+    assert _tables(job) == _tables(_run(tmp_path / "fresh", images, scores=scores))
+
+
+def test_other_settings_are_refused_and_other_images_name_the_option(images, tmp_path):
+    _run(tmp_path / "out", images)
+    write_image(images / "n.png", 25, 26, 7)
+    with pytest.raises(DataError, match=r"1 images new \(first: n\); .* --out, --update to score what is new, or"):
+        _run(tmp_path / "out", images, update=False)
+    with pytest.raises(DataError, match=r"score_threshold 0.0, not 0.5.*; name another --out, or --fresh"):
+        _run(tmp_path / "out", images, score_threshold=0.5)
+
+
+def test_two_at_once_do_not_collide(images, tmp_path):
+    job = _run(tmp_path / "out", images)
+    write_image(images / "n.png", 25, 26, 7)
+    with FileLock(job.folder / LOCK), pytest.raises(OutputError, match="another score is writing there"):
+        _run(tmp_path / "out", images)
+    assert _counts(_run(tmp_path / "out", images)) == {"new": 1, "kept": 12}
+
+
+def test_fresh_removes_what_updates_left(images, tmp_path):
+    _run(tmp_path / "out", images)
+    (images / "i00.png").unlink()
+    job = _run(tmp_path / "out", images)
+    assert (job.folder / GONE / "inputs.parquet").exists()
+    (job.folder / STAGING / "pieces" / "000001").mkdir(parents=True)
+    job = _run(tmp_path / "out", images, update=False, fresh=True)
+    assert not (job.folder / GONE).exists()
+    assert not (job.folder / STAGING).exists()
+    assert read_manifest(job.folder).generations == ()
+
+
+def test_a_damaged_list_of_inputs_is_named(images, tmp_path):
+    job = _run(tmp_path / "out", images)
+    write_image(images / "n.png", 25, 26, 7)
+    (job.folder / manifest.INPUTS).write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"m-1: its tables cannot be read .*; score with --fresh"):
+        _run(tmp_path / "out", images)
