@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
 from pathlib import Path
 
@@ -15,11 +17,17 @@ from pipelines.files import write_text
 from pipelines.registry.model_versions import Resolved
 from pipelines.tracking import mlflow_runs
 from scoring.comparison.compare import Comparison, Scored
+from scoring.comparison.logged_table import LEFT
 from scoring.jobs.job import JobResult, folder_name
 from scoring.jobs.manifest import LOGGED, Generation
+from scoring.jobs.shards import INSTANCES
 
 # File in a job's folder that holds the id of a run that is not logged to its end.
 PENDING = ".run"
+# Files and folders of a job above one of these stay where they are.
+MOST_BYTES, MOST_FILES = 100_000_000, 1000
+
+log = logging.getLogger(__name__)
 
 
 def log_job(
@@ -64,16 +72,32 @@ def log_job(
         mlflow.log_metrics({f"peak_{name}_megabytes": megabytes for name, megabytes in job.peaks.items()})
         for kind, evaluation in job.evaluations:
             mlflow_runs.log_evaluation(prefix + kind, evaluation, dataset, model_id=model_id)
-        for path in sorted(job.folder.iterdir()):
-            if path.name.startswith("."):
-                continue
-            if path.is_dir():
-                mlflow.log_artifacts(str(path), f"scoring/{path.name}")
-            else:
-                mlflow.log_artifact(str(path), "scoring")
+        _log_outputs(job.folder)
     pending.unlink(missing_ok=True)
     write_text(job.folder / LOGGED, job.inputs)
     return run.info.run_id
+
+
+def _log_outputs(folder: Path) -> None:
+    """Log a job's files; of those that are too large for a tracking store where they are, and the table's digest."""
+    left: dict[str, dict[str, int | str]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        size = sum(p.stat().st_size for p in files)
+        if size > MOST_BYTES or len(files) > MOST_FILES:
+            left[path.name] = {"files": len(files), "bytes": size}
+            if path.name == INSTANCES:
+                with open(path, "rb") as handle:
+                    left[path.name]["sha256"] = hashlib.file_digest(handle, "sha256").hexdigest()
+        elif path.is_dir():
+            mlflow.log_artifacts(str(path), f"scoring/{path.name}")
+        else:
+            mlflow.log_artifact(str(path), "scoring")
+    if left:
+        mlflow.log_dict({"folder": str(folder.resolve()), "left": left}, f"scoring/{LEFT}")
+        log.info(f"   too large for the tracking store, left where they are: {', '.join(left)}")
 
 
 def load_scored(client: MlflowClient, run_id: str) -> Scored:

@@ -13,9 +13,9 @@ from mlflow.tracking import MlflowClient
 from models.errors import DataError
 from pipelines.data.dataset import Dataset
 from pipelines.data.readers.opening import open_dataset
-from pipelines.tracking.mlflow_runs import store_errors
 from scoring.comparison.compare import Candidate, Scored, check_same_data
 from scoring.comparison.evaluate_file import checked_sizes, failed_images, read_predictions
+from scoring.comparison.logged_table import fetch_table
 from scoring.jobs.job import JobResult
 from scoring.writers.parquet import read_instances
 
@@ -66,10 +66,8 @@ def from_run(client: MlflowClient, run_id: str, scored: Scored, dataset: Dataset
     """
     if scored.segmenter:
         raise DataError(f"run {run_id}: outlines given boxes and finds none; only runs of such versions can be compared")
-    with store_errors(f"run {run_id}: its instance table cannot be fetched", OSError):
-        local = client.download_artifacts(run_id, "scoring/instances.parquet")
     speed = scored.images / scored.seconds if scored.seconds else math.nan
-    predictions = checked_sizes(read_instances(Path(local)), dataset, f"run {run_id}")
+    predictions = checked_sizes(read_instances(fetch_table(client, run_id)), dataset, f"run {run_id}")
     return Candidate(
         scored.label,
         predictions,

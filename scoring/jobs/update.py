@@ -146,14 +146,11 @@ def _places(files: Sequence[Path]) -> dict[str, tuple[int, int, int, int]]:
     for number, path in enumerate(files):
         file = pq.ParquetFile(path)
         for group in range(file.num_row_groups):
-            start = 0
-            for ids in file.read_row_group(group, columns=["image_id"])["image_id"].chunks:
-                runs = pc.call_function("run_end_encode", [ids], pc.RunEndEncodeOptions(pa.int64()))
-                offset = start
-                for image_id, end in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):
-                    first = places[image_id][2] if places.get(image_id, (-1, -1))[:2] == (number, group) else start
-                    places[image_id] = (number, group, first, offset + end)
-                    start = offset + end
+            ids = file.read_row_group(group, columns=["image_id"])["image_id"].combine_chunks()
+            runs, start = pc.call_function("run_end_encode", [ids], pc.RunEndEncodeOptions(pa.int64())), 0
+            for image_id, end in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):
+                places[image_id] = (number, group, start, end)
+                start = end
     return places
 
 
@@ -242,7 +239,7 @@ def _plan(
     for sample, path, digest in zip(dataset.samples, paths, digests, strict=True):
         held = main.holds(sample.image_id, path)
         one, kind = main.find(sample, path, digest), "kept"
-        if one is None and gone is not None and not held:
+        if one is None and gone is not None:
             one, kind = gone.find(sample, path, digest), "returned"
         if one is None:
             # The newest first, which is the one that has just been tried.

@@ -28,7 +28,7 @@ def test_outputs_metrics_and_run(scored):
     folder = project.folder / "out" / "planes-det-1"
     names = {p.name for p in folder.iterdir()}
     made = {"instances.parquet", "errors.parquet", "coco_results.json", "metrics.json", "overlays"}
-    assert names == made | {"manifest.json", "inputs.parquet", "done.json", ".lock"}
+    assert names == made | {"manifest.json", "inputs.parquet", "done.json", ".lock", ".logged"}
     table = pq.read_table(folder / "instances.parquet")
     results = json.loads((folder / "coco_results.json").read_text())
     assert table.num_rows == len(results) > 0

@@ -7,10 +7,12 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from scoring import mlflow_log
 from scoring.jobs.manifest import STAGING, read_manifest
 from tests.conftest import write_image
 from tests.journeys.conftest import error_line
@@ -83,6 +85,27 @@ def test_a_killed_night_is_made_up_for(project, survey, tmp_path):
     fresh = tmp_path / "fresh"
     project.score("--model", "planes-det/1", "--data", str(images), "--out", str(fresh), "--shard", "2")
     assert (fresh / "planes-det-1" / "instances.parquet").read_bytes() == (folder / "instances.parquet").read_bytes()
+
+
+def test_what_is_too_large_for_the_store_stays_where_it_is(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(mlflow_log, "MOST_BYTES", 2000)
+    monkeypatch.setattr(mlflow_log, "MOST_FILES", 1)
+    folder = tmp_path / "out" / "planes-det-1"
+    data = ("--data", str(project.data))
+    done = project.score("--model", "planes-det/1", *data, "--out", str(tmp_path / "out"))
+    large = {p.name for p in folder.glob("[!.]*.*") if p.stat().st_size > 2000} | {"overlays"}
+    assert "instances.parquet" in large
+    assert f"left where they are: {', '.join(sorted(large))}\n" in done.stdout
+    run_id = _scored(project, done).info.run_id
+    logged = {Path(a.path).name for a in project.client.list_artifacts(run_id, "scoring")}
+    assert "done.json" in logged
+    assert not logged & large
+    # A comparison takes the table from there, unless it is another one by now.
+    compared = project.score("compare", run_id, str(folder), *data, "--out", str(tmp_path / "c"))
+    assert "AP +0.000" in compared.stdout
+    (folder / "instances.parquet").write_bytes(b"another")
+    gone = project.score("compare", run_id, *data, "--out", str(tmp_path / "c"), code=1)
+    assert f"run {run_id}: its table was too large to be logged, and {folder}" in error_line(gone)
 
 
 def test_outlines_in_given_boxes_are_not_brought_up_to_date(project, tmp_path):

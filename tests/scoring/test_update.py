@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from filelock import FileLock
 
 from models.errors import DataError, OutputError
 from models.geometry.rle import rle_encode
+from models.images import decoding
 from models.instances import Instances
 from models.saved.scores import Scores
 from pipelines.data.readers.opening import open_dataset
@@ -26,6 +28,7 @@ from scoring.jobs.job import run_job
 from scoring.jobs.manifest import GONE, LOCK, STAGING, read_manifest
 from scoring.requests import JobSettings
 from tests.conftest import write_image
+from tests.scoring.test_again import FlakyStore, Remote
 
 TABLES = ("instances.parquet", "errors.parquet", "coco_results.json", "kaggle.csv")
 
@@ -318,6 +321,68 @@ def test_probabilities_are_those_of_a_fresh_job(images, tmp_path):
     job = _run(tmp_path / "out", images, scores=scores)
     assert "probability" in pq.read_table(job.folder / "instances.parquet").column_names
     assert _tables(job) == _tables(_run(tmp_path / "fresh", images, scores=scores))
+
+
+@pytest.fixture
+def store(images, monkeypatch):
+    """A store with the images, tried again without a pause."""
+    monkeypatch.setattr(decoding, "RETRIES", (0.0,))
+    (images / "i05b.png").unlink()
+    return FlakyStore(images)
+
+
+def _remote(store):
+    local = open_dataset(store.folder)
+    return replace(local, samples=tuple(replace(s, path=Remote(store, s.path)) for s in local.samples))
+
+
+def test_a_store_that_does_not_answer_costs_no_row(store, tmp_path):
+    _run(tmp_path / "out", _remote(store))
+    write_image(store.folder / "n.png", 25, 26, 7)
+    store.down = {"i03.png"}
+    predictor = Dots()
+    job = _run(tmp_path / "out", _remote(store), predictor)
+    assert (len(predictor.seen), _counts(job)) == (1, {"new": 1, "kept": 11})
+    # Its mark is the earlier one, so that the same images are the same job afterwards, with or without --update.
+    store.down = set()
+    for update in (True, False):
+        again = _run(tmp_path / "out", _remote(store), Dots(stop_after=0), update=update)
+        assert (again.resumed, again.generation.number) == (12, 2)
+    # Whether it has changed meanwhile is seen.
+    write_image(store.folder / "i03.png", 27, 26, 8)
+    assert _counts(_run(tmp_path / "out", _remote(store))) == {"changed": 1, "kept": 11}
+
+
+def test_what_could_not_be_fetched_is_tried_again_once_a_night(store, tmp_path):
+    store.down = {"i03.png", "i07.png"}
+    assert _run(tmp_path / "out", _remote(store)).failures == 2
+    write_image(store.folder / "n.png", 25, 26, 7)
+    store.down = {"i07.png"}
+    predictor = Dots()
+    job = _run(tmp_path / "out", _remote(store), predictor)
+    assert (len(predictor.seen), _counts(job)) == (2, {"new": 1, "retried": 2, "kept": 9})
+    assert (job.images, job.failures) == (11, 1)
+    assert pq.read_table(job.folder / "errors.parquet")["image_id"].to_pylist() == ["i07"]
+    store.down = set()
+    write_image(store.folder / "o.png", 25, 26, 8)
+    job = _run(tmp_path / "out", _remote(store))
+    assert (job.failures, _counts(job)) == (0, {"new": 1, "retried": 1, "kept": 11})
+    assert job.instances == _run(tmp_path / "fresh", _remote(store)).instances
+
+
+def test_a_file_that_a_list_names_too_early_is_scored_when_it_is_there(images, tmp_path):
+    table = tmp_path / "list.csv"
+    names = ["in/i00.png", "in/i01.png", "in/later.png"]
+    table.write_text("\n".join(["path", *names]))
+    assert _run(tmp_path / "out", table).failures == 1
+    table.write_text("\n".join(["path", *names, "in/i02.png"]))
+    job = _run(tmp_path / "out", table)
+    assert (job.failures, _counts(job)) == (1, {"kept": 3, "new": 1})
+    write_image(images / "later.png", 25, 26, 8)
+    table.write_text("\n".join(["path", *names, "in/i03.png"]))
+    job = _run(tmp_path / "out", table)
+    assert (job.failures, _counts(job)) == (0, {"kept": 2, "retried": 1, "new": 1, "gone": 1})
+    assert _tables(job)["instances.parquet"] == _tables(_run(tmp_path / "fresh", table))["instances.parquet"]
 
 
 def test_other_settings_are_refused_and_other_images_name_the_option(images, tmp_path):
