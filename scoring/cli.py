@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from pipelines.steps.options import option
-from scoring.requests import DEFAULT_THRESHOLD, ComparisonRequest, Execution, JobSettings, ScoreRequest
+from scoring.requests import DEFAULT_THRESHOLD, ComparisonRequest, Execution, JobSettings, LayerSettings, ScoreRequest
 
 N = TypeVar("N", int, float, str)
 
@@ -21,6 +21,7 @@ VERSION = "version"
 AUTO = "auto"
 
 RLE = option(JobSettings, "rle")
+GEOJSON = option(JobSettings, "geojson")
 CATEGORY = option(ComparisonRequest, "category")
 
 
@@ -63,6 +64,7 @@ CATEGORY = option(ComparisonRequest, "category")
 )
 @option(JobSettings, "overlays", type=click.IntRange(0))
 @RLE
+@GEOJSON
 @option(JobSettings, "workers", default=AUTO)
 @option(JobSettings, "shard_size", "--shard", "shard", type=click.IntRange(1))
 @option(JobSettings, "fresh")
@@ -121,7 +123,11 @@ def evaluate(predictions: str, data: str, **options: Any) -> None:
 @main.command()
 @click.argument("folder")
 @click.option(
-    "--to", "formats", default="coco", show_default=True, help="coco, kaggle, geojson, overlays; or several, with commas."
+    "--to",
+    "formats",
+    default="coco",
+    show_default=True,
+    help="coco, kaggle, geojson, overlays; or one map layer of all images: geopackage, geoparquet. Several with commas.",
 )
 @click.option("--out", default=None, help="Folder to write to; the scoring's own without it.")
 @option(
@@ -133,6 +139,10 @@ def evaluate(predictions: str, data: str, **options: Any) -> None:
 )
 @option(JobSettings, "overlays", type=click.IntRange(1))
 @RLE
+@GEOJSON
+@option(LayerSettings, "crs")
+@option(LayerSettings, "dedupe")
+@option(LayerSettings, "time_pattern")
 def export(folder: str, formats: str, out: str | None, **options: Any) -> None:
     """Make files from the table that a scoring left in FOLDER, such as predictions/planes-det-3."""
     from pipelines.steps.cli_support import friendly
@@ -181,6 +191,7 @@ def _score(models: tuple[str, ...], data: str, *, out: str, split: str, device: 
         score_threshold=DEFAULT_THRESHOLD if options["score_threshold"] == AUTO else _share(options["score_threshold"]),
         overlays=options["overlays"],
         rle=options["rle"],
+        geojson=options["geojson"],
         tiling=_tiling(options),
         shard_size=options["shard"],
         workers=_auto("workers", options),
@@ -269,15 +280,24 @@ def _display() -> Any:
     return replace(TERMINAL, items=partial(show_progress, failed=lambda scored: isinstance(scored[2], Failure)))
 
 
-def _export(folder: str, formats: str, *, out: str | None, score_threshold: float | None, overlays: int, rle: Any) -> None:
-    from scoring.jobs.export import FORMATS, export_job
+def _export(folder: str, formats: str, *, out: str | None, score_threshold: float | None, **options: Any) -> None:
+    from scoring.jobs.export import FORMATS, LAYERS, export_job
 
     wanted = formats.split(",")
-    unknown = [name for name in wanted if name not in FORMATS]
+    unknown = [name for name in wanted if name not in (*FORMATS, *LAYERS)]
     if unknown:
-        raise click.UsageError(f"--to {unknown[0]}: expected some of {', '.join(FORMATS)}")
+        raise click.UsageError(f"--to {unknown[0]}: expected some of {', '.join((*FORMATS, *LAYERS))}")
     target = Path(out or folder)
-    planes = export_job(Path(folder), target, wanted, score_threshold=score_threshold, rle=rle, most=overlays)
+    planes = export_job(
+        Path(folder),
+        target,
+        wanted,
+        score_threshold=score_threshold,
+        rle=options["rle"],
+        form=options["geojson"],
+        most=options["overlays"],
+        settings=LayerSettings(**{name: options[name] for name in ("crs", "dedupe", "time_pattern")}),
+    )
     click.echo(f"{planes} planes to {target}: {', '.join(wanted)}")
 
 

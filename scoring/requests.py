@@ -13,6 +13,7 @@ from models.runtime.devices import Precision
 from pipelines.use_cases.requests import DEVICE
 
 Convention = Literal["course", "airbus"]
+GeoJSON = Literal["rfc7946", "native"]
 Runtime = Literal["auto", "torch", "openvino"]
 RunnerName = Literal["local", "ray"]
 # What runs a job's networks, as manifests name it.
@@ -24,6 +25,26 @@ DEFAULT_THRESHOLD = 0.05
 SPLIT = {"help": "Split of a data set folder; train+test: both."}
 RLE = {"help": "Runs of the Kaggle CSV."}
 SCORE_THRESHOLD = {"help": "Least score that is kept."}
+GEOJSON = {
+    "help": "Coordinates of the GeoJSON files: longitude and latitude as in RFC 7946, or native: each image's own system."
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSettings:
+    """How planes are put onto one map."""
+
+    crs: str = field(default="EPSG:4326", metadata={"help": "Coordinate system of a map layer, such as EPSG:32633."})
+    dedupe: bool = field(
+        default=False, metadata={"help": "In a map layer, count a plane once that overlapping images of one time show."}
+    )
+    time_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression whose first group is the time in an image's name; without it the TIFF's own tag. "
+            "Images with the same time, or with none, are of one time."
+        },
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +57,7 @@ class JobSettings:
     score_threshold: float = field(default=DEFAULT_THRESHOLD, metadata=SCORE_THRESHOLD)
     overlays: int = field(default=3, metadata={"help": "Pictures to draw."})
     rle: Convention = field(default="course", metadata=RLE)
+    geojson: GeoJSON = field(default="rfc7946", metadata=GEOJSON)
     tiling: Mapping[str, Any] = field(
         default_factory=dict,
         metadata={"help": 'Settings of the version\'s tiling to change; {"size": 0} for whole images.'},

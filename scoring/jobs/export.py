@@ -9,11 +9,14 @@ from models.errors import DataError
 from models.instances import Instances
 from pipelines.data.dataset import Dataset
 from scoring.jobs.manifest import read_inputs, read_manifest
-from scoring.writers import coco, geojson, kaggle, overlays, parquet
+from scoring.requests import GeoJSON, LayerSettings
+from scoring.writers import coco, geojson, kaggle, layer, overlays, parquet
 
 # Of a manifest's settings: the score from which planes are in kaggle.csv.
 KAGGLE_THRESHOLD = "kaggle_score_threshold"
+# What a job makes, and what is made of its table later.
 FORMATS = ("coco", "kaggle", "geojson", "overlays")
+LAYERS = tuple(layer.ENDINGS)
 
 
 def export(
@@ -23,6 +26,7 @@ def export(
     formats: Collection[str],
     *,
     rle: kaggle.Convention = "course",
+    form: GeoJSON = "rfc7946",
     most: int = 3,
     kaggle_threshold: float = 0.0,
 ) -> None:
@@ -37,7 +41,7 @@ def export(
         shown = predictions if not kaggle_threshold else _Above(predictions, kaggle_threshold)
         kaggle.write_submission(shown, dataset, folder / "kaggle.csv", rle)
     if "geojson" in formats:
-        geojson.write_geojson(predictions, dataset, folder / "geojson")
+        geojson.write_geojson(predictions, dataset, folder / "geojson", form)
     if "overlays" in formats:
         overlays.write_overlays(predictions, dataset, folder / "overlays", most)
 
@@ -49,14 +53,17 @@ def export_job(
     *,
     score_threshold: float | None = None,
     rle: kaggle.Convention = "course",
+    form: GeoJSON = "rfc7946",
+    settings: LayerSettings | None = None,
     most: int = 3,
 ) -> int:
     """Write files from the table of a job's folder, planes below ``score_threshold`` left out; return how many are left.
 
-    Without a threshold all planes, but in kaggle.csv those from the version's suggested one on, if it has any.
+    ``settings``: of map layers, see `write_layers`. Without a threshold all planes, but in kaggle.csv those from the
+    version's suggested one on, if it has any.
 
     Raises:
-        DataError: not the folder of a job, a job that is not finished, or no masks for ``kaggle``.
+        DataError: not the folder of a job, a job that is not finished, no masks for ``kaggle``, no place for a layer.
     """
     manifest = read_manifest(job)
     dataset = read_inputs(job, manifest)
@@ -68,7 +75,10 @@ def export_job(
     if "kaggle" in formats and any(p.masks is None for p in predictions):
         raise DataError(f"{job}: its planes have no masks, so there is no Kaggle CSV of it")
     out.mkdir(parents=True, exist_ok=True)
-    export(predictions, dataset, out, formats, rle=rle, most=most, kaggle_threshold=least)
+    made = [name for name in LAYERS if name in formats]
+    if made:
+        layer.write_layers(predictions, dataset, out, made, version=manifest.label, settings=settings or LayerSettings())
+    export(predictions, dataset, out, formats, rle=rle, form=form, most=most, kaggle_threshold=least)
     return sum(map(len, predictions))
 
 

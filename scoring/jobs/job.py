@@ -349,7 +349,16 @@ def _write(job: JobResult, dataset: Dataset, has_masks: bool, settings: JobSetti
     made = set(FORMATS) if has_masks or not job.instances else set(FORMATS) - {"kaggle"}
     made -= set() if settings.overlays else {"overlays"}
     least = manifest.settings.get(KAGGLE_THRESHOLD, 0.0)
-    export(table, dataset, job.folder, made, rle=settings.rle, most=settings.overlays, kaggle_threshold=least)
+    export(
+        table,
+        dataset,
+        job.folder,
+        made,
+        rle=settings.rle,
+        form=settings.geojson,
+        most=settings.overlays,
+        kaggle_threshold=least,
+    )
     if not dataset.has_truth:
         return
     failed = {f.image_id for f in parquet.read_failures(job.folder / ERRORS)} if job.failures else set()

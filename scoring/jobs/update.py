@@ -278,7 +278,7 @@ def _stage(
     failures = [_failure(one, sample) for one, sample in zip(known, dataset.samples, strict=True)]
     shards = [[f for f in failures[s.start : s.stop] if f] for s in requested.shards()]
     failed = parquet.write_joined(map(parquet.failure_table, shards), making / ERRORS, parquet.ERROR_SCHEMA)
-    left = _left_over(plan, dataset, rows=rows, main=main, gone=gone, number=number)
+    left = _left_over(dataset, rows=rows, main=main, gone=gone, number=number)
     if left or gone:
         _write_gone(making / GONE, left, requested.shard_size)
     rows = _with_generations(rows, known, main=main, gone=gone, number=number)
@@ -326,16 +326,15 @@ def _failure(one: _Known, sample: Sample) -> Failure | None:
 
 
 def _left_over(
-    plan: _Plan, dataset: Dataset, *, rows: pa.Table, main: _Source, gone: _Source | None, number: int
+    dataset: Dataset, *, rows: pa.Table, main: _Source, gone: _Source | None, number: int
 ) -> list[tuple[_Source, int, int]]:
     """Results of images that are not among the inputs: their source, position in it, and in which generation they went."""
     ids, paths = {s.image_id for s in dataset.samples}, set(rows["path"].to_pylist())
-    used = {(id(one.source), one.position) for one in plan.known if one is not None}
     left: dict[str, tuple[_Source, int, int]] = {}
     for source in (gone, main) if gone else (main,):
         for i in sorted(source.finished):
             image_id = source.ids[i]
-            taken = (id(source), i) in used or image_id in ids or source.paths[i] in paths
+            taken = image_id in ids or source.paths[i] in paths
             if not taken and image_id not in source.failures:
                 left[image_id] = (source, i, number if source is main else source.inputs["gone_in"][i])
     return list(left.values())

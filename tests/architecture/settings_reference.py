@@ -21,7 +21,7 @@ from pipelines.use_cases.requests import (
     PromotionRequest,
     TrainingRequest,
 )
-from scoring.requests import ComparisonRequest, Execution, JobSettings, ScoreRequest
+from scoring.requests import ComparisonRequest, Execution, JobSettings, LayerSettings, ScoreRequest
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """# Settings
@@ -54,6 +54,7 @@ REQUESTS: list[tuple[str, type]] = [
     ("score", ScoreRequest),
     ("score", JobSettings),
     ("score", Execution),
+    ("score export", LayerSettings),
     ("compare_targets", ComparisonRequest),
 ]
 

@@ -25,7 +25,7 @@ from pipelines.data.readers.opening import open_dataset
 from scoring.jobs import manifest
 from scoring.jobs.export import export_job
 from scoring.jobs.job import run_job
-from scoring.jobs.manifest import GONE, LOCK, STAGING, read_manifest
+from scoring.jobs.manifest import GONE, LOCK, LOGGED, STAGING, read_manifest
 from scoring.requests import JobSettings
 from tests.conftest import write_image
 from tests.scoring.test_again import FlakyStore, Remote
@@ -94,10 +94,12 @@ def _counts(job):
 
 
 def test_the_tables_are_those_of_a_job_over_all_images(images, tmp_path):
-    _run(tmp_path / "out", images)
+    first = _run(tmp_path / "out", images, overlays=20)
+    assert (first.folder / "overlays" / "i06.jpg").exists()
     _change(images)
     predictor = Dots()
     job = _run(tmp_path / "out", images, predictor)
+    assert job.seconds > first.seconds
     fresh = _run(tmp_path / "fresh", images)
     assert _tables(job) == _tables(fresh)
     # The changed, the renamed, the new and the mended one; the file that is no image never came to the model.
@@ -111,7 +113,7 @@ def test_the_tables_are_those_of_a_job_over_all_images(images, tmp_path):
     assert done["images"] == 12
     assert export_job(job.folder, tmp_path / "more", {"coco", "kaggle"}) == fresh.instances
     assert (tmp_path / "more" / "kaggle.csv").read_bytes() == (fresh.folder / "kaggle.csv").read_bytes()
-    assert not (job.folder / "overlays" / "i06.jpg").exists()
+    assert not {"i04.jpg", "i06.jpg"} & {p.name for p in (job.folder / "overlays").iterdir()}
 
 
 def test_one_new_image_is_the_only_one_that_is_predicted(images, tmp_path):
@@ -368,6 +370,36 @@ def test_what_could_not_be_fetched_is_tried_again_once_a_night(store, tmp_path):
     job = _run(tmp_path / "out", _remote(store))
     assert (job.failures, _counts(job)) == (0, {"new": 1, "retried": 1, "kept": 11})
     assert job.instances == _run(tmp_path / "fresh", _remote(store)).instances
+
+
+def test_a_stopped_update_tries_again_what_it_could_not_fetch(store, tmp_path):
+    _run(tmp_path / "out", _remote(store))
+    for i in range(9):
+        write_image(store.folder / f"n{i}.png", 25, 26, 200 + i)
+    store.down = {"n0.png"}
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "out", _remote(store), Dots(stop_after=7))
+    store.down = set()
+    predictor = Dots()
+    job = _run(tmp_path / "out", _remote(store), predictor)
+    assert (job.failures, _counts(job)) == (0, {"new": 9, "kept": 11})
+    assert len(predictor.seen) < 9
+    assert job.instances == _run(tmp_path / "fresh", _remote(store)).instances
+
+
+def test_what_was_logged_once_is_written_and_logged_anew_when_it_returns(images, tmp_path):
+    job = _run(tmp_path / "out", images)
+    (job.folder / LOGGED).write_text(job.inputs)
+    assert _run(tmp_path / "out", images).unchanged
+    (job.folder / "metrics.json").write_text("of annotations that are no more")
+    shutil.move(images / "i00.png", tmp_path / "i00.png")
+    other = _run(tmp_path / "out", images)
+    assert not other.unchanged
+    assert not (job.folder / "metrics.json").exists()
+    # Killed before it was logged; then the first image is back.
+    shutil.move(tmp_path / "i00.png", images / "i00.png")
+    again = _run(tmp_path / "out", images)
+    assert (again.inputs, again.unchanged) == (job.inputs, False)
 
 
 def test_a_file_that_a_list_names_too_early_is_scored_when_it_is_there(images, tmp_path):
