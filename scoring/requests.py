@@ -121,7 +121,7 @@ class ScoreRequest:
         metadata={"help": "NAME/VERSION, NAME/ALIAS, NAME@ALIAS, models:/..., or a saved folder; repeatable."}
     )
     data: str = field(
-        metadata={"help": "Folder, COCO JSON, course JSON, image, quoted glob, CSV or parquet list, or a URL."}
+        metadata={"help": "Folder, COCO JSON, course JSON, STAC items, image, quoted glob, CSV or parquet list, or a URL."}
     )
     out: str = field(default="predictions", metadata={"help": "Folder for the outputs, one inside for each version."})
     split: str = field(default="test", metadata=SPLIT)

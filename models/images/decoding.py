@@ -62,7 +62,7 @@ def read_image(source: Source | bytes, rendering: Rendering = DEFAULT) -> np.nda
         DataError: not readable, not an image, truncated, out of reach, or more than MAX_PIXELS.
     """
     name = "image bytes" if isinstance(source, bytes) else str(source)
-    with _told(name):
+    with told(name):
         content: Any = source if isinstance(source, (bytes, str, os.PathLike)) else _fetched(source)
         start = content[:32] if isinstance(content, bytes) else _start(content)
         if is_raster(start):
@@ -125,7 +125,7 @@ def _rendered(values: np.ndarray, rendering: Rendering, name: str) -> np.ndarray
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
+def told(name: str) -> Iterator[None]:
     """Raise errors of the decoder and of the file system as a DataError with its kind."""
     try:
         yield
@@ -184,7 +184,7 @@ def image_size(path: Source) -> tuple[int, int]:
     Raises:
         DataError: not readable or not an image.
     """
-    with _told(str(path)), _stream(path) as stream:
+    with told(str(path)), _stream(path) as stream:
         return oriented_size(*_layout(stream, str(path)))
 
 
@@ -194,7 +194,7 @@ def image_header(path: Source) -> Header:
     Raises:
         DataError: not readable or not an image.
     """
-    with _told(str(path)), _stream(path) as stream:
+    with told(str(path)), _stream(path) as stream:
         height, width, orientation = _layout(stream, str(path))
         return Header(height, width, orientation, seems_cut(stream))
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import struct
+import uuid
 import warnings
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypedDict, Unpack
+from typing import IO, Any, Protocol, TypedDict, Unpack
 
 import numpy as np
 from PIL import TiffImagePlugin
@@ -78,13 +84,66 @@ def quiet_rasterio() -> Any:
     return rasterio
 
 
-def _driver(source: str | Path | bytes, name: str) -> str:
-    """GDAL's driver for a file; no other format is opened, whatever its header says: some formats lead to further files."""
+class Parts(Protocol):
+    """The bytes of a file that is elsewhere, see `models.images.remote_bytes`.
+
+    Attributes:
+        error: why they cannot be had.
+    """
+
+    error: str
+
+    def stream(self, *, quiet: bool = False) -> IO[bytes]:
+        """A stream of them, from the start; a quiet one ends early where it fails, since GDAL's callbacks may not raise."""
+        ...
+
+
+RasterSource = str | Path | bytes | Parts
+
+
+@contextmanager
+def _stream(source: RasterSource) -> Iterator[IO[bytes]]:
     if isinstance(source, bytes):
-        start = source[:16]
-    else:
+        yield io.BytesIO(source)
+    elif isinstance(source, (str, os.PathLike)):
         with open(source, "rb") as stream:
-            start = stream.read(16)
+            yield stream
+    else:
+        with source.stream() as stream:
+            yield stream
+
+
+class _Elsewhere:
+    """rasterio's dataset of a file that is elsewhere; none of the files beside it are looked for.
+
+    rasterio knows by the context how to open such a file and what is beside it, and ends the process in any other one;
+    images are opened in other threads than they are read in, so that all is done in a context of its own.
+    """
+
+    def __init__(self, parts: Parts, driver: str) -> None:
+        import rasterio
+
+        # A name of its own: GDAL shares what it knows of files of one name.
+        name = f"{uuid.uuid4().hex}.tif"
+
+        def opened(path: str, *_: Any, **__: Any) -> IO[bytes]:
+            if Path(path).name != name:
+                raise FileNotFoundError(path)
+            return parts.stream(quiet=True)
+
+        self._context = copy_context()
+        self._dataset = self._context.run(rasterio.open, name, driver=driver, opener=opened)
+        weakref.finalize(self, self._context.run, self._dataset.close)
+
+    def __getattr__(self, name: str) -> Any:
+        value = self._context.run(getattr, self._dataset, name)
+        return partial(self._context.run, value) if callable(value) else value
+
+
+def _driver(source: RasterSource, name: str) -> str:
+    """GDAL's driver for a file; no other format is opened, whatever its header says: some formats lead to further files."""
+    with _stream(source) as stream:
+        start = stream.read(16)
     if not is_raster(start):
         raise DataError(f"{name}: neither TIFF nor JPEG 2000", "not an image")
     return "GTiff" if is_tiff(start) else "JP2OpenJPEG"
@@ -108,6 +167,27 @@ def ground_bounds(path: Path) -> tuple[str, tuple[float, float, float, float]] |
         return None
 
 
+@contextmanager
+def opened_tiff(source: Path | Parts) -> Iterator[tuple[Any, tuple[int, int, int]]]:
+    """rasterio's dataset of a TIFF, and (height, width, orientation) as they stand in the file.
+
+    Raises:
+        ValueError: not a TIFF, or damaged.
+        OSError, DataError: it cannot be read.
+    """
+    rasterio = quiet_rasterio()
+    with _stream(source) as stream:
+        layout = tiff_layout(stream)
+    try:
+        if isinstance(source, Path):
+            with rasterio.open(os.path.abspath(source), driver="GTiff") as file:
+                yield file, layout
+        else:
+            yield _Elsewhere(source, "GTiff"), layout
+    except rasterio.errors.RasterioError as error:
+        raise ValueError(one_line(error)) from error
+
+
 class _Extent(TypedDict, total=False):
     """The pixels that rasterio is to read: a window ((y1, y2), (x1, x2)), or all of them at the size (height, width)."""
 
@@ -124,23 +204,30 @@ class WindowedImage:
     mask, and none of that counts for the range; the orientation tag is followed.
 
     Args:
-        source: path of the file, or its bytes.
+        source: path of the file, its bytes, or a remote file of which the parts are fetched that windows need.
         name: what messages call it.
 
     Raises:
         DataError: not readable, or of a kind that has no RGB reading.
     """
 
-    def __init__(self, source: str | Path | bytes, rendering: Rendering = DEFAULT, name: str = "") -> None:
+    def __init__(self, source: RasterSource, rendering: Rendering = DEFAULT, name: str = "") -> None:
         rasterio = quiet_rasterio()
         self.path = name or str(source)
         self._memory = rasterio.MemoryFile(source) if isinstance(source, bytes) else None
+        self._parts: Parts | None = None
         try:
-            # GDAL takes some relative names for connections or parts of files; a path from the root is none.
-            where = [] if self._memory else [os.path.abspath(source)]
-            self._file = (self._memory or rasterio).open(*where, driver=_driver(source, self.path))
+            driver = _driver(source, self.path)
+            if self._memory:
+                self._file = self._memory.open(driver=driver)
+            elif isinstance(source, (str, os.PathLike)):
+                # GDAL takes some relative names for connections or parts of files; a path from the root is none.
+                self._file = rasterio.open(os.path.abspath(source), driver=driver)
+            elif not isinstance(source, bytes):
+                self._parts = source
+                self._file = _Elsewhere(source, driver)
         except (rasterio.errors.RasterioError, OSError) as error:
-            raise DataError(f"{self.path}: cannot be opened ({one_line(error, 160)})", "damaged") from error
+            raise self._failed("cannot be opened", error) from error
         self.dtype, self.rendering = np.dtype(self._kind()), rendering
         self.orientation = self._orientation(source)
         self.shape = (*oriented_size(self._file.height, self._file.width, self.orientation), 3)
@@ -170,19 +257,23 @@ class WindowedImage:
         size = oriented_size(height, width, self.orientation)
         return self._shown(out_shape=size, resampling=Resampling.average if plain else Resampling.nearest)
 
+    def _failed(self, what: str, error: Exception) -> DataError:
+        """The error of a file that is damaged, or of a part that could not be fetched, which GDAL takes for the same."""
+        if self._parts and self._parts.error:
+            return DataError(self._parts.error, "unreachable")
+        return DataError(f"{self.path}: {what} ({one_line(error, 160)})", "damaged")
+
     def _kind(self) -> str:
         dtype = self._file.dtypes[0]
         if np.dtype(dtype).kind not in "iuf":
             raise DataError(f"{self.path}: {dtype} values have no RGB reading here; convert the file to real numbers")
         return dtype
 
-    def _orientation(self, source: str | Path | bytes) -> int:
+    def _orientation(self, source: RasterSource) -> int:
         if self._file.driver != "GTiff":
             return 1
-        import io
-
         try:
-            with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+            with _stream(source) as stream:
                 return tiff_layout(stream)[2]
         except (ValueError, OSError):
             return 1
@@ -236,7 +327,7 @@ class WindowedImage:
         try:
             return self._file.read(bands, **{**extent, **shape})
         except (rasterio.errors.RasterioError, OSError) as error:
-            raise DataError(f"{self.path}: damaged ({one_line(error, 160)})", "damaged") from error
+            raise self._failed("damaged", error) from error
 
     def _values(self, **extent: Unpack[_Extent]) -> tuple[np.ndarray, np.ndarray]:
         """Values of the shown bands, (bands, h, w), and which of them are missing, bool of that shape."""

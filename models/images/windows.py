@@ -8,8 +8,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from models.images.decoding import Source, image_size, read_image
-from models.images.raster import WindowedImage
+from models.images.decoding import Source, image_size, read_image, told
+from models.images.raster import WindowedImage, tiff_layout
+from models.images.remote_bytes import WORTH_IT, RemoteBytes
 from models.images.rendering import DEFAULT, Rendering
 
 # Above this many pixels a TIFF is not decoded as a whole.
@@ -20,16 +21,32 @@ AnyImage = np.ndarray | WindowedImage
 
 
 def open_image(path: Source, rendering: Rendering = DEFAULT) -> AnyImage:
-    """An image whole, or as a `WindowedImage` where it is a large TIFF on this machine.
+    """An image whole, or as a `WindowedImage` where it is a large TIFF; of one that is elsewhere parts are fetched.
 
     Raises:
         DataError: not readable, or too large to be decoded whole and no TIFF.
     """
-    if isinstance(path, (str, os.PathLike)) and Path(path).suffix.lower() in WINDOWED_SUFFIXES:
-        height, width = image_size(path)
-        if height * width > WINDOWED_PIXELS:
-            return WindowedImage(Path(path), rendering)
+    if isinstance(path, (str, os.PathLike)):
+        if Path(path).suffix.lower() in WINDOWED_SUFFIXES:
+            height, width = image_size(path)
+            if height * width > WINDOWED_PIXELS:
+                return WindowedImage(Path(path), rendering)
+    elif path.path.lower().endswith(WINDOWED_SUFFIXES):
+        with told(str(path)):
+            content = RemoteBytes(path)
+            if content.size > WORTH_IT and _pixels(content) > WINDOWED_PIXELS:
+                return WindowedImage(content, rendering, str(path))
     return read_image(path, rendering)
+
+
+def _pixels(content: RemoteBytes) -> int:
+    """Of a TIFF; 0 of a file that is none, which is fetched whole to see what it is."""
+    try:
+        with content.stream() as stream:
+            height, width, _ = tiff_layout(stream)
+    except ValueError:
+        return 0
+    return height * width
 
 
 def shrunk(image: AnyImage, longest: int) -> np.ndarray:

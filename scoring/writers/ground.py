@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from models.errors import PlanesError
 from models.geometry.rle import rle_crop
-from models.images.raster import quiet_rasterio, tiff_layout
+from models.images.raster import opened_tiff
+from models.images.remote_bytes import RemoteBytes
 from models.images.rendering import map_to_file, oriented_size
 from models.images.windows import WINDOWED_SUFFIXES
 from models.instances import Instances
@@ -43,19 +45,17 @@ class Georeference:
 
 def georeference(path: AnyPath) -> Georeference | None:
     """Where an image lies; None without a coordinate system, or where it cannot be read (errors.parquet says so)."""
-    if not isinstance(path, Path) or path.suffix.lower() not in WINDOWED_SUFFIXES:
+    if not path.name.lower().endswith(WINDOWED_SUFFIXES):
         return None
-    rasterio = quiet_rasterio()
     try:
-        with rasterio.open(path) as file:
+        with opened_tiff(path if isinstance(path, Path) else RemoteBytes(path)) as (file, layout):
             if file.crs is None or file.transform.is_identity:
                 return None
-            with open(path, "rb") as stream:
-                height, width, orientation = tiff_layout(stream)
+            height, width, orientation = layout
             # Boxes are in pixels of the image as it is looked at, the file's transform in those of the file.
             turn = type(file.transform)(*map_to_file(*oriented_size(height, width, orientation), orientation))
             return Georeference(file.transform @ turn, file.crs, file.tags().get(TIME_TAG, "").strip())
-    except (rasterio.errors.RasterioError, OSError, ValueError):
+    except (PlanesError, OSError, ValueError):
         return None
 
 

@@ -20,7 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from models.errors import DataError
+from models.images import decoding, remote_bytes, windows
 from models.images import decoding as image_module
+from models.tiling.predictor import by_tiles
+from models.tiling.settings import Tiling
 from pipelines.data import remote
 from pipelines.data.readers.opening import open_dataset
 from scoring.jobs.export import export_job
@@ -28,6 +31,7 @@ from scoring.jobs.job import run_job
 from scoring.jobs.manifest import read_inputs, read_manifest
 from scoring.requests import JobSettings
 from tests.conftest import write_image
+from tests.models.test_remote_windows import Server
 from tests.scoring.test_job import Brightness
 
 
@@ -238,3 +242,34 @@ def test_an_image_whose_store_fails_once_is_fetched(monkeypatch):
 
     assert image_module._fetched(Once()) == b"bytes"
     assert len(calls) == 2
+
+
+def test_a_large_tiff_of_a_web_server_is_scored_by_its_parts(tmp_path, monkeypatch):
+    """As from the disk: rows, pictures, places on the ground; a request in a hundred fails, and no part comes twice."""
+    rasterio = pytest.importorskip("rasterio")
+    from rasterio.transform import from_origin
+
+    monkeypatch.setattr(windows, "WINDOWED_PIXELS", 1_000_000)
+    for module in (decoding, remote_bytes):
+        monkeypatch.setattr(module, "RETRIES", (0.0, 0.0))
+    (tmp_path / "in").mkdir()
+    chance = np.random.default_rng(0)
+    profile = {"driver": "COG", "count": 3, "height": 2300, "width": 2300, "dtype": "uint8", "blocksize": 256}
+    where = {"crs": "EPSG:32633", "transform": from_origin(500_000, 5_700_000, 0.5, 0.5)}
+    path = tmp_path / "in" / "scene.tif"
+    with rasterio.open(path, "w", **profile, **where, compress="deflate", overviews="none") as file:
+        file.write(chance.integers(0, 250, (3, 2300, 2300), dtype=np.uint8))
+    server = Server(tmp_path / "in")
+    server.fail = lambda number: number % 100 == 60
+    tables = {}
+    for name, data in (("web", f"{server.url}/scene.tif"), ("disk", str(path))):
+        predictor = by_tiles(Brightness(), Tiling(size=512, overlap=0.3, zooms=(1.0, 0.5)), "cpu")
+        settings = JobSettings(overlays=1, score_threshold=0.0)
+        job = run_job(predictor, "m/1", open_dataset(data), tmp_path / name, settings=settings, progress=lambda r, *_: r)
+        assert (job.images, job.failures) == (1, 0)
+        files = ("instances.parquet", "overlays/scene.jpg", "geojson/scene.geojson")
+        tables[name] = [(job.folder / one).read_bytes() for one in files]
+    server.stop()
+    assert tables["web"] == tables["disk"]
+    # Once to score it, once for the picture, and its header for the place.
+    assert server.sent <= 2.1 * path.stat().st_size

@@ -14,6 +14,7 @@ from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
 from pipelines.data.readers.annotations import make_sample, read_json
 from pipelines.data.readers.coco import read_coco
 from pipelines.data.readers.course import list_images, read_course
+from pipelines.data.readers.stac import is_stac, read_stac
 from pipelines.data.remote import AnyPath, is_url, list_remote, to_path
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ USUAL_SPLITS = ("train", "val", "valid", "validation", "test")
 def open_dataset(
     where: str | Path, split: str = "all", *, category: str = "plane", scene_pattern: str | None = None, keep: bool = False
 ) -> Dataset:
-    """Open a COCO JSON, a course JSON, a data set folder, a folder of images, a glob, a list of paths, or a URL.
+    """Open a COCO JSON, a course JSON, STAC items, a data set folder, a folder of images, a glob, a list, or a URL.
 
     In a folder the annotations of ``split`` are looked for as ``<split>_coco.json``,
     ``<split>.json``, ``annotations/instances_<split>.json`` (also with 2017), and
@@ -141,7 +142,11 @@ def _read_json_file(
         return read_coco(path, split, category, scene_pattern=scene_pattern, name=name, keep=keep)
     if isinstance(content, list):
         return read_course(path, split, category, scene_pattern=scene_pattern, name=name, keep=keep)
-    raise DataError(f"{path}: neither COCO (images, annotations, categories) nor the course's list of annotations")
+    if is_stac(content):
+        return read_stac(content, path, split, category, scene_pattern=scene_pattern)
+    raise DataError(
+        f"{path}: neither COCO (images, annotations, categories), the course's list of annotations, nor STAC items"
+    )
 
 
 def _listed(path: AnyPath) -> list[AnyPath]:
