@@ -13,6 +13,7 @@ from mlflow.projects.utils import load_project
 
 from pipelines.steps.registry_cli import main as registry
 from scoring.cli import main as score
+from scoring.planes import main as planes
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,15 +56,18 @@ def _commands() -> list[tuple[str, str]]:
         for _, block in FENCE.findall(page.read_text()):
             for line in block.replace("\\\n", " ").splitlines():
                 command = re.sub(r"\s+#.*$", "", line).strip()
-                if re.match(r"(\S*/)?(score|planes-registry) |python -m pipelines\.steps\.|mlflow run ", command):
+                if re.match(r"(\S*/)?(score|planes|planes-registry) |python -m pipelines\.steps\.|mlflow run ", command):
                     found.append((page.name, command))
     return found
 
 
 def _parse(command: click.Command, arguments: list[str]) -> None:
     """As click does before it calls; of groups the command that is named first."""
-    if isinstance(command, click.Group) and arguments[0] in command.commands:
-        command, arguments = command.commands[arguments[0]], arguments[1:]
+    while isinstance(command, click.Group) and arguments:
+        named = command.get_command(click.Context(command), arguments[0])
+        if named is None:
+            break
+        command, arguments = named, arguments[1:]
     command.make_context("command", list(arguments))
 
 
@@ -80,7 +84,7 @@ def test_commands_are_called_as_shown(page, line):
         module = import_module(words[2])
         _parse(module.main, words[3:])
     else:
-        _parse(score if Path(words[0]).name == "score" else registry, words[1:])
+        _parse({"score": score, "planes": planes, "planes-registry": registry}[Path(words[0]).name], words[1:])
 
 
 def test_commands_were_found():
