@@ -63,7 +63,7 @@ def log_job(
         counts = {"images": job.images, "instances": job.instances, "errors": job.failures}
         counts |= {"images_filling_little_of_their_range": job.little} if job.little else {}
         if job.generation:
-            found = job.generation.model_dump(include={*Generation.KINDS, "gone"})
+            found = job.generation.model_dump(include={*Generation.KINDS, "gone", "unreadable"})
             counts |= {f"generation_{kind}": number for kind, number in found.items()}
         if not math.isnan(megabytes):
             mlflow.log_metric("model_megabytes", megabytes)

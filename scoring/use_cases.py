@@ -449,6 +449,7 @@ def _tell(job: JobResult) -> None:
     if job.generation and not job.unchanged:
         one = job.generation
         kinds = ", ".join(f"{getattr(one, k)} {k}" for k in ("new", "changed", "retried", "returned", "kept", "gone"))
+        kinds += f"; files of {one.unreadable} that were kept cannot be read now" if one.unreadable else ""
         log.info(f"   generation {one.number}: {kinds}")
     timings = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sorted(job.timings.items(), key=lambda s: -s[1]))
     peaks = ", ".join(f"peak {kind.replace('_', ' ')} {megabytes:,.0f} MB" for kind, megabytes in job.peaks.items())

@@ -70,6 +70,7 @@ class Generation(BaseModel):
         retried: that had failed before.
         returned: that had been gone.
         kept: as they were.
+        unreadable: of those that were kept, files that cannot be looked at now; their rows are of an earlier time.
         gone: images that were known and are no input any more.
     """
 
@@ -84,6 +85,7 @@ class Generation(BaseModel):
     retried: int = 0
     returned: int = 0
     kept: int = 0
+    unreadable: int = 0
     gone: int = 0
 
 

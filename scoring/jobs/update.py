@@ -281,6 +281,7 @@ def _stage(
     left = _left_over(dataset, rows=rows, main=main, gone=gone, number=number)
     if left or gone:
         _write_gone(making / GONE, left, requested.shard_size)
+    digests = rows["digest"].to_pylist()
     rows = _with_generations(rows, known, main=main, gone=gone, number=number)
     pq.write_table(rows, making / INPUTS, compression="zstd")
     spent = base or totals_of_shards([shard_folder(folder, n) for n in sorted(finished(folder))])
@@ -302,7 +303,8 @@ def _stage(
     )
     write_totals(making / DONE, totals)
     newly_gone = sum(gone_in == number for *_, gone_in in left)
-    news = Generation(number=number, at=_now(), images=len(dataset), gone=newly_gone, **plan.counts)
+    away = sum(d == UNREADABLE and one.source is main for d, one in zip(digests, known, strict=True))
+    news = Generation(number=number, at=_now(), images=len(dataset), gone=newly_gone, unreadable=away, **plan.counts)
     inputs = digest_in_order(dataset, rows["digest"].to_pylist())
     manifest = requested.model_copy(update={"inputs": inputs, "generations": (*past, news)})
     (making / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")

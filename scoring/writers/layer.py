@@ -124,8 +124,10 @@ def _frame(
             rows.cut.append(_is_cut(one, i))
     if not images:
         raise DataError(f"{dataset.name}: none of {len(dataset)} images has a coordinate system (georeferenced TIFFs have)")
+    # What one image shows as a plane is not what another one shows as a helicopter.
+    kinds = [f"{label} {time}" for label, time in zip(rows.label, rows.time, strict=True)]
     kept, seen = (
-        planes_seen_once(rows.geometry, rows.image, rows.time, scores=rows.score, cut=rows.cut)
+        planes_seen_once(rows.geometry, rows.image, kinds, scores=rows.score, cut=rows.cut)
         if settings.dedupe
         else (list(range(len(rows.image))), [1] * len(rows.image))
     )
@@ -163,11 +165,11 @@ def _is_cut(instances: Instances, i: int) -> bool:
 
 
 def planes_seen_once(
-    outlines: Sequence[Any], images: Sequence[str], times: Sequence[str], *, scores: Sequence[float], cut: Sequence[bool]
+    outlines: Sequence[Any], images: Sequence[str], kinds: Sequence[str], *, scores: Sequence[float], cut: Sequence[bool]
 ) -> tuple[list[int], list[int]]:
     """Detections of which none is the plane of another one, and in how many images each was seen.
 
-    Two detections are of one plane where they are of different images of one time and their outlines overlap: an IoU of
+    Two detections are of one plane where they are of different images and one kind (class and time), and overlap: an IoU of
     at least `SAME`, or, where an image's border cuts one of them, that share of the smaller outline. Of each image a
     plane takes at most one, the one that overlaps most, so that two planes side by side stay two. Whole ones come before
     cut ones, then the higher score; overlaps are ratios of areas, which every map keeps in so small a place.
@@ -183,9 +185,8 @@ def planes_seen_once(
     # Pixels that touch at a corner alone make a polygon that touches itself.
     geometry = np.where(shapely.is_valid(geometry), geometry, shapely.buffer(geometry, 0))
     first, second = shapely.STRtree(geometry).query(geometry, predicate="intersects")
-    apart = np.array(
-        [i < j and images[i] != images[j] and times[i] == times[j] for i, j in zip(first, second, strict=True)], bool
-    )
+    image, kind = (np.unique(names, return_inverse=True)[1] for names in (list(images), list(kinds)))
+    apart = (first < second) & (image[first] != image[second]) & (kind[first] == kind[second])
     first, second = first[apart], second[apart]
     shared = shapely.area(shapely.intersection(geometry[first], geometry[second]))
     areas = shapely.area(geometry)

@@ -174,6 +174,8 @@ def test_neighbours_and_cut_planes():
     # Two small ones on a large one of another image: it takes one of them only.
     two = [(0, 0, 10, 10), (0, 0, 6, 10), (6, 0, 10, 10)]
     assert _once(two, ["a", "b", "b"], [0.9, 0.5, 0.5], cut=[True, False, False]) == ([1, 2], [2, 1])
+    # Of another class, or time.
+    assert _once([(0, 0, 10, 10), (0, 0, 10, 11)], ["a", "b"], [0.5, 0.9], times=["0 x", "1 x"]) == ([0, 1], [1, 1])
     # Three images, one plane.
     assert _once([(0, 0, 10, 10)] * 3, ["a", "b", "c"], [0.1, 0.3, 0.2]) == ([1], [3])
     assert _once([], [], []) == ([], [])
