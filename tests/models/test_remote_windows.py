@@ -55,11 +55,12 @@ class Server:
                     self.send_header("Content-Length", "0")
                     self.end_headers()
                     return
-                content = path.read_bytes()
-                size = len(content)
+                size = path.stat().st_size
+                start, end = (int(asked[1]), min(int(asked[2]), size - 1)) if asked and server.ranges else (0, size - 1)
+                with open(path, "rb") as file:
+                    file.seek(start)
+                    content = file.read(end + 1 - start)
                 if asked and server.ranges:
-                    start, end = int(asked[1]), min(int(asked[2]), size - 1)
-                    content = content[start : end + 1]
                     self.send_response(206)
                     self.send_header("Content-Range", f"bytes {start}-{end}/{size}")
                 else:
