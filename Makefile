@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak lint bench clean
+.PHONY: demo test soak lint bench docs clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m scoring.demo
@@ -21,6 +21,11 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy models pipelines scoring benchmarks
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
+
+# The pages as a site, without network; a broken link or reference is an error.
+docs: $(VENV)/.dev
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.evaluation
