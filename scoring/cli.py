@@ -92,6 +92,7 @@ def main(context: click.Context, **options: Any) -> None:
     score compare planes-inst/latest planes-mask/latest --data data/airfield
     score evaluate predictions/planes-inst-1/kaggle.csv --data data/airfield
     score export predictions/planes-inst-1 --to geojson,overlays
+    score view predictions/planes-inst-1 --data data/airfield
     """
     if context.invoked_subcommand:
         return
@@ -148,6 +149,24 @@ def export(folder: str, formats: str, out: str | None, **options: Any) -> None:
     from pipelines.steps.cli_support import friendly
 
     friendly(_export)(folder, formats, out=out, **options)
+
+
+@main.command()
+@click.argument("folder")
+@click.option(
+    "--data", default=None, help="Data set with ground truth over the same images: errors are shown, and come first."
+)
+@option(ScoreRequest, "split")
+@click.option("--port", default=0, show_default="any that is free", type=click.IntRange(0, 65_535), help="Of this machine.")
+@click.option("--open/--no-open", "browser", default=True, show_default=True, help="Open a browser.")
+def view(folder: str, **options: Any) -> None:
+    """Look at what a scoring left in FOLDER: its images with boxes and outlines, in a browser, until Ctrl-C.
+
+    The page is served on this machine's own address alone, and needs no network.
+    """
+    from pipelines.steps.cli_support import friendly
+
+    friendly(_view)(folder, **options)
 
 
 @main.command()
@@ -299,6 +318,30 @@ def _export(folder: str, formats: str, *, out: str | None, score_threshold: floa
         settings=LayerSettings(**{name: options[name] for name in ("crs", "dedupe", "time_pattern")}),
     )
     click.echo(f"{planes} planes to {target}: {', '.join(wanted)}")
+
+
+def _view(folder: str, *, data: str | None, split: str, port: int, browser: bool) -> None:
+    import webbrowser
+
+    from models.errors import OutputError
+    from scoring.viewer.content import Job
+    from scoring.viewer.server import HOST, serve
+
+    job = Job(Path(folder), data, split)
+    try:
+        server = serve(job, port)
+    except OSError as error:
+        raise OutputError(f"--port {port}: is taken ({error.strerror}); give another, or none") from error
+    address = f"http://{HOST}:{server.server_port}"
+    click.echo(f"{job.manifest.label}: {len(job.samples)} images at {address} (Ctrl-C ends)")
+    if browser:
+        webbrowser.open(address)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        click.echo()
+    finally:
+        server.server_close()
 
 
 def _evaluate(predictions: str, data: str, *, split: str, score_threshold: float, rle: Any, category: str) -> None:
