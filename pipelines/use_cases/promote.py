@@ -36,6 +36,7 @@ from pipelines.registry.gates import (
     judge_images,
     judge_size,
 )
+from pipelines.registry.model_card import write_card
 from pipelines.registry.model_versions import GROUP, Registry, Resolved
 from pipelines.registry.promotion import AliasState, checked_alias, move, read_alias_state
 from pipelines.tables import text_table
@@ -313,5 +314,8 @@ def _decide(
     except RegistryError as error:
         mlflow.set_tags({"decision": "superseded", "reason": str(error)[:4000]})
         raise
+    write_card(
+        registry, registry.version_of(candidate), read_spec(registry.fetch(candidate)), alias=at.alias, checks=checks
+    )
     log.info(f"{candidate.label} is {at.alias} now: {reason}")
     return Verdict(checks)

@@ -23,6 +23,7 @@ from pipelines.data.dataset import Dataset
 from pipelines.evaluation.metrics import Evaluation, coco_tables
 from pipelines.evaluation.sample_images import evaluate_with_sheet
 from pipelines.instance_table import write_instances
+from pipelines.registry.model_card import write_card
 from pipelines.registry.model_versions import Registry
 from pipelines.registry.registration import log_and_register
 from pipelines.registry.training_images import TrainingImages, images_of
@@ -107,6 +108,7 @@ def publish(registry: Registry, what: Publication, run_id: str, *, device: str) 
     if version is not None:
         # One that an earlier call registered, whose evaluation failed then, has other numbers now.
         registry.set_tags(version, {"metrics": tags["metrics"], EVALUATION: failed or "complete"})
+        write_card(registry, version, read_spec(what.saved))
     if failed:
         raise DataError(f"{label} is registered, but its evaluation failed ({failed}); the same command evaluates it again")
     return number, metrics
