@@ -60,10 +60,8 @@ def test_seeds_have_their_spread_and_what_is_not_known_is_said_so():
     assert "what its scores mean was not learnt" in bare
     parts = card(_version(detector="planes-det/1", segmenter="planes-unet/2"), SPEC, [_version()])
     assert "**Parts**: planes-det/1 and planes-unet/2" in parts
-    assert (
-        about(SPEC.model_copy(update={"kind": "segmenter", "classes": ["ship", "plane"]}))
-        == "Outlines the ship, plane inside a box."
-    )
+    two = SPEC.model_copy(update={"kind": "segmenter", "classes": ["ship", "plane"]})
+    assert about(two) == "Outlines ship, plane inside their boxes."
     many = [Check(f"gate {i}", "d", "r" * 50, "c" * 50, "-", True) for i in range(200)]
     assert len(card(_version(), SPEC, [_version()], alias="a", checks=many)) <= LONGEST
 
