@@ -19,11 +19,9 @@ from pipelines.tracking import mlflow_runs
 from scoring.comparison.compare import Comparison, Scored
 from scoring.comparison.logged_table import LEFT
 from scoring.jobs.job import JobResult, folder_name
-from scoring.jobs.manifest import LOGGED, Generation
+from scoring.jobs.manifest import LOGGED, UNLOGGED, Generation
 from scoring.jobs.shards import INSTANCES
 
-# File in a job's folder that holds the id of a run that is not logged to its end.
-PENDING = ".run"
 # Files and folders of a job above one of these stay where they are.
 MOST_BYTES, MOST_FILES = 100_000_000, 1000
 
@@ -49,7 +47,7 @@ def log_job(
     tags |= {"outlines_given_boxes": "true"} if job.segmenter else {}
     tags |= {"generation": str(job.generation.number)} if job.generation else {}
     # Written while a run is being logged: after a stop, or a store that went away, it is gone on with.
-    pending = job.folder / PENDING
+    pending = job.folder / UNLOGGED
     resumed = pending.read_text() if pending.exists() else None
     with mlflow_runs.tracked_run(
         client, f"score {job.label} on {dataset.name}/{dataset.split}", tags, resume_id=resumed
@@ -74,7 +72,7 @@ def log_job(
             mlflow_runs.log_evaluation(prefix + kind, evaluation, dataset, model_id=model_id)
         _log_outputs(job.folder)
     pending.unlink(missing_ok=True)
-    write_text(job.folder / LOGGED, job.inputs)
+    write_text(job.folder / LOGGED, job.outputs)
     return run.info.run_id
 
 

@@ -93,6 +93,10 @@ class Parts(Protocol):
 
     error: str
 
+    def check(self) -> None:
+        """Raise a DataError if it is another file by now."""
+        ...
+
     def stream(self, *, quiet: bool = False) -> IO[bytes]:
         """A stream of them, from the start; a quiet one ends early where it fails, since GDAL's callbacks may not raise."""
         ...
@@ -248,6 +252,15 @@ class WindowedImage:
         window = (x1, y1, max(x1, x2), max(y1, y2))
         x1, y1, x2, y2 = window_in_file(window, *self.shape[:2], self.orientation)
         return self._shown(window=((y1, y2), (x1, x2)))
+
+    def check(self) -> None:
+        """Look whether a file that is elsewhere is still the one whose windows were read.
+
+        Raises:
+            DataError: it is not.
+        """
+        if self._parts:
+            self._parts.check()
 
     def shrunk(self, height: int, width: int) -> np.ndarray:
         """The whole image at that size, averaged where rasterio has no smaller copy of it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import inspect
 import io
 import os
 import tempfile
@@ -16,6 +18,8 @@ from models.images.decoding import RETRIES, RemoteFile
 
 # Bytes that are fetched at least; what is read once is kept in a temporary file without a name.
 BLOCK = 65_536
+# What stores call the mark of a content, or when it was changed.
+MARKS = ("ETag", "etag", "md5Hash", "content_md5", "Last-Modified", "LastModified", "last_modified", "updated", "mtime")
 # Smaller files are fetched whole: one request instead of several.
 WORTH_IT = 1_000_000
 
@@ -33,7 +37,8 @@ class RemoteBytes:
 
     def __init__(self, source: RemoteFile) -> None:
         self.source, self.error = source, ""
-        self.size = int(self._asked(lambda: source.fs.info(source.path)).get("size") or 0)
+        self.mark = self._mark()
+        self.size = int(self.mark.get("size", 0))
         # Not fsspec's caches: they note a part as there before they have it, and a full disk under their mapped file
         # ends the process.
         number, name = tempfile.mkstemp(prefix="planes-")
@@ -53,12 +58,33 @@ class RemoteBytes:
         """
         if self.error:
             raise DataError(self.error, "unreachable")
-        try:
-            self._fetch(start, end)
-            return os.pread(self._kept, end - start, start)
-        except OSError as error:
-            self.error = f"{self.source}: its parts cannot be kept in {tempfile.gettempdir()} ({one_line(error)})"
-            raise DataError(self.error, "unreachable") from error
+        self._fetch(start, end)
+        content = os.pread(self._kept, end - start, start)
+        if len(content) < end - start:
+            raise self._failed(f"its parts are gone from {tempfile.gettempdir()}")
+        return content
+
+    def check(self) -> None:
+        """Look whether the file is still the one whose parts were read.
+
+        Raises:
+            DataError: it is another one now, so that its parts may be those of two.
+        """
+        if self._mark(again=True) != self.mark:
+            raise self._failed("has changed while it was read")
+
+    def _failed(self, what: str) -> DataError:
+        self.error = f"{self.source}: {what}"
+        return DataError(self.error, "unreachable")
+
+    def _mark(self, again: bool = False) -> dict[str, Any]:
+        """What its store says of the file's content."""
+
+        fs = self.source.fs
+        # Stores that keep what they know of files (s3fs) are to look anew.
+        keeps = "refresh" in inspect.signature(getattr(fs, "_info", fs.info)).parameters
+        known = self._asked(lambda: fs.info(self.source.path, **({"refresh": True} if again and keeps else {})))
+        return {name: str(known[name]) for name in ("size", *MARKS) if known.get(name)}
 
     def _fetch(self, start: int, end: int) -> None:
         """Have the bytes at hand: neighbouring blocks that are missing are one request."""
@@ -70,29 +96,40 @@ class RemoteBytes:
             if len(content) == self.size:
                 # All of it, asked for or not: there are servers that know no parts.
                 first, last = 0, -(-self.size // BLOCK) - 1
-            os.pwrite(self._kept, content, first * BLOCK)
+            self._keep(content, first * BLOCK)
             self._blocks.update(range(first, last + 1))
             if len(content) == self.size:
                 break
 
+    def _keep(self, content: bytes, start: int) -> None:
+        try:
+            written = os.pwrite(self._kept, content, start)
+            # A disk that is nearly full takes what fits, and says no more than how much that was.
+            if written < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise self._failed(f"its parts cannot be kept in {tempfile.gettempdir()} ({one_line(error)})") from error
+
     def _part(self, start: int, end: int) -> bytes:
         content = self._asked(lambda: self.source.fs.cat_file(self.source.path, start=start, end=end))
         if len(content) not in (end - start, self.size):
-            self.error = f"{self.source}: its server sends {len(content)} bytes where {end - start} were asked for"
-            raise DataError(self.error, "unreachable")
+            raise self._failed(f"its server sends {len(content)} bytes where {end - start} were asked for")
         return bytes(content)
 
     def _asked(self, request: Callable[[], Any]) -> Any:
         for pause in (*RETRIES, None):
             try:
                 return request()
-            except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
+            except (PermissionError, IsADirectoryError, NotADirectoryError):
+                self.error = f"{self.source}: may not be read"
                 raise
             except Exception as error:
-                # Each store's library has errors of its own.
+                # Each store's library has errors of its own; that of web servers calls missing what does not answer, too.
+                if pause is None and isinstance(error, FileNotFoundError):
+                    self.error = f"{self.source}: is not, or not any more, on its server"
+                    raise
                 if pause is None:
-                    self.error = f"{self.source}: cannot be fetched ({one_line(error, 160)})"
-                    raise DataError(self.error, "unreachable") from error
+                    raise self._failed(f"cannot be fetched ({one_line(error, 160)})") from error
             time.sleep(pause)
         raise AssertionError
 

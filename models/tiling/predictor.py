@@ -35,6 +35,9 @@ class Tiled:
     def predict(self, images: Sequence[AnyImage]) -> list[Instances]:
         """Planes in images of any sizes, arrays or `WindowedImage`; see `Predictor`."""
         tile_results = self.predict_tiles(images)
+        for image in images:
+            if not isinstance(image, np.ndarray):
+                image.check()
         return [self._merged(str(i), image, tile_results[i]) for i, image in enumerate(images)]
 
     def predict_tiles(self, images: Sequence[AnyImage]) -> list[list[TileResult]]:

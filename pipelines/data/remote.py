@@ -152,5 +152,9 @@ class _Patience:
 def _remote_mark(path: UPath) -> str:
     info = path.fs.info(path.path)
     known = [str(info[key]) for key in CONTENT_MARKS if info.get(key)]
-    times = [str(info[key]) for key in ("LastModified", "last_modified", "updated", "mtime", "created") if info.get(key)]
+    times = [
+        str(info[key])
+        for key in ("LastModified", "last_modified", "updated", "mtime", "created", "Last-Modified")
+        if info.get(key)
+    ]
     return " ".join([str(info.get("size")), *(known or times)[:1]])

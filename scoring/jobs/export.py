@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from models.errors import DataError
 from models.instances import Instances
 from pipelines.data.dataset import Dataset
-from scoring.jobs.manifest import read_inputs, read_manifest
+from scoring.jobs.manifest import Manifest, read_inputs, read_manifest
 from scoring.requests import GeoJSON, LayerSettings
 from scoring.writers import coco, geojson, kaggle, layer, overlays, parquet
+
+log = logging.getLogger(__name__)
 
 # Of a manifest's settings: the score from which planes are in kaggle.csv.
 KAGGLE_THRESHOLD = "kaggle_score_threshold"
@@ -66,6 +69,28 @@ def export_job(
         DataError: not the folder of a job, a job that is not finished, no masks for ``kaggle``, no place for a layer.
     """
     manifest = read_manifest(job)
+    try:
+        return _export(
+            job, manifest, out, formats, score_threshold=score_threshold, rle=rle, form=form, settings=settings, most=most
+        )
+    except (DataError, KeyError, OSError) as error:
+        if read_manifest(job) != manifest:
+            raise DataError(f"{job}: was updated meanwhile; call again") from error
+        raise
+
+
+def _export(
+    job: Path,
+    manifest: Manifest,
+    out: Path,
+    formats: Collection[str],
+    *,
+    score_threshold: float | None,
+    rle: kaggle.Convention,
+    form: GeoJSON,
+    settings: LayerSettings | None,
+    most: int,
+) -> int:
     dataset = read_inputs(job, manifest)
     table = job / "instances.parquet"
     if not table.exists():
@@ -77,8 +102,13 @@ def export_job(
     out.mkdir(parents=True, exist_ok=True)
     made = [name for name in LAYERS if name in formats]
     if made:
-        layer.write_layers(predictions, dataset, out, made, version=manifest.label, settings=settings or LayerSettings())
+        rows = layer.write_layers(
+            predictions, dataset, out, made, version=manifest.label, settings=settings or LayerSettings()
+        )
+        log.info(f"{rows} planes on the map, of {sum(map(len, predictions))} in all images")
     export(predictions, dataset, out, formats, rle=rle, form=form, most=most, kaggle_threshold=least)
+    if read_manifest(job) != manifest:
+        raise DataError(f"{job}: was updated meanwhile")
     return sum(map(len, predictions))
 
 

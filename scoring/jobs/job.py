@@ -58,7 +58,7 @@ class JobResult:
         unlogged: why the tracking store did not take it.
         little: how many images fill little of the range that they are read with.
         first_little: id of the first of them.
-        inputs: digest of the images in their order.
+        outputs: what they were made of: digest of the images in their order, and how they were written.
         generation: what the last update found, None for a job that never had one.
         unchanged: whether nothing was new, all outputs being written and logged already.
     """
@@ -80,7 +80,7 @@ class JobResult:
     unlogged: str | None = None
     little: int = 0
     first_little: str = ""
-    inputs: str = ""
+    outputs: str = ""
     generation: Generation | None = None
     unchanged: bool = False
 
@@ -174,8 +174,9 @@ def run_job(
             job.timings, job.peaks = totals.timings, runner.peak_megabytes()
             job.little, job.first_little = totals.little, totals.first_little
             manifest = read_manifest(folder)
-            job.inputs, job.generation = manifest.inputs, next(iter(manifest.generations[::-1]), None)
-            job.unchanged = settings.update and resumed == len(dataset) and _is_logged(folder, manifest)
+            job.generation = next(iter(manifest.generations[::-1]), None)
+            job.outputs = f"{manifest.inputs} {settings.rle} {settings.geojson} {settings.overlays}"
+            job.unchanged = settings.update and resumed == len(dataset) and _is_logged(folder, job.outputs)
             if not job.unchanged or dataset.has_truth:
                 _write(job, dataset, totals.masks, settings, manifest)
     except OSError as error:
@@ -214,8 +215,9 @@ def _complete(
     return resumed, totals
 
 
-def _is_logged(folder: Path, manifest: Manifest) -> bool:
-    return (folder / LOGGED).exists() and (folder / LOGGED).read_text() == manifest.inputs
+def _is_logged(folder: Path, outputs: str) -> bool:
+    written = (folder / "coco_results.json").exists() and (folder / LOGGED).exists()
+    return written and (folder / LOGGED).read_text() == outputs
 
 
 def _decisive(predictor: Predictor, dataset: Dataset, settings: JobSettings, device: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from models.errors import DataError, OutputError
+from models.errors import DataError, OutputError, one_line
 from models.images.rendering import DEFAULT, Rendering
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.data.remote import UNREADABLE, absolute, to_path
@@ -28,8 +28,11 @@ MANIFEST, INPUTS, SHARDS, DONE, LOCK = "manifest.json", "inputs.parquet", "shard
 # Of `score --update`: what it works in, the finished generation there that takes the job's place, and results of images
 # that are not among the inputs any more.
 STAGING, NEWEST, GONE = ".update", "newest", "gone"
-# The digest of the inputs whose outputs have been written and logged.
-LOGGED = ".logged"
+SPENT = ".update.spent"
+# What says which outputs have been written and logged, and the run that logs them, until it is complete.
+LOGGED, UNLOGGED = ".logged", ".run"
+# Map layers that were exported into the job's folder.
+LAYERS = ("planes.gpkg", "planes.parquet")
 
 # All that a job writes beside its manifest; ``.run`` is the MLflow run that is being logged (scoring.jobs.mlflow_log).
 WRITTEN = (
@@ -38,8 +41,9 @@ WRITTEN = (
     "coco_results.json",
     "kaggle.csv",
     "metrics.json",
-    ".run",
+    UNLOGGED,
     LOGGED,
+    *LAYERS,
     DONE,
     INPUTS,
 )
@@ -173,14 +177,16 @@ def claimed(
     try:
         with FileLock(folder / LOCK, timeout=0):
             held = None
+            _remove_spent(folder)
             complete_update(folder)
             if fresh:
                 # First of all: where what follows is interrupted, the next call finds no job and clears the rest.
                 (folder / MANIFEST).unlink(missing_ok=True)
             if (folder / MANIFEST).exists():
                 there = read_manifest(folder)
-                if not _equal(folder, there, manifest, dataset):
-                    if not update or not _differ_in_inputs_alone(there, manifest):
+                alike = _exactly(folder, there, manifest, dataset) if update else _equal(folder, there, manifest, dataset)
+                if not alike:
+                    if not update or not differ_in_inputs_alone(there, manifest):
                         raise DataError(_refusal(folder, there, manifest, dataset))
                     held = there
             else:
@@ -207,13 +213,24 @@ def complete_update(folder: Path) -> None:
         (folder / GONE).mkdir(exist_ok=True)
         os.replace(path, folder / GONE / path.name)
     # Made anew of the new tables, if they can be.
-    for name in ("metrics.json", "kaggle.csv", LOGGED):
+    for name in ("metrics.json", "kaggle.csv", "coco_results.json", LOGGED, UNLOGGED, *LAYERS):
         (folder / name).unlink(missing_ok=True)
     # The manifest last: until it is there, all that comes first is done again.
     for path in sorted(newest.glob("*.*"), key=lambda p: p.name == MANIFEST):
         os.replace(path, folder / path.name)
     flush(folder)
-    shutil.rmtree(folder / STAGING)
+    # In one step: pieces of it must not be taken for those of an update that was stopped.
+    os.rename(folder / STAGING, folder / SPENT)
+    _remove_spent(folder)
+
+
+def _remove_spent(folder: Path) -> None:
+    """What an update has worked in may lie on another disk, behind a link."""
+    spent = folder / SPENT
+    if spent.is_symlink():
+        spent.unlink()
+    else:
+        shutil.rmtree(spent, ignore_errors=True)
 
 
 def clear(folder: Path) -> None:
@@ -236,15 +253,22 @@ def clear(folder: Path) -> None:
                 path.unlink()
             if not any((folder / name).iterdir()):
                 (folder / name).rmdir()
-    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    _clear_updates(folder)
+    # The list of inputs last: while it is there, an interrupted call is gone on with.
+    for name in (*(f".{name}.tmp" for name in (*WRITTEN, MANIFEST)), *WRITTEN):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _clear_updates(folder: Path) -> None:
+    _remove_spent(folder)
+    if (folder / STAGING).exists() or (folder / STAGING).is_symlink():
+        os.rename(folder / STAGING, folder / SPENT)
+        _remove_spent(folder)
     if (folder / GONE / INPUTS).exists():
         for name in ("instances.parquet", INPUTS):
             (folder / GONE / name).unlink(missing_ok=True)
         if not any((folder / GONE).iterdir()):
             (folder / GONE).rmdir()
-    # The list of inputs last: while it is there, an interrupted call is gone on with.
-    for name in (*(f".{name}.tmp" for name in (*WRITTEN, MANIFEST)), *WRITTEN):
-        (folder / name).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -254,19 +278,30 @@ def read_manifest(folder: Path) -> Manifest:
         DataError: absent, damaged, or of another release.
     """
     try:
-        if (folder / STAGING / NEWEST).exists():
-            with FileLock(folder / LOCK, timeout=0):
-                complete_update(folder)
+        _complete_for_readers(folder)
         held = Manifest.model_validate_json((folder / MANIFEST).read_text())
         # Releases before 0.6.1 had no other way to read image files, and up to it none but torch to run a network.
         default = {"rendering": DEFAULT.model_dump(mode="json"), "runtime": TORCH}
         return held.model_copy(update={"settings": {**default, **held.settings}})
-    except Timeout as error:
-        raise DataError(f"{folder}: a score is writing there; wait for it") from error
     except FileNotFoundError as error:
         raise DataError(f"{folder}: not the folder of a scoring (no {MANIFEST})") from error
     except (OSError, ValidationError, ValueError) as error:
         raise DataError(f"{folder / MANIFEST}: damaged or of another release; score with --fresh") from error
+
+
+def _complete_for_readers(folder: Path) -> None:
+    if not (folder / STAGING / NEWEST).exists():
+        return
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            complete_update(folder)
+    except Timeout as error:
+        raise DataError(f"{folder}: a score is writing there; wait for it") from error
+    except OSError as error:
+        why = error.strerror or one_line(error)
+        raise DataError(
+            f"{folder}: an update stopped half way and cannot be completed here ({why}); score there again"
+        ) from error
 
 
 def read_inputs(folder: Path, manifest: Manifest) -> Dataset:
@@ -319,7 +354,21 @@ def _equal(folder: Path, held: Manifest, requested: Manifest, dataset: Dataset) 
     )
 
 
-def _differ_in_inputs_alone(held: Manifest, requested: Manifest) -> bool:
+def _exactly(folder: Path, held: Manifest, requested: Manifest, dataset: Dataset) -> bool:
+    """Whether nothing at all has changed, sizes of annotated images included, which are in no digest."""
+    if held.model_copy(update={"generations": ()}) != requested:
+        return False
+    if not dataset.has_truth:
+        return True
+    sizes = ["height", "width"]
+    try:
+        return bool(pq.read_table(folder / INPUTS, columns=sizes).equals(input_rows(dataset).select(sizes)))
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def differ_in_inputs_alone(held: Manifest, requested: Manifest) -> bool:
+    """Whether two jobs have all in common but what they are over."""
     free = ("inputs", "images", "data", "split", "category_id", "generations")
     return held.model_copy(update={key: getattr(requested, key) for key in free}) == requested
 
@@ -335,7 +384,7 @@ def _refusal(folder: Path, held: Manifest, requested: Manifest, dataset: Dataset
     if held.inputs != requested.inputs:
         what.append(_other_inputs(folder, dataset))
     what = what or ["other data"]
-    more = "--update to score what is new, " if _differ_in_inputs_alone(held, requested) else ""
+    more = "--update to score what is new, " if differ_in_inputs_alone(held, requested) else ""
     return f"{folder}: holds a scoring with {'; '.join(what)}; name another --out, {more}or --fresh to score anew"
 
 

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from models.instances import Instances
 from pipelines.data.dataset import Dataset, Sample
-from scoring.jobs.manifest import DONE, LOGGED, Manifest
+from scoring.jobs.manifest import DONE, LOGGED, UNLOGGED, Manifest
 from scoring.jobs.shards import ERRORS, INSTANCES, NOTES, Totals, finished, shard_folder, totals_of, write_shard
 from scoring.reader import Failure
 from scoring.writers import parquet
 from scoring.writers.walk import side_by_side
 
-UNREACHABLE, MISSING = "unreachable", "missing"
+UNREACHABLE, MISSING, DENIED = "unreachable", "missing", "permission denied"
+# Kinds of failures that say nothing about the image.
+FOR_NOW = (UNREACHABLE, MISSING, DENIED)
 
 
 def can_be_tried_again(failure: Failure, sample: Sample) -> bool:
     """Whether a failed image may work now: a store that did not answer, a file of this machine that is there by now."""
     if failure.kind == UNREACHABLE:
         return True
+    if not isinstance(sample.path, Path):
+        return False
     try:
-        return failure.kind == MISSING and isinstance(sample.path, Path) and sample.path.exists()
+        if failure.kind == DENIED:
+            return os.access(sample.path, os.R_OK)
+        return failure.kind == MISSING and sample.path.exists()
     except OSError:
         return False
 
@@ -35,7 +42,7 @@ def failed_before(folder: Path, manifest: Manifest, dataset: Dataset) -> dict[in
     else:
         shards = sorted(finished(folder))
         failures = [f for i in shards for f in parquet.read_failures(shard_folder(folder, i) / ERRORS)]
-    by_id = {f.image_id: f for f in failures if f.kind in (UNREACHABLE, MISSING)}
+    by_id = {f.image_id: f for f in failures if f.kind in FOR_NOW}
     positions: defaultdict[int, list[int]] = defaultdict(list)
     for number, sample in enumerate(dataset.samples if by_id else ()):
         failure = by_id.get(sample.image_id)
@@ -58,7 +65,9 @@ def split_into_shards(folder: Path, manifest: Manifest, dataset: Dataset, totals
         seconds, timings = (totals.seconds, totals.timings) if number == 0 else (0.0, {})
         little = [totals.first_little] * totals.little if number == 0 else []
         write_shard(folder, number, results, seconds=seconds, timings=timings, little=little)
-    (folder / LOGGED).unlink(missing_ok=True)
+    for name in (LOGGED, UNLOGGED):
+        # Its outputs will be others, and a run that was begun for the earlier ones is not to hold them.
+        (folder / name).unlink(missing_ok=True)
     # Until here a stop changes nothing: shards beside a finished job are removed.
     (folder / DONE).unlink()
 

@@ -7,6 +7,7 @@ generation or the new one. What an update scored before it was stopped counts as
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -37,10 +38,11 @@ from scoring.jobs.manifest import (
     Generation,
     Manifest,
     complete_update,
+    differ_in_inputs_alone,
     digest_in_order,
     input_rows,
 )
-from scoring.jobs.retry import can_be_tried_again
+from scoring.jobs.retry import FOR_NOW, can_be_tried_again
 from scoring.jobs.shards import (
     ERRORS,
     INSTANCES,
@@ -56,6 +58,8 @@ from scoring.writers import parquet
 from scoring.writers.walk import file_stem
 
 PIECES, MAKING = "pieces", "making"
+# Fingerprints that tell a content wherever it lies: of annotated images (sha256).
+CONTENT = re.compile("[0-9a-f]{64}")
 # Row groups of a table that are held in memory at a time.
 MOST_GROUPS = 4
 GONE_SCHEMA = INPUT_SCHEMA.append(pa.field("gone_in", pa.int32()))
@@ -69,6 +73,20 @@ class _Known(NamedTuple):
 
     source: _Source
     position: int
+
+
+class _Input(NamedTuple):
+    """An input with what is known of its file; ``size``: (height, width) that its annotation states."""
+
+    sample: Sample
+    path: str
+    digest: str
+    size: tuple[int, int]
+
+    @property
+    def sized(self) -> bool:
+        """Whether its size decides what becomes of it: it is annotated, and its file could be looked at."""
+        return self.sample.truth and self.sample.lost not in ("missing", "unreadable")
 
 
 class _Source:
@@ -94,6 +112,7 @@ class _Source:
         self.finished = set(range(count)) if joined else {i for shard in shards for i in shard}
         # Jobs of earlier releases have had one generation.
         self.inputs.setdefault("generation", [1] * count)
+        self.inputs.setdefault("digest", [UNREADABLE] * count)
         self.ids: list[str] = self.inputs["image_id"]
         self.paths: list[str] = self.inputs["path"]
         self.failures = {f.image_id: f for f in failures}
@@ -105,21 +124,29 @@ class _Source:
         """Whether an image of this name or place has a result, whatever it showed then."""
         return image_id in self._by_id or path in self._by_path
 
-    def position(self, image_id: str, path: str, digest: str) -> int | None:
-        """Position of the result of an image whose file is as it was then, None without one."""
-        for i in (self._by_id.get(image_id), self._by_path.get(path)):
-            # A file of which nothing is known has not changed for all we know.
-            if i is not None and (digest == (then := self.inputs["digest"][i]) or UNREADABLE in (digest, then)):
-                return i
-        return None
+    def failed_for_now(self, image_id: str, path: str) -> bool:
+        """Whether an image of this name or place could not be had, so that nothing was known of it."""
+        i = self._by_path.get(path, self._by_id.get(image_id))
+        failure = None if i is None else self.failures.get(self.ids[i])
+        return failure is not None and failure.kind in FOR_NOW
 
-    def find(self, sample: Sample, path: str, digest: str, *, final: bool = False) -> _Known | None:
-        """The result of an unchanged image; None where another try is worth it, unless what is there is final."""
-        i = self.position(sample.image_id, path, digest)
-        if i is None:
+    def find(self, one: _Input, *, final: bool = False) -> _Known | None:
+        """The result of an unchanged image; None where another try is worth it, unless what is there is final.
+
+        Unchanged is what has the same content, or lies in the same place with the same size and time of change, and is
+        still said to have the same size. A file that cannot be looked at now has not changed for all we know.
+        """
+        i = self._by_path.get(one.path)
+        if i is None or (one.digest != self.inputs["digest"][i] and one.digest != UNREADABLE):
+            by_content = CONTENT.fullmatch(one.digest) is not None
+            i = self._by_id.get(one.sample.image_id) if by_content else None
+            if i is None or one.digest != self.inputs["digest"][i]:
+                return None
+        if one.sized and one.size != (self.inputs["height"][i], self.inputs["width"][i]):
             return None
         failure = self.failures.get(self.ids[i])
-        return None if failure and not final and can_be_tried_again(failure, sample) else _Known(self, i)
+        again = failure is not None and not final and can_be_tried_again(failure, one.sample)
+        return None if again else _Known(self, i)
 
     def rows(self, position: int, image_id: str) -> pa.Table | None:
         """The rows of an image, under the name that it has now; None where no plane was detected in it."""
@@ -185,24 +212,61 @@ def bring_up_to_date(
         OSError: the disk is full or the folder cannot be written; what was scored is kept.
     """
     rows = input_rows(dataset)
+    inputs = _inputs(dataset, rows)
     main = _Source(folder, joined=(folder / DONE).exists(), shard_size=held.shard_size)
     joined = (folder / GONE / INPUTS).exists() and (folder / GONE / INSTANCES).exists()
     gone = _Source(folder / GONE, joined=True, shard_size=1) if joined else None
-    plan = _plan(main, _pieces(folder), gone, dataset=dataset, rows=rows)
+    plan = _plan(main, _pieces(folder, requested), gone, inputs)
     missing = [i for i, one in enumerate(plan.known) if one is None]
     if missing:
         piece = _begin_piece(folder, requested, rows.take(missing))
         fill(piece, _manifest_of(piece), replace(dataset, samples=tuple(dataset.samples[i] for i in missing)))
-        plan = _plan(main, _pieces(folder), gone, dataset=dataset, rows=rows, final=True)
+        plan = _plan(main, _pieces(folder, requested), gone, inputs, final=True)
+    elif _is_the_same(folder, held, requested, dataset=dataset, plan=plan, rows=rows, main=main, gone=gone):
+        # But for files that cannot be looked at now.
+        return len(dataset)
     _stage(folder, held, requested, dataset=dataset, plan=plan, rows=rows, main=main, gone=gone, scores=scores)
     complete_update(folder)
     return len(dataset) - len(missing)
 
 
-def _pieces(folder: Path) -> list[_Source]:
-    """What this update, and earlier ones that were stopped, have scored; the newest first."""
-    begun = sorted((folder / STAGING / PIECES).glob("[0-9]*"), reverse=True)
-    return [_Source(p, joined=False, shard_size=_manifest_of(p).shard_size) for p in begun if (p / MANIFEST).exists()]
+def _inputs(dataset: Dataset, rows: pa.Table) -> list[_Input]:
+    columns = (rows[name].to_pylist() for name in ("path", "digest", "height", "width"))
+    return [_Input(s, path, digest, (h, w)) for s, path, digest, h, w in zip(dataset.samples, *columns, strict=True)]
+
+
+def _is_the_same(
+    folder: Path,
+    held: Manifest,
+    requested: Manifest,
+    *,
+    dataset: Dataset,
+    plan: _Plan,
+    rows: pa.Table,
+    main: _Source,
+    gone: _Source | None,
+) -> bool:
+    """Whether nothing is to be done: a finished job of these very inputs."""
+    known = [one for one in plan.known if one is not None]
+    if not (folder / DONE).exists() or plan.counts["kept"] < len(dataset):
+        return False
+    rows = _with_generations(rows, known, main=main, gone=gone, number=0)
+    inputs = digest_in_order(dataset, rows["digest"].to_pylist())
+    return requested.model_copy(update={"inputs": inputs, "generations": held.generations}) == held
+
+
+def _pieces(folder: Path, requested: Manifest) -> list[_Source]:
+    """What this update, and earlier ones that were stopped, have scored as it is asked for; the newest first."""
+    sources = []
+    for piece in sorted((folder / STAGING / PIECES).glob("[0-9]*"), reverse=True):
+        try:
+            made = _manifest_of(piece)
+            if differ_in_inputs_alone(made, requested):
+                sources.append(_Source(piece, joined=False, shard_size=made.shard_size))
+        except (OSError, ValueError, DataError):
+            # Begun and not written to its end, or half removed: its images are scored again.
+            continue
+    return sources
 
 
 def _manifest_of(piece: Path) -> Manifest:
@@ -224,29 +288,21 @@ def _begin_piece(folder: Path, requested: Manifest, rows: pa.Table) -> Path:
 
 
 def _plan(
-    main: _Source,
-    pieces: Sequence[_Source],
-    gone: _Source | None,
-    *,
-    dataset: Dataset,
-    rows: pa.Table,
-    final: bool = False,
+    main: _Source, pieces: Sequence[_Source], gone: _Source | None, inputs: Sequence[_Input], *, final: bool = False
 ) -> _Plan:
     """What is known of the inputs; with ``final`` a failed try of this update is a result too."""
     counts = dict.fromkeys(Generation.KINDS, 0)
     known: list[_Known | None] = []
-    paths, digests = rows["path"].to_pylist(), rows["digest"].to_pylist()
-    for sample, path, digest in zip(dataset.samples, paths, digests, strict=True):
-        held = main.holds(sample.image_id, path)
-        one, kind = main.find(sample, path, digest), "kept"
+    for wanted in inputs:
+        one, kind = main.find(wanted), "kept"
         if one is None and gone is not None:
-            one, kind = gone.find(sample, path, digest), "returned"
+            one, kind = gone.find(wanted), "returned"
         if one is None:
             # The newest first, which is the one that has just been tried.
-            tries = (piece.find(sample, path, digest, final=final) for piece in pieces)
+            tries = (piece.find(wanted, final=final) for piece in pieces)
             one = next((t for t in tries if t is not None), None)
-            again = held and main.position(sample.image_id, path, digest) is not None
-            kind = "retried" if again else "changed" if held else "new"
+            where = (wanted.sample.image_id, wanted.path)
+            kind = "retried" if main.failed_for_now(*where) else "changed" if main.holds(*where) else "new"
         known.append(one)
         counts[kind] += 1
     return _Plan(known, counts)
@@ -267,7 +323,7 @@ def _stage(
     """Write the tables of the new generation beside the job's, ready to take their place."""
     base = totals_of(folder)
     # A first scoring that was never finished is no generation.
-    past = held.generations or ((_first(folder, held),) if base else ())
+    past = held.generations or ((_first(folder, held),) if (folder / INSTANCES).exists() else ())
     number = len(past) + 1
     making = folder / STAGING / MAKING
     shutil.rmtree(making, ignore_errors=True)
@@ -278,6 +334,10 @@ def _stage(
     failures = [_failure(one, sample) for one, sample in zip(known, dataset.samples, strict=True)]
     shards = [[f for f in failures[s.start : s.stop] if f] for s in requested.shards()]
     failed = parquet.write_joined(map(parquet.failure_table, shards), making / ERRORS, parquet.ERROR_SCHEMA)
+    if failed == len(dataset):
+        # The job stays what it is.
+        first = next(f for f in failures if f)
+        raise DataError(f"none of {failed} images could be scored; the first: {first.message} (what was there is kept)")
     left = _left_over(dataset, rows=rows, main=main, gone=gone, number=number)
     if left or gone:
         _write_gone(making / GONE, left, requested.shard_size)
@@ -303,14 +363,18 @@ def _stage(
     )
     write_totals(making / DONE, totals)
     newly_gone = sum(gone_in == number for *_, gone_in in left)
-    away = sum(d == UNREADABLE and one.source is main for d, one in zip(digests, known, strict=True))
+    # A failure that is kept says itself what is wrong with the file.
+    away = sum(
+        digest == UNREADABLE and one.source in (main, gone) and failure is None
+        for digest, one, failure in zip(digests, known, failures, strict=True)
+    )
     news = Generation(number=number, at=_now(), images=len(dataset), gone=newly_gone, unreadable=away, **plan.counts)
     inputs = digest_in_order(dataset, rows["digest"].to_pylist())
     manifest = requested.model_copy(update={"inputs": inputs, "generations": (*past, news)})
     (making / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
     for path in (*making.rglob("*"), making):
         flush(path)
-    _remove_pictures(folder, set(main.ids) - {s.image_id for s in dataset.samples})
+    _remove_pictures(folder, set(main.ids) - {main.ids[one.position] for one in known if one.source is main})
     os.rename(making, folder / STAGING / NEWEST)
     flush(folder / STAGING)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 
-from models.errors import DataError
+from models.errors import DataError, one_line
 from models.geometry.boxes import box_iou
 from models.geometry.rle import rle_crop
 from models.images.windows import open_image, shrunk
@@ -42,7 +44,7 @@ class Job:
     """
 
     def __init__(self, folder: Path, data: str | None = None, split: str = "test") -> None:
-        self.manifest = read_manifest(folder)
+        self.folder, self.manifest = folder, read_manifest(folder)
         inputs = read_inputs(folder, self.manifest)
         if not (folder / INSTANCES).exists():
             raise DataError(f"{folder}: the scoring is not finished; the same score command goes on with it")
@@ -53,8 +55,37 @@ class Job:
         self.samples = samples
         shown = {s.image_id for s in samples}
         self._found = {one.image_id: one for one in parquet.InstanceTable(folder / INSTANCES) if one.image_id in shown}
-        self._failed = {f.image_id: f.message for f in parquet.read_failures(folder / ERRORS)}
+        if data is not None:
+            self._check(folder)
+        try:
+            self._failed = {f.image_id: f.message for f in parquet.read_failures(folder / ERRORS)}
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{folder / ERRORS}: cannot be read ({one_line(error, 160)}); score with --fresh") from error
+        if not self.is_current():
+            raise DataError(f"{folder}: was updated meanwhile; call again")
         self.has_truth = data is not None
+
+    def is_current(self) -> bool:
+        """Whether the folder still holds this job, as it was."""
+        try:
+            return read_manifest(self.folder) == self.manifest
+        except DataError:
+            return False
+
+    def _check(self, folder: Path) -> None:
+        """Refuse what cannot be judged."""
+        if any(one.labels.any() for one in self._found.values()):
+            raise DataError(f"{folder}: its version knows several classes; leave --data away, which is of one")
+        for sample in self.samples:
+            one = self._found.get(sample.image_id)
+            if (
+                one is not None
+                and sample.truth
+                and not sample.lost
+                and (one.height, one.width) != (sample.height, sample.width)
+            ):
+                sizes = f"{one.width}x{one.height}, its annotation says {sample.width}x{sample.height}"
+                raise DataError(f"{folder}: image {sample.image_id!r} was scored at {sizes}; give the data that was scored")
 
     def overview(self) -> dict[str, Any]:
         """The list of images: id, failure, and of each plane score, size (0 small, 1 medium, 2 large), class and state."""
@@ -149,7 +180,21 @@ def _with_truth(samples: Sequence[Sample], dataset: Dataset, folder: Path) -> li
         raise DataError(f"{dataset.name}/{dataset.split}: no annotations to look at errors by; leave --data away")
     if not any(s.image_id in known for s in samples):
         raise DataError(f"{folder}: none of its images is in {dataset.name}/{dataset.split}")
-    return [known.get(s.image_id, s) for s in samples]
+    # Read as the job read them.
+    return [_annotated(s, known[s.image_id]) if s.image_id in known else s for s in samples]
+
+
+def _annotated(sample: Sample, truth: Sample) -> Sample:
+    return replace(
+        sample,
+        boxes=truth.boxes,
+        masks=truth.masks,
+        crowd=truth.crowd,
+        truth=True,
+        height=truth.height,
+        width=truth.width,
+        lost=truth.lost,
+    )
 
 
 def _areas(found: Instances) -> np.ndarray:

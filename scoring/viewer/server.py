@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -32,6 +33,8 @@ def serve(job: Job, port: int = 0) -> ThreadingHTTPServer:
     def answer(path: str) -> Answer:
         if path == "/":
             return 200, "text/html; charset=utf-8", page.encode()
+        if not job.is_current():
+            return 409, "text/plain; charset=utf-8", b"the job was updated, or is gone: start score view again"
         if path == "/job":
             return _json(job.overview())
         match = re.fullmatch(r"/(image|picture)/(\d{1,9})", path)
@@ -45,7 +48,14 @@ def serve(job: Job, port: int = 0) -> ThreadingHTTPServer:
             return 500, "text/plain; charset=utf-8", one_line(error, 400).encode()
         return 200, f"image/jpeg; height={height}; width={width}", content
 
-    return ThreadingHTTPServer((HOST, port), _handler(answer))
+    return _Server((HOST, port), _handler(answer))
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Browsers end connections as they like."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def _json(content: Any) -> Answer:
@@ -57,11 +67,10 @@ def _handler(answer: Callable[[str], Answer]) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            if not NAMES.match(self.headers.get("Host", "")):
-                self._send(403, "text/plain", b"this page is for this machine alone")
-                return
+            here = NAMES.match(self.headers.get("Host", ""))
+            refused = 403, "text/plain", b"this page is for this machine alone"
             try:
-                self._send(*answer(self.path.partition("?")[0]))
+                self._send(*(answer(self.path.partition("?")[0]) if here else refused))
             except OSError:
                 # The browser went on to another picture.
                 self.close_connection = True

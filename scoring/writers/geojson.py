@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from models.errors import DataError
 from models.instances import Instances
 from pipelines.data.dataset import Dataset
 from pipelines.files import write_text
@@ -31,7 +32,11 @@ def write_geojson(predictions: Iterable[Instances], dataset: Dataset, folder: Pa
     written = 0
     remove_earlier(dataset, folder, ".geojson")
     for sample, one in side_by_side(predictions, dataset):
-        place = georeference(sample.path)
+        try:
+            place = georeference(sample.path)
+        except DataError:
+            # The table of errors, or the next job, says what is wrong with it.
+            place = None
         if place is None:
             continue
         features = [] if one is None else [_feature(one, i, place, form) for i in range(len(one))]

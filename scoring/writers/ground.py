@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
-from models.errors import PlanesError
+from models.errors import DataError, PlanesError, one_line
 from models.geometry.rle import rle_crop
 from models.images.raster import opened_tiff
 from models.images.remote_bytes import RemoteBytes
@@ -44,8 +45,12 @@ class Georeference:
 
 
 def georeference(path: AnyPath) -> Georeference | None:
-    """Where an image lies; None without a coordinate system, or where it cannot be read (errors.parquet says so)."""
-    if not path.name.lower().endswith(WINDOWED_SUFFIXES):
+    """Where an image lies; None without a coordinate system.
+
+    Raises:
+        DataError: its file cannot be read.
+    """
+    if not urlsplit(str(path)).path.lower().endswith(WINDOWED_SUFFIXES):
         return None
     try:
         with opened_tiff(path if isinstance(path, Path) else RemoteBytes(path)) as (file, layout):
@@ -55,8 +60,8 @@ def georeference(path: AnyPath) -> Georeference | None:
             # Boxes are in pixels of the image as it is looked at, the file's transform in those of the file.
             turn = type(file.transform)(*map_to_file(*oriented_size(height, width, orientation), orientation))
             return Georeference(file.transform @ turn, file.crs, file.tags().get(TIME_TAG, "").strip())
-    except (PlanesError, OSError, ValueError):
-        return None
+    except (PlanesError, OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read, so that its place is not known ({one_line(error, 160)})") from error
 
 
 def outline(instances: Instances, i: int, transform: Any) -> Polygons:
@@ -80,13 +85,22 @@ def _placed(points: np.ndarray, t: Any) -> np.ndarray:
 def reprojected(polygons: Polygons, source: Any, target: str) -> Polygons:
     """The same polygons in another coordinate system, such as ``EPSG:4326``, whose first coordinate is longitude.
 
+    One across the antimeridian has longitudes above 180 degrees.
+
     Raises:
         rasterio.errors.CRSError: no such system.
     """
+    from rasterio.crs import CRS
     from rasterio.warp import transform
 
     def moved(ring: np.ndarray) -> np.ndarray:
-        return np.stack(transform(source, target, ring[:, 0], ring[:, 1]), axis=1)
+        placed = np.stack(transform(source, target, ring[:, 0], ring[:, 1]), axis=1)
+        if geographic and np.ptp(placed[:, 0]) > 180:
+            # Across the antimeridian: beyond 180 degrees east, where it would go around the world.
+            placed[placed[:, 0] < 0, 0] += 360
+        return placed
+
+    geographic = CRS.from_user_input(target).is_geographic
 
     return [[moved(ring) for ring in rings] for rings in polygons]
 

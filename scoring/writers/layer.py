@@ -17,7 +17,7 @@ from models.instances import Instances
 from pipelines.data.dataset import Dataset, Sample
 from pipelines.files import replacing
 from scoring.requests import LayerSettings
-from scoring.writers.ground import georeference, outline, reprojected
+from scoring.writers.ground import Georeference, georeference, outline, reprojected
 from scoring.writers.walk import side_by_side
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def write_layers(
         How many rows.
 
     Raises:
-        DataError: no image has a coordinate system, no such system, or times that are none.
+        DataError: no image has a coordinate system, no such system, an image with planes that cannot be read, or a
+            pattern that is none.
         ModelError: geopandas is not installed.
     """
     frame = _frame(predictions, dataset, version=version, settings=settings)
@@ -102,9 +103,13 @@ def _frame(
         target = CRS.from_user_input(settings.crs)
     except CRSError as error:
         raise DataError(f"--crs {settings.crs}: no coordinate system ({one_line(error, 120)})") from error
+    if not target.is_projected and not target.is_geographic:
+        raise DataError(f"--crs {settings.crs}: is neither geographic nor projected; give one of a map, such as EPSG:4326")
     rows, images = _Columns([], [], [], [], [], [], []), 0
     for sample, one in side_by_side(predictions, dataset):
-        place = georeference(sample.path)
+        if one is None and images:
+            continue
+        place = georeference(sample.path) if one is not None else _place_if_any(sample)
         if place is None:
             continue
         images += 1
@@ -135,6 +140,14 @@ def _frame(
     columns |= {"version": [version] * len(kept), "seen": seen}
     ordered = {name: columns[name] for name in ("image", "time", "version", "instance", "score", "label", "seen")}
     return geopandas.GeoDataFrame(ordered, geometry=[rows.geometry[i] for i in kept], crs=settings.crs)
+
+
+def _place_if_any(sample: Sample) -> Georeference | None:
+    """Of an image without planes, which need not be readable any more."""
+    try:
+        return georeference(sample.path)
+    except DataError:
+        return None
 
 
 def _time_of(sample: Sample, pattern: str | None) -> str:

@@ -34,12 +34,19 @@ def test_the_picture_of_each_item_is_taken(tmp_path):
         _item(
             "c", meta={"href": "c.xml", "roles": ["data"]}, B02={"href": "https://x.org/c", "type": TIFF, "roles": ["data"]}
         ),
-        _item("d", one={"href": "/far/d.jp2", "type": "image/jp2"}, two={"href": "d.png"}),
+        _item("d", one={"href": "/far/d.jp2", "type": "IMAGE/JP2"}, preview={"href": "d.png", "roles": ["overview"]}),
+        _item("e", visual={"href": "https://x.org/e.tif?sig=a.b"}, B02={"href": "b.tif", "type": TIFF, "roles": ["data"]}),
     ]
     dataset = open_dataset(_written(tmp_path, {"type": "FeatureCollection", "features": items}))
-    assert [s.image_id for s in dataset.samples] == ["a", "b", "c", "d"]
+    assert [s.image_id for s in dataset.samples] == ["a", "b", "c", "d", "e"]
     places = [str(s.path) for s in dataset.samples]
-    assert places == [str(tmp_path / "tiles" / "a.png"), "s3://x/b.tif", "https://x.org/c", "/far/d.jp2"]
+    assert places == [
+        str(tmp_path / "tiles" / "a.png"),
+        "s3://x/b.tif",
+        "https://x.org/c",
+        "/far/d.jp2",
+        "https://x.org/e.tif?sig=a.b",
+    ]
     assert (dataset.samples[0].read() == image).all()
     assert not dataset.has_truth
     single = open_dataset(_written(tmp_path, items[0]))
@@ -51,6 +58,15 @@ def test_the_picture_of_each_item_is_taken(tmp_path):
     [
         (_item("a", meta={"href": "a.xml"}), r"items.json: item 'a' has no asset that is a picture; it has: meta"),
         (_item("a"), "it has: none"),
+        (
+            _item("a", x={"href": "x.png"}, y={"href": "y.png"}),
+            "several assets that are pictures, none called visual; it has: x, y",
+        ),
+        (_item("a", x={"href": "x.tif", "roles": ["data"]}, y={"href": "y.tif", "roles": ["data"]}), "role data, .*: x, y"),
+        (
+            {**_item("a", visual={"href": "a.png"}), "links": [{"rel": "next", "href": "?page=2"}]},
+            "one page of a longer list",
+        ),
         (_item(""), "an item without an id"),
         (
             {"type": "FeatureCollection", "features": [_item("a", v={"href": "a.png"})] * 2},

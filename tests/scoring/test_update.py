@@ -390,7 +390,7 @@ def test_a_stopped_update_tries_again_what_it_could_not_fetch(store, tmp_path):
 
 def test_what_was_logged_once_is_written_and_logged_anew_when_it_returns(images, tmp_path):
     job = _run(tmp_path / "out", images)
-    (job.folder / LOGGED).write_text(job.inputs)
+    (job.folder / LOGGED).write_text(job.outputs)
     assert _run(tmp_path / "out", images).unchanged
     (job.folder / "metrics.json").write_text("of annotations that are no more")
     shutil.move(images / "i00.png", tmp_path / "i00.png")
@@ -400,7 +400,7 @@ def test_what_was_logged_once_is_written_and_logged_anew_when_it_returns(images,
     # Killed before it was logged; then the first image is back.
     shutil.move(tmp_path / "i00.png", images / "i00.png")
     again = _run(tmp_path / "out", images)
-    assert (again.inputs, again.unchanged) == (job.inputs, False)
+    assert (again.outputs, again.unchanged) == (job.outputs, False)
 
 
 def test_a_file_that_a_list_names_too_early_is_scored_when_it_is_there(images, tmp_path):
