@@ -153,7 +153,7 @@ class _Stream(io.RawIOBase):
         end = min(self._content.size, self._place + len(buffer))
         try:
             content = self._content.read(self._place, end) if end > self._place else b""
-        except DataError:
+        except (DataError, OSError):
             if not self._quiet:
                 raise
             content = b""

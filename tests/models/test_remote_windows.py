@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import re
+import shutil
 import sys
 import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +23,8 @@ from models.images import decoding, remote_bytes, windows
 from models.images.raster import WindowedImage
 from models.images.remote_bytes import BLOCK, RemoteBytes
 from models.images.windows import open_image
+from models.instances import Instances
+from models.tiling.predictor import Tiled
 from models.tiling.settings import Tiling, tile_grid
 
 rasterio = pytest.importorskip("rasterio")
@@ -67,6 +72,7 @@ class Server:
                     self.send_response(200)
                 if server.ranges:
                     self.send_header("Accept-Ranges", "bytes")
+                self.send_header("Last-Modified", self.date_time_string(path.stat().st_mtime))
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 try:
@@ -161,6 +167,42 @@ def test_a_part_that_cannot_be_fetched_is_never_read_as_something_else(server):
     # What GDAL has noted of it meanwhile is not to be trusted; a new attempt opens it anew.
     with pytest.raises(DataError, match="cannot be fetched"):
         image[2000:2200, 900:1200]
+
+
+def test_a_file_that_changes_while_it_is_read_is_said_to(server, folder, tmp_path):
+    shutil.copy(folder / "eight.tif", tmp_path / "a.tif")
+    server.folder = tmp_path
+    image = open_image(UPath(f"{server.url}/a.tif"))
+    image[:500, :500]
+    image.check()
+    content = bytearray((folder / "eight.tif").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "a.tif").write_bytes(content)
+    os.utime(tmp_path / "a.tif", (1e9, 1e9))
+    with pytest.raises(DataError, match=r"a\.tif: has changed while it was read") as failed:
+        image.check()
+    assert failed.value.kind == "unreachable"
+    tiled = Tiled(
+        SimpleNamespace(predict=lambda tiles: [Instances.empty("", 640, 640) for _ in tiles]), Tiling(size=640), "cpu"
+    )
+    with pytest.raises(DataError, match="has changed while it was read"):
+        tiled.predict([image])
+
+
+def test_what_is_gone_from_its_server_is_not_a_full_disk(server, folder, tmp_path):
+    shutil.copy(folder / "eight.tif", tmp_path / "a.tif")
+    server.folder = tmp_path
+    image = open_image(UPath(f"{server.url}/a.tif"))
+    (tmp_path / "a.tif").unlink()
+    with pytest.raises(DataError, match="is not, or not any more, on its server"):
+        image[1000:1200, 900:1200]
+
+
+def test_a_disk_that_takes_a_part_of_a_block_is_full(server, monkeypatch):
+    real = os.pwrite
+    monkeypatch.setattr(remote_bytes.os, "pwrite", lambda number, content, place: real(number, content[:1000], place))
+    with pytest.raises(DataError, match="No space left on device"):
+        open_image(UPath(f"{server.url}/eight.tif"))
 
 
 def test_a_server_without_parts_sends_the_file_once(server, folder):

@@ -213,6 +213,37 @@ def test_through_the_command(tmp_path):
     assert not list(job.folder.glob(".planes*"))
 
 
+def test_planes_across_the_antimeridian_stay_where_they_are(tmp_path):
+    from rasterio.transform import from_origin
+
+    # In zone 60 180 degrees east lie some 834 km east of its edge; the scene begins just before.
+    _scene(tmp_path / "in" / "fiji.tif", from_origin(833_950, 10_000_000, 0.5, 0.5), "EPSG:32760")
+    _scene(tmp_path / "in" / "west.tif", from_origin(300_000, 10_000_000, 0.5, 0.5), "EPSG:32760")
+    found = [
+        Instances.make("fiji", SIDE, SIDE, [[0, 300, 700, 400]], [0.9]),
+        Instances.make("west", SIDE, SIDE, [[200, 300, 260, 360]], [0.7]),
+    ]
+    dataset = open_dataset(tmp_path / "in")
+    rows = write_layers(found, dataset, tmp_path, ["geoparquet"], version="m/1", settings=LayerSettings(dedupe=True))
+    assert rows == 2
+    bounds = geopandas.read_parquet(tmp_path / "planes.parquet").geometry.bounds
+    assert (bounds["maxx"] - bounds["minx"]).max() < 0.01
+    assert bounds["maxx"].max() > 180
+
+
+def test_a_scene_with_planes_that_cannot_be_read_any_more_is_said(tmp_path):
+    from rasterio.transform import from_origin
+
+    for name in ("a", "b"):
+        _scene(tmp_path / "in" / f"{name}.tif", from_origin(500_000, 5_700_000, 0.5, 0.5))
+    dataset = open_dataset(tmp_path / "in")
+    (tmp_path / "in" / "b.tif").unlink()
+    found = [Instances.make(name, SIDE, SIDE, [[9, 9, 20, 20]], [0.9]) for name in ("a", "b")]
+    write_layers(found[:1], dataset, tmp_path, ["geopackage"], version="m/1", settings=LayerSettings())
+    with pytest.raises(DataError, match=r"b\.tif: cannot be read, so that its place is not known"):
+        write_layers(found, dataset, tmp_path, ["geopackage"], version="m/1", settings=LayerSettings())
+
+
 def test_what_cannot_be_put_on_a_map(tmp_path):
     write_image(tmp_path / "in" / "photo.png")
     dataset = open_dataset(tmp_path / "in")
@@ -220,6 +251,8 @@ def test_what_cannot_be_put_on_a_map(tmp_path):
         write_layers([], dataset, tmp_path, ["geopackage"], version="m/1", settings=LayerSettings())
     with pytest.raises(DataError, match="--crs EPSG:1: no coordinate system"):
         write_layers([], dataset, tmp_path, ["geopackage"], version="m/1", settings=LayerSettings(crs="EPSG:1"))
+    with pytest.raises(DataError, match="--crs EPSG:5703: is neither geographic nor projected"):
+        write_layers([], dataset, tmp_path, ["geopackage"], version="m/1", settings=LayerSettings(crs="EPSG:5703"))
     from rasterio.transform import from_origin
 
     _scene(tmp_path / "in" / "a.tif", from_origin(500_000, 5_700_000, 0.5, 0.5))

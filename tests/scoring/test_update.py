@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -22,7 +23,9 @@ from models.images import decoding
 from models.instances import Instances
 from models.saved.scores import Scores
 from pipelines.data.readers.opening import open_dataset
+from scoring.jobs import export as export_module
 from scoring.jobs import manifest
+from scoring.jobs import update as update_module
 from scoring.jobs.export import export_job
 from scoring.jobs.job import run_job
 from scoring.jobs.manifest import GONE, LOCK, LOGGED, STAGING, read_manifest
@@ -453,3 +456,151 @@ def test_a_damaged_list_of_inputs_is_named(images, tmp_path):
     (job.folder / manifest.INPUTS).write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"m-1: its tables cannot be read .*; score with --fresh"):
         _run(tmp_path / "out", images)
+
+
+def test_files_of_equal_name_size_and_time_in_another_folder_are_others(tmp_path):
+    for name, values in (("may", (1, 2, 3)), ("june", (3, 3, 0))):
+        for i, value in enumerate(values):
+            path = tmp_path / name / f"{i}.bmp"
+            path.parent.mkdir(exist_ok=True)
+            cv2.imwrite(str(path), np.full((20, 24, 3), value, np.uint8))
+            os.utime(path, (1e9, 1e9))
+    _run(tmp_path / "out", tmp_path / "may")
+    predictor = Dots()
+    job = _run(tmp_path / "out", tmp_path / "june", predictor)
+    assert (len(predictor.seen), _counts(job)) == (3, {"changed": 3})
+    assert _tables(job) == _tables(_run(tmp_path / "fresh", tmp_path / "june"))
+    # Nor is a file that is not there the one of the same name.
+    listed = tmp_path / "list.csv"
+    listed.write_text("\n".join(["path", "june/0.bmp", "july/1.bmp"]))
+    job = _run(tmp_path / "out", listed)
+    assert (job.images, job.failures) == (1, 1)
+
+
+def test_an_image_that_came_late_is_noticed_when_it_changes(images, tmp_path):
+    listed = tmp_path / "list.csv"
+    listed.write_text("\n".join(["path", "in/i00.png", "in/late.png"]))
+    _run(tmp_path / "out", listed)
+    write_image(images / "late.png", 25, 26, 8)
+    assert _run(tmp_path / "out", listed, update=False).failures == 0
+    write_image(images / "late.png", 60, 61, 9)
+    job = _run(tmp_path / "out", listed)
+    assert _tables(job)["instances.parquet"] == _tables(_run(tmp_path / "fresh", listed))["instances.parquet"]
+    # From then on its content is known.
+    assert _run(tmp_path / "out", listed, Dots(stop_after=0)).generation.number == job.generation.number
+
+
+def test_sizes_that_annotations_state_count_too(tmp_path):
+    images = [{"id": i, "file_name": f"{i}.png", "height": 20, "width": 30} for i in range(3)]
+    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [1, 1, 5, 6], "iscrowd": 0} for i in range(3)]
+    for i in range(3):
+        write_image(tmp_path / "data" / "test" / f"{i}.png", 20, 30, i + 40)
+
+    def dataset(**changes):
+        listed = [{**one, **(changes if one["id"] == 1 else {})} for one in images]
+        truth = {"images": listed, "annotations": boxes, "categories": [{"id": 1, "name": "plane"}]}
+        (tmp_path / "data" / "test_coco.json").write_text(json.dumps(truth))
+        return open_dataset(tmp_path / "data", "test", keep=True)
+
+    first = _run(tmp_path / "out", dataset())
+    wrong = _run(tmp_path / "out", dataset(height=50))
+    right = _run(tmp_path / "out", dataset())
+    assert (first.failures, wrong.failures, right.failures) == (0, 1, 0)
+    assert wrong.metrics["AP50"] == _run(tmp_path / "fresh", dataset(height=50)).metrics["AP50"]
+    assert right.metrics == first.metrics
+
+
+def test_where_none_can_be_scored_the_job_stays_what_it_was(images, tmp_path):
+    job = _run(tmp_path / "out", images)
+    before = _tables(job)
+    for path in images.iterdir():
+        path.write_bytes(b"half")
+    with pytest.raises(DataError, match=r"none of 12 images could be scored; .* \(what was there is kept\)"):
+        _run(tmp_path / "out", images)
+    assert _tables(job) == before
+    assert not (job.folder / GONE).exists()
+
+
+def test_what_a_stopped_update_left_under_other_settings_is_not_taken(images, tmp_path):
+    _run(tmp_path / "out", images)
+    folder = tmp_path / "out" / "m-1"
+    for i in range(6):
+        write_image(images / f"n{i}.png", 25, 26, 200 + i)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "out", images, Dots(stop_after=4))
+    left = folder / STAGING
+    shutil.copytree(left, tmp_path / "left")
+    job = _run(tmp_path / "out", images, update=False, fresh=True, score_threshold=0.6)
+    assert not left.exists()
+    shutil.copytree(tmp_path / "left", left)
+    (images / "i00.png").unlink()
+    write_image(images / "o.png", 25, 26, 300)
+    job = _run(tmp_path / "out", images, score_threshold=0.6)
+    assert _tables(job) == _tables(_run(tmp_path / "fresh", images, score_threshold=0.6))
+    # Nor is a piece that is damaged in the way.
+    (left / "pieces" / "000001").mkdir(parents=True)
+    shutil.copy(tmp_path / "left" / "pieces" / "000001" / manifest.MANIFEST, left / "pieces" / "000001")
+    write_image(images / "p.png", 25, 26, 301)
+    assert _counts(_run(tmp_path / "out", images, score_threshold=0.6))["new"] == 1
+
+
+def test_staging_may_lie_behind_a_link(images, tmp_path):
+    job = _run(tmp_path / "out", images)
+    (tmp_path / "larger").mkdir()
+    (job.folder / STAGING).symlink_to(tmp_path / "larger")
+    _change(images)
+    job = _run(tmp_path / "out", images)
+    assert _tables(job) == _tables(_run(tmp_path / "fresh", images))
+    assert not (job.folder / STAGING).is_symlink()
+    assert not (job.folder / manifest.SPENT).exists()
+
+
+def test_nothing_of_an_earlier_generation_stays_beside_a_new_one(images, tmp_path):
+    job = _run(tmp_path / "out", images)
+    for name in (manifest.UNLOGGED, *manifest.LAYERS):
+        (job.folder / name).write_text("of the first generation")
+    write_image(images / "n.png", 25, 26, 7)
+    _run(tmp_path / "out", images)
+    assert not [name for name in (manifest.UNLOGGED, *manifest.LAYERS) if (job.folder / name).exists()]
+
+
+def test_other_output_options_write_the_outputs_anew(images, tmp_path):
+    job = _run(tmp_path / "out", images)
+    (job.folder / LOGGED).write_text(job.outputs)
+    before = (job.folder / "kaggle.csv").read_bytes()
+    other = _run(tmp_path / "out", images, rle="airbus")
+    assert not other.unchanged
+    assert (job.folder / "kaggle.csv").read_bytes() != before
+
+
+def test_an_export_that_meets_an_update_says_so(images, tmp_path, monkeypatch):
+    job = _run(tmp_path / "out", images)
+    write_image(images / "0.png", 25, 26, 3)
+    real = export_module.read_inputs
+
+    def updated(*arguments):
+        inputs = real(*arguments)
+        _run(tmp_path / "out", images)
+        return inputs
+
+    monkeypatch.setattr(export_module, "read_inputs", updated)
+    with pytest.raises(DataError, match="was updated meanwhile"):
+        export_job(job.folder, tmp_path / "more", {"coco"})
+
+
+def test_readers_without_rights_are_told_what_is_the_matter(images, tmp_path, monkeypatch):
+    job = _run(tmp_path / "out", images)
+    write_image(images / "n.png", 25, 26, 7)
+    monkeypatch.setattr(update_module, "complete_update", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "out", images)
+    monkeypatch.undo()
+
+    def refused(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(DataError, match=r"stopped half way and cannot be completed here \(Read-only file system\)"):
+        read_manifest(job.folder)
+    monkeypatch.undo()
+    assert len(read_manifest(job.folder).generations) == 2

@@ -6,6 +6,7 @@ import http.client
 import json
 import shutil
 import threading
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -127,6 +128,47 @@ def test_what_cannot_be_looked_at(scored, tmp_path, monkeypatch):
     refused = CliRunner().invoke(main, ["view", str(tmp_path)])
     assert refused.exit_code == 1
     assert "not the folder of a scoring" in refused.stderr
+
+
+def test_what_cannot_be_judged_is_refused(scored, tmp_path):
+    folder, data = scored
+    shutil.copytree(data, tmp_path / "data")
+    content_of = json.loads((data / "test_coco.json").read_text())
+    for image in content_of["images"]:
+        image["width"] = 99
+        write_image(tmp_path / "data" / "test" / image["file_name"], 80, 99)
+    (tmp_path / "data" / "test_coco.json").write_text(json.dumps(content_of))
+    with pytest.raises(DataError, match="image 'i0' was scored at 90x80, its annotation says 99x80"):
+        Job(folder, str(tmp_path / "data"))
+
+    class Two(Finder):
+        def predict(self, images):
+            return [replace(one, labels=np.ones(len(one), np.int64)) for one in super().predict(images)]
+
+    settings = JobSettings(overlays=0, score_threshold=0.0)
+    dataset = open_dataset(data, "test", keep=True)
+    job = run_job(Two(), "m/2", dataset, tmp_path, settings=settings, progress=lambda r, *_: r)
+    with pytest.raises(DataError, match="knows several classes"):
+        Job(job.folder, str(data))
+    assert len(Job(job.folder).samples) == 4
+
+
+def test_a_job_that_is_updated_meanwhile_is_not_shown_as_it_was(scored, tmp_path):
+    folder = tmp_path / "m-1"
+    shutil.copytree(scored[0], folder)
+    server = serve(Job(folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    assert _get(server.server_address, "/image/0")[0] == 200
+    content_of = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**content_of, "inputs": "others"}))
+    for path in ("/job", "/image/0", "/picture/0"):
+        status, _, said = _get(server.server_address, path)
+        assert (status, said) == (409, b"the job was updated, or is gone: start score view again")
+    server.shutdown()
+    server.server_close()
+    (folder / "errors.parquet").unlink()
+    with pytest.raises(DataError, match=r"errors\.parquet: cannot be read"):
+        Job(folder)
 
 
 @pytest.fixture
