@@ -79,7 +79,8 @@ def card(
         lines += ["", f"**Parts**: {tags['detector']} and {tags['segmenter']}"]
     lines += ["", "**Limits**: " + "; ".join(_limits(tags, spec))]
     if alias:
-        lines += ["", f"**Promoted to {alias}**" + (", by these gates:" if checks else ""), ""]
+        how = ", though gates failed:" if any(not c.passed for c in checks) else ", by these gates:" if checks else ""
+        lines += ["", f"**Promoted to {alias}**{how}", ""]
         rows = [f"| {c.gate} | {c.required} | {c.candidate} | {'passed' if c.passed else 'FAILED'} |" for c in checks]
         lines += ["| gate | required | measured | |", "|---|---|---|---|", *rows] if rows else []
     commit = tags.get("git_commit", "unknown")[:12] + (" with changes" if tags.get("git_changed") == "true" else "")

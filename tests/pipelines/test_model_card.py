@@ -48,6 +48,10 @@ def test_what_is_known_is_said():
     ):
         assert part in text, part
     assert "other" not in text
+    forced = [*checks, Check("AP50", "airfield/test", ">= 0.9", "0.7432", "-", False)]
+    text = card(version, tiled, [version], alias="production", checks=forced)
+    assert "**Promoted to production**, though gates failed:" in text
+    assert "| AP50 | >= 0.9 | 0.7432 | FAILED |" in text
 
 
 def test_seeds_have_their_spread_and_what_is_not_known_is_said_so():
