@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from models.geometry.rescaling import rescaled, weighted
+from models.images.raster import WindowedImage
 from models.images.windows import AnyImage, shrunk
 from models.instances import Instances
 from models.predictor import Predictor
@@ -36,7 +37,7 @@ class Tiled:
         """Planes in images of any sizes, arrays or `WindowedImage`; see `Predictor`."""
         tile_results = self.predict_tiles(images)
         for image in images:
-            if not isinstance(image, np.ndarray):
+            if isinstance(image, WindowedImage):
                 image.check()
         return [self._merged(str(i), image, tile_results[i]) for i, image in enumerate(images)]
 

@@ -54,6 +54,7 @@ class Server:
             def _answer(self, body):
                 path = server.folder / self.path.lstrip("/")
                 server.requests += 1
+                server.command = self.command
                 asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
                 if not path.is_file() or server.fail(server.requests):
                     self.send_response(404 if not path.is_file() else 503)

@@ -260,7 +260,8 @@ def test_a_large_tiff_of_a_web_server_is_scored_by_its_parts(tmp_path, monkeypat
     with rasterio.open(path, "w", **profile, **where, compress="deflate", overviews="none") as file:
         file.write(chance.integers(0, 250, (3, 2300, 2300), dtype=np.uint8))
     server = Server(tmp_path / "in")
-    server.fail = lambda number: number % 100 == 60
+    # Not where it is asked for sizes: fsspec then asks for the whole file, and lets go of it.
+    server.fail = lambda number: number % 100 == 60 and server.command == "GET"
     tables = {}
     for name, data in (("web", f"{server.url}/scene.tif"), ("disk", str(path))):
         predictor = by_tiles(Brightness(), Tiling(size=512, overlap=0.3, zooms=(1.0, 0.5)), "cpu")
