@@ -120,8 +120,8 @@ def _stream(source: RasterSource) -> Iterator[IO[bytes]]:
 class _Elsewhere:
     """rasterio's dataset of a file that is elsewhere; none of the files beside it are looked for.
 
-    rasterio knows by the context how to open such a file and what is beside it, and ends the process in any other one;
-    images are opened in other threads than they are read in, so that all is done in a context of its own.
+    rasterio knows by the context how to open such a file and what is beside it, and fails in any other one; images are
+    opened in other threads than they are read in, so that all is done in a context of its own.
     """
 
     def __init__(self, parts: Parts, driver: str) -> None:

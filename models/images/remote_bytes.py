@@ -18,8 +18,9 @@ from models.images.decoding import RETRIES, RemoteFile
 
 # Bytes that are fetched at least; what is read once is kept in a temporary file without a name.
 BLOCK = 65_536
-# What stores call the mark of a content, or when it was changed.
-MARKS = ("ETag", "etag", "md5Hash", "content_md5", "Last-Modified", "LastModified", "last_modified", "updated", "mtime")
+# What stores call the mark of a content, and the time of the last change.
+CONTENT_MARKS = ("ETag", "etag", "md5Hash", "content_md5")
+TIMES = ("LastModified", "last_modified", "updated", "mtime", "created", "Last-Modified")
 # Smaller files are fetched whole: one request instead of several.
 WORTH_IT = 1_000_000
 
@@ -79,12 +80,11 @@ class RemoteBytes:
 
     def _mark(self, again: bool = False) -> dict[str, Any]:
         """What its store says of the file's content."""
-
         fs = self.source.fs
         # Stores that keep what they know of files (s3fs) are to look anew.
         keeps = "refresh" in inspect.signature(getattr(fs, "_info", fs.info)).parameters
         known = self._asked(lambda: fs.info(self.source.path, **({"refresh": True} if again and keeps else {})))
-        return {name: str(known[name]) for name in ("size", *MARKS) if known.get(name)}
+        return {name: str(known[name]) for name in ("size", *CONTENT_MARKS, *TIMES) if known.get(name)}
 
     def _fetch(self, start: int, end: int) -> None:
         """Have the bytes at hand: neighbouring blocks that are missing are one request."""

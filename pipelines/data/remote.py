@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from models.errors import DataError, one_line
 from models.images import decoding
 from models.images.decoding import IMAGE_SUFFIXES
+from models.images.remote_bytes import CONTENT_MARKS, TIMES
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -27,8 +28,6 @@ CONNECT, SILENCE = 30, 60
 MOST_FAILURES = 3 * ASKING
 # The mark of a file of which nothing is known; it says nothing about whether the file has changed.
 UNREADABLE = "unreadable"
-# What stores call the mark of a content; the first that is there counts.
-CONTENT_MARKS = ("ETag", "etag", "md5Hash", "content_md5")
 
 
 def is_url(where: str | os.PathLike) -> bool:
@@ -152,9 +151,6 @@ class _Patience:
 def _remote_mark(path: UPath) -> str:
     info = path.fs.info(path.path)
     known = [str(info[key]) for key in CONTENT_MARKS if info.get(key)]
-    times = [
-        str(info[key])
-        for key in ("LastModified", "last_modified", "updated", "mtime", "created", "Last-Modified")
-        if info.get(key)
-    ]
+    times = [str(info[key]) for key in TIMES if info.get(key)]
+    # The first that is there counts.
     return " ".join([str(info.get("size")), *(known or times)[:1]])

@@ -12,7 +12,7 @@ from mlflow.entities.model_registry import ModelVersion
 from models.errors import RegistryError
 from models.saved.spec import ModelSpec
 from pipelines.registry.gates import Check
-from pipelines.registry.model_versions import GROUP, Registry
+from pipelines.registry.model_versions import Registry
 from pipelines.tracking.mlflow_runs import store_errors
 
 log = logging.getLogger(__name__)
@@ -41,19 +41,13 @@ def write_card(
     try:
         with store_errors(f"{version.name}/{version.version}: its description cannot be written"):
             current = registry.client.get_model_version(version.name, str(version.version))
-            text = card(current, spec, _group(registry, current), alias=alias, checks=checks)
+            text = card(current, spec, registry.seeds_of(current), alias=alias, checks=checks)
             registry.client.update_model_version(version.name, str(version.version), description=text)
             model = registry.client.get_registered_model(version.name)
             if not model.description:
                 registry.client.update_registered_model(version.name, description=about(spec))
     except RegistryError as error:
         log.info(str(error))
-
-
-def _group(registry: Registry, version: ModelVersion) -> list[ModelVersion]:
-    """The versions that differ from one in their seed alone, itself among them."""
-    group = version.tags.get(GROUP)
-    return [v for v in registry.versions_of(version.name) if v.tags.get(GROUP) == group] if group else [version]
 
 
 def about(spec: ModelSpec) -> str:

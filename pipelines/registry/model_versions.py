@@ -219,6 +219,20 @@ class Registry:
             for other in others:
                 client.delete_registered_model_alias(name, other)
 
+    def seeds_of(self, version: ModelVersion) -> list[ModelVersion]:
+        """The versions that were trained with one, differing in their seed alone; itself where there are no others.
+
+        Of a seed that was trained again the newest, or the version itself: the same seed twice would make the noise look
+        smaller.
+        """
+        group = version.tags.get(GROUP)
+        if group is None:
+            return [version]
+        known = [v for v in self.versions_of(version.name) if v.tags.get(GROUP) == group]
+        by_seed = {v.tags.get("seed"): v for v in sorted(known, key=lambda v: int(v.version))}
+        by_seed[version.tags.get("seed")] = version
+        return list(by_seed.values())
+
     def set_tags(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
         """Set tags of a version that differ from those it has.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlflow
 
-from models.errors import DataError, RegistryError, one_line
+from models.errors import DataError, PlanesError, RegistryError, one_line
 from models.loading import load_model
 from models.runtime.devices import pick_device
 from models.saved.allowed_files import WEIGHTS_FILE
@@ -149,19 +149,20 @@ def _newest_of_each_seed(registry: Registry, members: Sequence[Resolved]) -> lis
     return list(newest.values())
 
 
-def _of_one_group(registry: Registry, version: Resolved) -> list[Resolved]:
-    """All versions that were trained with a version, differing in their seed alone; itself where there are no others.
+def _describe(registry: Registry, candidate: Resolved, alias: str, checks: Sequence[Check]) -> None:
+    """Write the version's card; the alias has moved, whatever becomes of it."""
+    try:
+        write_card(
+            registry, registry.version_of(candidate), read_spec(registry.fetch(candidate)), alias=alias, checks=checks
+        )
+    except PlanesError as error:
+        log.info(f"{candidate.label}: its description was not written ({one_line(error)})")
 
-    Of a seed that was trained again the newest: the same seed twice would make the noise look smaller.
-    """
-    own = registry.version_of(version)
-    group = own.tags.get(GROUP)
-    if group is None:
-        return [version]
-    known = [v for v in registry.versions_of(str(version.name)) if v.tags.get(GROUP) == group]
-    by_seed = {v.tags.get("seed"): str(v.version) for v in sorted(known, key=lambda v: int(v.version))}
-    by_seed[own.tags.get("seed")] = str(own.version)
-    return [registry.resolve(f"{version.name}/{number}") for number in by_seed.values()]
+
+def _of_one_group(registry: Registry, version: Resolved) -> list[Resolved]:
+    """All versions that were trained with a version, differing in their seed alone."""
+    group = registry.seeds_of(registry.version_of(version))
+    return [version] if len(group) == 1 else [registry.resolve(f"{version.name}/{one.version}") for one in group]
 
 
 def main_metric(registry: Registry, version: Resolved) -> str:
@@ -314,8 +315,6 @@ def _decide(
     except RegistryError as error:
         mlflow.set_tags({"decision": "superseded", "reason": str(error)[:4000]})
         raise
-    write_card(
-        registry, registry.version_of(candidate), read_spec(registry.fetch(candidate)), alias=at.alias, checks=checks
-    )
     log.info(f"{candidate.label} is {at.alias} now: {reason}")
+    _describe(registry, candidate, at.alias, checks)
     return Verdict(checks)

@@ -23,6 +23,7 @@ from pipelines.data.remote import UNREADABLE, absolute, to_path
 from pipelines.evaluation.categories import PLANE
 from pipelines.files import flush, replacing
 from scoring.requests import TORCH
+from scoring.writers.layer import FILES as LAYER_FILES
 
 MANIFEST, INPUTS, SHARDS, DONE, LOCK = "manifest.json", "inputs.parquet", "shards", "done.json", ".lock"
 # Of `score --update`: what it works in, the finished generation there that takes the job's place, and results of images
@@ -31,8 +32,6 @@ STAGING, NEWEST, GONE = ".update", "newest", "gone"
 SPENT = ".update.spent"
 # What says which outputs have been written and logged, and the run that logs them, until it is complete.
 LOGGED, UNLOGGED = ".logged", ".run"
-# Map layers that were exported into the job's folder.
-LAYERS = ("planes.gpkg", "planes.parquet")
 
 # All that a job writes beside its manifest; ``.run`` is the MLflow run that is being logged (scoring.jobs.mlflow_log).
 WRITTEN = (
@@ -43,7 +42,7 @@ WRITTEN = (
     "metrics.json",
     UNLOGGED,
     LOGGED,
-    *LAYERS,
+    *LAYER_FILES,
     DONE,
     INPUTS,
 )
@@ -213,7 +212,7 @@ def complete_update(folder: Path) -> None:
         (folder / GONE).mkdir(exist_ok=True)
         os.replace(path, folder / GONE / path.name)
     # Made anew of the new tables, if they can be.
-    for name in ("metrics.json", "kaggle.csv", "coco_results.json", LOGGED, UNLOGGED, *LAYERS):
+    for name in ("metrics.json", "kaggle.csv", "coco_results.json", LOGGED, UNLOGGED, *LAYER_FILES):
         (folder / name).unlink(missing_ok=True)
     # The manifest last: until it is there, all that comes first is done again.
     for path in sorted(newest.glob("*.*"), key=lambda p: p.name == MANIFEST):

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -97,6 +97,7 @@ class _Source:
     """
 
     def __init__(self, folder: Path, *, joined: bool, shard_size: int) -> None:
+        self.folder = folder
         try:
             table = pq.read_table(folder / INPUTS)
             self.inputs = table.to_pydict()
@@ -261,11 +262,12 @@ def _pieces(folder: Path, requested: Manifest) -> list[_Source]:
     for piece in sorted((folder / STAGING / PIECES).glob("[0-9]*"), reverse=True):
         try:
             made = _manifest_of(piece)
-            if differ_in_inputs_alone(made, requested):
-                sources.append(_Source(piece, joined=False, shard_size=made.shard_size))
+            usable = _Source(piece, joined=False, shard_size=made.shard_size)
         except (OSError, ValueError, DataError):
             # Begun and not written to its end, or half removed: its images are scored again.
             continue
+        if differ_in_inputs_alone(made, requested):
+            sources.append(usable)
     return sources
 
 
@@ -345,7 +347,7 @@ def _stage(
     rows = _with_generations(rows, known, main=main, gone=gone, number=number)
     pq.write_table(rows, making / INPUTS, compression="zstd")
     spent = base or totals_of_shards([shard_folder(folder, n) for n in sorted(finished(folder))])
-    pieces = (folder / STAGING / PIECES).glob("[0-9]*")
+    pieces = [piece.folder for piece in _pieces(folder, requested)]
     now = totals_of_shards([shard_folder(p, n) for p in pieces for n in sorted(finished(p))])
     timings: defaultdict[str, float] = defaultdict(float, spent.timings)
     for operation, seconds in now.timings.items():
@@ -382,8 +384,11 @@ def _stage(
 def _tables(known: Sequence[_Known], dataset: Dataset, requested: Manifest) -> Iterator[pa.Table]:
     """The rows of each shard of a job over all inputs."""
     for shard in requested.shards():
-        parts = [known[i].source.rows(known[i].position, dataset.samples[i].image_id) for i in shard]
-        yield pa.concat_tables([SCHEMA.empty_table(), *(part for part in parts if part is not None)]).combine_chunks()
+        yield _joined(known[i].source.rows(known[i].position, dataset.samples[i].image_id) for i in shard)
+
+
+def _joined(parts: Iterable[pa.Table | None]) -> pa.Table:
+    return pa.concat_tables([SCHEMA.empty_table(), *(part for part in parts if part is not None)]).combine_chunks()
 
 
 def _failure(one: _Known, sample: Sample) -> Failure | None:
@@ -412,13 +417,8 @@ def _write_gone(target: Path, left: Sequence[tuple[_Source, int, int]], shard_si
     columns["gone_in"] = [number for *_, number in left]
     pq.write_table(pa.Table.from_pydict(columns, schema=GONE_SCHEMA), target / INPUTS, compression="zstd")
     places = range(0, len(left), shard_size)
-    tables = (_rows_of(left[start : start + shard_size]) for start in places)
+    tables = (_joined(s.rows(i, s.ids[i]) for s, i, _ in left[start : start + shard_size]) for start in places)
     parquet.write_joined(tables, target / INSTANCES, parquet.SCHEMA)
-
-
-def _rows_of(left: Sequence[tuple[_Source, int, int]]) -> pa.Table:
-    parts = [source.rows(i, source.ids[i]) for source, i, _ in left]
-    return pa.concat_tables([SCHEMA.empty_table(), *(part for part in parts if part is not None)]).combine_chunks()
 
 
 def _with_generations(

@@ -27,6 +27,7 @@ NAME = "planes"
 ENDINGS = {"geopackage": ".gpkg", "geoparquet": ".parquet"}
 # The file's name beside the instance table, which has the ending too.
 FILE = "planes"
+FILES = tuple(f"{FILE}{ending}" for ending in ENDINGS.values())
 # Share of the smaller outline, or of both together, from which two detections are of one plane.
 SAME = 0.5
 # Pixels from the border of an image within which a box counts as cut by it.

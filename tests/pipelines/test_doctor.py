@@ -72,6 +72,17 @@ def test_what_is_missing_is_named_with_its_remedy(here, monkeypatch):
     assert (checks["PyTorch"].state, checks["packages"].state) == ("optional", "ok")
 
 
+def test_gpus_are_named_with_their_memory(here, monkeypatch):
+    cuda = pytest.importorskip("torch").cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(cuda, "mem_get_info", lambda number: (60e9 + number * 1e9, 80e9))
+    monkeypatch.setattr(cuda, "get_device_name", lambda number: f"Card {number}")
+    checks = _checks()
+    assert checks["GPU 1"].found == "Card 1, 61 of 80 GB free"
+    assert {checks[f"GPU {n}"].state for n in (0, 1)} == {"ok"}
+
+
 def test_stores_that_answer_and_that_do_not(here, monkeypatch):
     assert _checks()["store"].state == "optional"
     new_store(here / "mlflow.db")

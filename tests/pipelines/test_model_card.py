@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 from mlflow.exceptions import MlflowException
 
+from models.errors import RegistryError
 from models.saved.scores import Scores
 from models.saved.spec import ModelSpec
 from models.tiling.settings import Tiling
 from pipelines.registry.gates import Check
 from pipelines.registry.model_card import LONGEST, about, card, write_card
-from pipelines.registry.model_versions import GROUP
+from pipelines.registry.model_versions import GROUP, Registry
+from pipelines.use_cases.promote import _describe
 
 SPEC = ModelSpec(kind="detector", engine="torchvision", architecture={}, classes=["plane"])
 
@@ -92,7 +94,7 @@ class _Client:
 @pytest.mark.parametrize("refuses", [False, True])
 def test_it_is_written_to_the_version_and_a_refusal_ends_nothing(refuses, caplog):
     client = _Client(refuses)
-    registry = SimpleNamespace(client=client, versions_of=lambda name: [_version(3, **{GROUP: "g"}), _version(4)])
+    registry = SimpleNamespace(client=client, seeds_of=lambda version: [version])
     caplog.set_level("INFO")
     for _ in range(2):
         write_card(registry, _version(), SPEC)
@@ -103,3 +105,22 @@ def test_it_is_written_to_the_version_and_a_refusal_ends_nothing(refuses, caplog
     assert client.written["3"].startswith("Finds planes as boxes.")
     # What somebody wrote about the model stays.
     assert client.about == ["Finds planes as boxes."]
+
+
+def test_a_seed_that_was_trained_again_counts_once():
+    versions = [_version(n, seed=seed, **{GROUP: "g"}) for n, seed in ((1, "0"), (2, "1"), (3, "0"))] + [_version(4)]
+    registry = SimpleNamespace(versions_of=lambda name: versions)
+    assert [v.version for v in Registry.seeds_of(registry, versions[1])] == [3, 2]
+    # The version itself stands for its own seed.
+    assert [v.version for v in Registry.seeds_of(registry, versions[0])] == [1, 2]
+    assert Registry.seeds_of(registry, versions[3]) == [versions[3]]
+
+
+def test_a_version_that_cannot_be_fetched_is_promoted_all_the_same(caplog):
+    def lost(_):
+        raise RegistryError("planes-det/3: its files are gone")
+
+    registry = SimpleNamespace(version_of=lambda _: _version(), fetch=lost)
+    caplog.set_level("INFO")
+    _describe(registry, SimpleNamespace(label="planes-det/3"), "production", [])
+    assert "planes-det/3: its description was not written (planes-det/3: its files are gone)" in caplog.text

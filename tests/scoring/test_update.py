@@ -30,6 +30,8 @@ from scoring.jobs.export import export_job
 from scoring.jobs.job import run_job
 from scoring.jobs.manifest import GONE, LOCK, LOGGED, STAGING, read_manifest
 from scoring.requests import JobSettings
+from scoring.runners.local import LocalRunner
+from scoring.writers import layer
 from tests.conftest import write_image
 from tests.scoring.test_again import FlakyStore, Remote
 
@@ -530,6 +532,8 @@ def test_what_a_stopped_update_left_under_other_settings_is_not_taken(images, tm
         _run(tmp_path / "out", images, Dots(stop_after=4))
     left = folder / STAGING
     shutil.copytree(left, tmp_path / "left")
+    for notes in (tmp_path / "left").rglob("shard.json"):
+        notes.write_text(json.dumps({**json.loads(notes.read_text()), "seconds": 1000.0}))
     job = _run(tmp_path / "out", images, update=False, fresh=True, score_threshold=0.6)
     assert not left.exists()
     shutil.copytree(tmp_path / "left", left)
@@ -537,11 +541,31 @@ def test_what_a_stopped_update_left_under_other_settings_is_not_taken(images, tm
     write_image(images / "o.png", 25, 26, 300)
     job = _run(tmp_path / "out", images, score_threshold=0.6)
     assert _tables(job) == _tables(_run(tmp_path / "fresh", images, score_threshold=0.6))
+    # Nor does its time count.
+    assert job.seconds < 100
     # Nor is a piece that is damaged in the way.
     (left / "pieces" / "000001").mkdir(parents=True)
     shutil.copy(tmp_path / "left" / "pieces" / "000001" / manifest.MANIFEST, left / "pieces" / "000001")
     write_image(images / "p.png", 25, 26, 301)
     assert _counts(_run(tmp_path / "out", images, score_threshold=0.6))["new"] == 1
+
+
+def test_results_that_arrive_in_any_order_are_the_same(images, tmp_path):
+    """As a cluster's do."""
+
+    class Backwards(LocalRunner):
+        def results(self, shards):
+            yield from list(super().results(shards))[::-1]
+
+    settings = JobSettings(shard_size=3, overlays=0, score_threshold=0.0, update=True)
+
+    def run():
+        how = {"settings": settings, "progress": lambda r, *_: r, "runner": Backwards(Dots())}
+        return run_job(Dots(), "m/1", open_dataset(images), tmp_path / "out", **how)
+
+    run()
+    _change(images)
+    assert _tables(run()) == _tables(_run(tmp_path / "fresh", images))
 
 
 def test_staging_may_lie_behind_a_link(images, tmp_path):
@@ -557,11 +581,11 @@ def test_staging_may_lie_behind_a_link(images, tmp_path):
 
 def test_nothing_of_an_earlier_generation_stays_beside_a_new_one(images, tmp_path):
     job = _run(tmp_path / "out", images)
-    for name in (manifest.UNLOGGED, *manifest.LAYERS):
+    for name in (manifest.UNLOGGED, *layer.FILES):
         (job.folder / name).write_text("of the first generation")
     write_image(images / "n.png", 25, 26, 7)
     _run(tmp_path / "out", images)
-    assert not [name for name in (manifest.UNLOGGED, *manifest.LAYERS) if (job.folder / name).exists()]
+    assert not [name for name in (manifest.UNLOGGED, *layer.FILES) if (job.folder / name).exists()]
 
 
 def test_other_output_options_write_the_outputs_anew(images, tmp_path):
