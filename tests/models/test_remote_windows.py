@@ -37,6 +37,7 @@ class Server:
 
     def __init__(self, folder):
         self.folder, self.sent, self.requests, self.ranges, self.fail = folder, 0, 0, True, lambda number: False
+        self.sent_as_parts = 0
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -78,7 +79,9 @@ class Server:
                 self.end_headers()
                 try:
                     for start in range(0, len(content) if body else 0, BLOCK):
-                        server.sent += self.wfile.write(content[start : start + BLOCK])
+                        written = self.wfile.write(content[start : start + BLOCK])
+                        server.sent += written
+                        server.sent_as_parts += written if asked else 0
                 except OSError:
                     # Asked for its size alone, by a request that was not let come to its end.
                     self.close_connection = True
