@@ -67,6 +67,7 @@ CATEGORY = option(ComparisonRequest, "category")
 @GEOJSON
 @option(JobSettings, "workers", default=AUTO)
 @option(JobSettings, "shard_size", "--shard", "shard", type=click.IntRange(1))
+@option(JobSettings, "part_size", type=click.IntRange(1))
 @option(JobSettings, "fresh")
 @option(JobSettings, "update")
 @click.option(
@@ -198,7 +199,8 @@ def _score(models: tuple[str, ...], data: str, *, out: str, split: str, device: 
 
         # A mistake in a name is reported before the libraries are loaded.
         check_exists(data)
-        claim_folder(Path(out))
+        if "://" not in out:
+            claim_folder(Path(out))
 
         from pipelines.registry.model_versions import Registry
         from scoring.use_cases import score
@@ -213,6 +215,7 @@ def _score(models: tuple[str, ...], data: str, *, out: str, split: str, device: 
         geojson=options["geojson"],
         tiling=_tiling(options),
         shard_size=options["shard"],
+        part_size=options["part_size"],
         workers=_auto("workers", options),
         fresh=options["fresh"],
         update=options["update"],

@@ -19,8 +19,10 @@ from pipelines.tracking import mlflow_runs
 from scoring.comparison.compare import Comparison, Scored
 from scoring.comparison.logged_table import LEFT
 from scoring.jobs.job import JobResult, folder_name
-from scoring.jobs.manifest import LOGGED, UNLOGGED, Generation
+from scoring.jobs.manifest import LOGGED, PLAN, UNLOGGED, Generation
 from scoring.jobs.shards import INSTANCES
+from scoring.parts.job import PartsResult
+from scoring.parts.plan import SUMMARY
 
 # Files and folders of a job above one of these stay where they are.
 MOST_BYTES, MOST_FILES = 100_000_000, 1000
@@ -73,6 +75,28 @@ def log_job(
         _log_outputs(job.folder)
     pending.unlink(missing_ok=True)
     write_text(job.folder / LOGGED, job.outputs)
+    return run.info.run_id
+
+
+def log_parts(client: MlflowClient, result: PartsResult, resolved: Resolved, *, params: dict[str, object]) -> str:
+    """Log a job in parts: its plan, its sums and where its tables are, none of the tables; return the run's id."""
+    plan, totals = result.plan, result.totals
+    tags = {"task": "score", "version": plan.label, "metric_prefix": "test/", "layout": "parts"}
+    with mlflow_runs.tracked_run(client, f"score {plan.label} on {plan.data}/{plan.split}", tags) as run:
+        known = {"model": plan.label, "data_digest": plan.inputs, "category": plan.category, "tables": str(result.place)}
+        mlflow_runs.log_params({**params, **known, "parts": plan.parts})
+        mlflow_runs.log_listing(f"{plan.data}/{plan.split}", plan.source, plan.inputs)
+        mlflow_runs.link_model(resolved.model_id)
+        mlflow.log_metrics({"images": totals.images, "instances": totals.instances, "errors": totals.failures})
+        if totals.little:
+            mlflow.log_metric("images_filling_little_of_their_range", totals.little)
+        if totals.seconds:
+            mlflow.log_metrics({"seconds": totals.seconds, "images_per_second": totals.images / totals.seconds})
+        mlflow.log_metric("model_megabytes", result.megabytes)
+        mlflow.log_metrics({f"stage_{name}_seconds": seconds for name, seconds in totals.timings.items()})
+        mlflow.log_metrics({f"peak_{name}_megabytes": megabytes for name, megabytes in result.peaks.items()})
+        for name in (PLAN, SUMMARY):
+            mlflow.log_text(result.place.read(name).decode(), f"scoring/{name}")
     return run.info.run_id
 
 

@@ -63,6 +63,13 @@ class JobSettings:
         metadata={"help": 'Settings of the version\'s tiling to change; {"size": 0} for whole images.'},
     )
     shard_size: int = field(default=32, metadata={"help": "Images written, and after a stop lost, together."})
+    part_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Images of a part, where the job is to lie in parts; by default it does in a URL and from 100,000 "
+            "images on, 4,096 in each."
+        },
+    )
     workers: int | None = field(
         default=None,
         metadata={"help": "Threads that decode images; by default by CPUs and place of the images."},
@@ -123,7 +130,9 @@ class ScoreRequest:
     data: str = field(
         metadata={"help": "Folder, COCO JSON, course JSON, STAC items, image, quoted glob, CSV or parquet list, or a URL."}
     )
-    out: str = field(default="predictions", metadata={"help": "Folder for the outputs, one inside for each version."})
+    out: str = field(
+        default="predictions", metadata={"help": "Folder or URL for outputs, a folder inside for each version."}
+    )
     split: str = field(default="test", metadata=SPLIT)
     scene_pattern: str | None = field(
         default=None, metadata={"help": "Regular expression whose first group is an image's scene."}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from models.errors import DataError, RegistryError
 from models.runtime.devices import Precision, TwinPrecision
@@ -42,14 +43,16 @@ class Conditions:
     Attributes:
         device: of the job.
         precision: the requested one.
-        job: folder of the job.
+        job: folder of the job; None for one in parts.
+        settings: of the job in parts that is there.
         elsewhere: the job runs on machines of which nothing is known here.
         fresh: what is in the folder does not count.
     """
 
     device: str
     precision: str
-    job: Path
+    job: Path | None = None
+    settings: Mapping[str, Any] | None = None
     elsewhere: bool = False
     fresh: bool = False
 
@@ -130,7 +133,11 @@ def _name_of_folder(folder: Path) -> str:
 
 def _held(now: Conditions, setting: str = "runtime") -> str | None:
     """A setting of the job in the folder, if there is one."""
-    if now.fresh or not (now.job / MANIFEST).exists():
+    if now.fresh:
+        return None
+    if now.settings is not None:
+        return str(now.settings[setting])
+    if now.job is None or not (now.job / MANIFEST).exists():
         return None
     try:
         return str(read_manifest(now.job).settings[setting])

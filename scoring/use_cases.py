@@ -15,11 +15,11 @@ from models.images.rendering import parse_rendering
 from models.loading import load_model
 from models.runtime.devices import pick_device
 from models.saved.folder import folder_digest
-from models.saved.scores import Scores
 from models.saved.spec import read_spec
 from models.tiling.predictor import tiling_of
 from pipelines.data.dataset import Dataset
 from pipelines.data.readers.opening import open_dataset
+from pipelines.data.remote import is_url
 from pipelines.evaluation.categories import category_of, common_category
 from pipelines.evaluation.metrics import coco_tables
 from pipelines.registry.model_versions import Registry, Resolved
@@ -29,7 +29,9 @@ from scoring import mlflow_log
 from scoring.comparison.candidates import data_of, file_of, from_job, gather, is_file_of_predictions, is_run
 from scoring.comparison.compare import Candidate, Comparison, Scored, compare, comparison_table, render
 from scoring.comparison.evaluate_file import category_of_file
+from scoring.in_parts import PartsResult, folder_megabytes, listing_in_parts, score_in_parts, scores_of
 from scoring.jobs.job import JobResult, claim_folder, folder_name, run_job
+from scoring.parts.job import clear_parts
 from scoring.requests import LOCAL, ComparisonRequest, Execution, JobSettings, ScoreRequest
 from scoring.runners.local import auto_batch, auto_workers
 from scoring.runners.runner import Runner
@@ -177,20 +179,21 @@ def _same(runs: Sequence[Scored]) -> bool:
     return len({r.digest for r in runs}) == 1
 
 
-def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) -> list[JobResult]:
+def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) -> Sequence[JobResult | PartsResult]:
     """Score a data set with each of the versions; with ground truth measure and compare them.
 
     A job that was interrupted is gone on with, one that is done already is not done again.
 
     Returns:
-        What each version's job left, in the order of the models.
+        What each version's job left, in the order of the models: of jobs in parts the sums, see `scoring.in_parts`.
 
     Raises:
         PlanesError: versions or data that cannot be used, outputs of another job in the folder, or scorings that
             the store did not take (they are kept, and the same call logs them).
     """
     out = Path(request.out)
-    claim_folder(out)
+    if not is_url(request.out):
+        claim_folder(out)
     execution = request.execution
     # A cluster may have what this machine has not.
     elsewhere = execution.address and request.device != "auto"
@@ -198,6 +201,15 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
     # What cannot be had is reported before anything is scored.
     versions = resolve_all(registry, request.models)
     parse_rendering(request.settings.value_range, request.settings.bands)
+    thresholds = [_threshold(request, version, folder) for version, folder in versions]
+    listing = listing_in_parts(request, [version.label for version, _ in versions])
+    if listing is not None:
+        parts = score_in_parts(registry, request, versions, listing, device=device, thresholds=thresholds, display=display)
+        check_logged(parts)
+        log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client)}")
+        return parts
+    for version, _ in versions:
+        clear_parts(out / folder_name(version.label))
     datasets = open_for(versions, request.data, split=request.split, scene_pattern=request.scene_pattern)
     for dataset in {id(d): d for d in datasets}.values():
         log.info(dataset.summary())
@@ -217,7 +229,6 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
         )
         for version, folder in versions
     ]
-    thresholds = [_threshold(request, version, folder) for version, folder in versions]
     runs = [
         score_version(
             registry,
@@ -339,7 +350,7 @@ def score_version(
     Raises:
         PlanesError: the version, the images or the folder cannot be used.
     """
-    settings = replace(settings, scores=_scores(version.label, folder, settings))
+    settings = replace(settings, scores=scores_of(version.label, folder, settings))
     dataset = dataset.rendered(parse_rendering(settings.value_range, settings.bands, read_spec(folder).rendering))
     predictor = load_model(folder, "cpu" if execution.runner == "ray" else device, settings.changes)
     runner = (
@@ -397,16 +408,7 @@ def score_version(
     return scored, job
 
 
-def _scores(label: str, folder: Path, settings: JobSettings) -> Scores | None:
-    """What the version's scores mean; other tiles than its own make other scores."""
-    scores = read_spec(folder).scores
-    if scores is not None and settings.tiling:
-        log.info(f"{label}: no probabilities, and no suggested score: they were learnt with the version's own tiles")
-        return None
-    return scores
-
-
-def check_logged(jobs: Sequence[JobResult]) -> None:
+def check_logged(jobs: Sequence[JobResult | PartsResult]) -> None:
     """Say which scorings the store did not take.
 
     Raises:
@@ -462,8 +464,3 @@ def _tell(job: JobResult) -> None:
     for _, evaluation in job.evaluations:
         if "max_dets" in evaluation.settings:
             log.info(coco_tables(evaluation))
-
-
-def folder_megabytes(folder: Path) -> float:
-    """Size of a saved model in MB (10^6 bytes)."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6

@@ -14,6 +14,8 @@ import pytest
 from filelock import FileLock
 
 if TYPE_CHECKING:
+    import s3fs
+
     from pipelines.registry.model_versions import Registry
 
 # A folder of all processes of this run, where the empty store is made once.
@@ -47,6 +49,29 @@ def new_store(path: Path, artefacts: str = "") -> str:
         )
     connection.close()
     return f"sqlite:///{path}"
+
+
+@contextlib.contextmanager
+def s3_server(bucket: str) -> Iterator[s3fs.S3FileSystem]:
+    """A real HTTP server that speaks S3, with a bucket; fsspec and programs that are started find it."""
+    pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    known = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    known["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in known.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        store = s3fs.S3FileSystem(skip_instance_cache=True)
+        store.mkdir(bucket)
+        yield store
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @contextlib.contextmanager

@@ -208,6 +208,12 @@ def log_dataset(dataset: Dataset, context: str) -> MetaDataset:
     return logged
 
 
+def log_listing(name: str, source: str, digest: str) -> None:
+    """Record images that are known by their names alone as an input of the active run."""
+    listed = MetaDataset(LocalArtifactDatasetSource(source), name=name, digest=digest)  # type: ignore[abstract]
+    mlflow.log_input(listed, context="scoring")
+
+
 def mlflow_dataset(dataset: Dataset) -> MetaDataset:
     """MLflow's form of a data set: name with split, source, digest."""
     source = LocalArtifactDatasetSource(str(dataset.source.resolve() if dataset.source.exists() else dataset.source))

@@ -26,6 +26,8 @@ from scoring.requests import TORCH
 from scoring.writers.layer import FILES as LAYER_FILES
 
 MANIFEST, INPUTS, SHARDS, DONE, LOCK = "manifest.json", "inputs.parquet", "shards", "done.json", ".lock"
+# Of a job in parts (scoring.parts), which has no manifest.
+PLAN = "plan.json"
 # Of `score --update`: what it works in, the finished generation there that takes the job's place, and results of images
 # that are not among the inputs any more.
 STAGING, NEWEST, GONE = ".update", "newest", "gone"
@@ -283,6 +285,11 @@ def read_manifest(folder: Path) -> Manifest:
         default = {"rendering": DEFAULT.model_dump(mode="json"), "runtime": TORCH}
         return held.model_copy(update={"settings": {**default, **held.settings}})
     except FileNotFoundError as error:
+        if (folder / PLAN).exists():
+            raise DataError(
+                f"{folder}: a scoring in parts, whose planes are in {folder}/instances/*.parquet; exports and the viewer "
+                "are of scorings that are not"
+            ) from error
         raise DataError(f"{folder}: not the folder of a scoring (no {MANIFEST})") from error
     except (OSError, ValidationError, ValueError) as error:
         raise DataError(f"{folder / MANIFEST}: damaged or of another release; score with --fresh") from error

@@ -67,7 +67,7 @@ class RayRunner:
     """
 
     def __init__(self, folder: Path, settings: RaySettings) -> None:
-        _import_ray()
+        import_ray()
         self.folder, self.settings = folder, settings
         self._timings: dict[str, float] = {}
         self._peaks: dict[str, float] = {}
@@ -91,11 +91,8 @@ class RayRunner:
         Raises:
             PlanesError: what a local runner raises; the cluster cannot be reached.
         """
-        ray = _import_ray()
-        with _cluster(self.settings.address), _actor_errors():
-            content = ray.put({p.relative_to(self.folder).as_posix(): p.read_bytes() for p in _files(self.folder)})
-            # Pickled by hand the reference holds as long as the cluster: a new actor must find the model too.
-            packed = ray.cloudpickle.dumps(content)
+        with cluster(self.settings.address), actor_errors():
+            packed = packed_model(self.folder)
             for start in range(0, len(shards), MOST_BLOCKS):
                 rows = iter(self._dataset(packed, shards[start : start + MOST_BLOCKS]).iter_rows())
                 # Whoever stops halfway ends Ray's pipeline before its cluster: after it, its end never comes.
@@ -116,25 +113,59 @@ class RayRunner:
             yield position, index, _as_named_here(result, shards[position][index])
 
     def _dataset(self, packed: bytes, shards: Sequence[Sequence[Sample]]) -> Any:
-        ray = _import_ray()
-        resources = ray.cluster_resources()
-        cpus, gpus = resources.get("CPU", 1), resources.get("GPU", 0)
-        on_gpu = self.settings.device != "cpu"
-        if on_gpu and not gpus:
-            raise ModelError(f"device {self.settings.device!r}: the Ray cluster has no GPU; use --device cpu")
-        actors = min(self.settings.actors or int(gpus if on_gpu else max(1, cpus // 2)), len(shards))
-        share = max(1, int(cpus / actors)) if cpus >= actors else cpus / actors
-        # Said here, the number holds in the actors too: with another one results differ in the last bits.
-        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, int(share)))
         items = [{"position": i, "samples": pickle.dumps([_anywhere(s) for s in shard])} for i, shard in enumerate(shards)]
-        return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _Actor,
-            fn_constructor_kwargs={"packed": packed, "settings": self.settings, "threads": threads},
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            num_cpus=share if not on_gpu else 1,
-            num_gpus=1 if on_gpu else None,
-        )
+        dataset = import_ray().data.from_items(items, override_num_blocks=len(items))
+        how = pool(self.settings, len(shards))
+        threads = how.pop("threads")
+        more = {"packed": packed, "settings": self.settings, "threads": threads}
+        return dataset.map_batches(_Actor, fn_constructor_kwargs=more, **how)
+
+
+def packed_model(folder: Path) -> bytes:
+    """A saved model in the object store of the cluster, as actors of now and later take it."""
+    ray = import_ray()
+    content = ray.put({p.relative_to(folder).as_posix(): p.read_bytes() for p in _files(folder)})
+    # Pickled by hand the reference holds as long as the cluster: a new actor must find the model too.
+    return ray.cloudpickle.dumps(content)
+
+
+def pool(settings: RaySettings, most: int) -> dict[str, Any]:
+    """How Ray Data runs actors over blocks of one row, ``most`` at a time; ``threads``: of each actor, for itself.
+
+    Raises:
+        ModelError: a GPU is asked for, and the cluster has none.
+    """
+    ray = import_ray()
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 1), resources.get("GPU", 0)
+    on_gpu = settings.device != "cpu"
+    if on_gpu and not gpus:
+        raise ModelError(f"device {settings.device!r}: the Ray cluster has no GPU; use --device cpu")
+    actors = min(settings.actors or int(gpus if on_gpu else max(1, cpus // 2)), most)
+    share = max(1, int(cpus / actors)) if cpus >= actors else cpus / actors
+    return {
+        # Said here, the number holds in the actors too: with another one results differ in the last bits.
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or max(1, int(share))),
+        "batch_size": 1,
+        "compute": ray.data.ActorPoolStrategy(size=actors),
+        "num_cpus": share if not on_gpu else 1,
+        "num_gpus": 1 if on_gpu else None,
+    }
+
+
+def actor_runner(packed: bytes, settings: RaySettings, threads: int) -> LocalRunner:
+    """What predicts in an actor: the model of `packed_model`, loaded there."""
+    import ray
+
+    set_threads(threads)
+    with tempfile.TemporaryDirectory(prefix="planes-model-") as folder:
+        for name, content in ray.get(ray.cloudpickle.loads(packed)).items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        device = device_in_actor(settings.device)
+        predictor = load_model(folder, device, settings.tiling)
+    return LocalRunner(predictor, device, batch_size=settings.batch_size, workers=settings.workers, kind=settings.precision)
 
 
 def device_in_actor(device: str) -> str:
@@ -146,19 +177,7 @@ class _Actor:
     """Loads the model once, predicts a shard a call."""
 
     def __init__(self, packed: bytes, settings: RaySettings, threads: int) -> None:
-        import ray
-
-        set_threads(threads)
-        with tempfile.TemporaryDirectory(prefix="planes-model-") as folder:
-            for name, content in ray.get(ray.cloudpickle.loads(packed)).items():
-                path = Path(folder) / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
-            device = device_in_actor(settings.device)
-            predictor = load_model(folder, device, settings.tiling)
-        self.runner = LocalRunner(
-            predictor, device, batch_size=settings.batch_size, workers=settings.workers, kind=settings.precision
-        )
+        self.runner = actor_runner(packed, settings, threads)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         out: dict[str, list[Any]] = {"position": [], "results": []}
@@ -188,7 +207,12 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
-def _import_ray() -> Any:
+def import_ray() -> Any:
+    """Ray.
+
+    Raises:
+        EngineMissing: it is not installed.
+    """
     # Ray reports its use to its makers by default, and warns of what Ray Data
     # itself does, that its actors' arguments lie in the object store.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -202,8 +226,13 @@ def _import_ray() -> Any:
 
 
 @contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
-    ray = _import_ray()
+def cluster(address: str | None) -> Iterator[None]:
+    """A Ray cluster: the running one of an address, one in this machine, or the one that this process is connected to.
+
+    Raises:
+        ModelError: it cannot be started or reached.
+    """
+    ray = import_ray()
     if ray.is_initialized():
         yield
         return
@@ -236,7 +265,7 @@ def _check_reachable(address: str | None) -> None:
 
 
 @contextmanager
-def _actor_errors() -> Iterator[None]:
+def actor_errors() -> Iterator[None]:
     """Raise errors of actors as if they had been raised here."""
     import ray
 

@@ -164,7 +164,7 @@ def test_a_job_that_fails_ends_the_pipeline_before_the_cluster_and_at_once(model
         yield next(results)
         raise ZeroDivisionError("odd data")
 
-    monkeypatch.setattr(ray_runner, "_cluster", cluster)
+    monkeypatch.setattr(ray_runner, "cluster", cluster)
     monkeypatch.setattr(RayRunner, "_dataset", lambda *_: SimpleNamespace(iter_rows=rows))
     monkeypatch.setattr("ray.put", lambda content: content)
     with pytest.raises(ZeroDivisionError, match="odd data") as caught:

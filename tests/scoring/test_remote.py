@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from importlib.util import find_spec
 
 import fsspec
 import numpy as np
@@ -33,6 +32,7 @@ from scoring.requests import JobSettings
 from tests.conftest import write_image
 from tests.models.test_remote_windows import Server
 from tests.scoring.test_job import Brightness
+from tests.stores import s3_server
 
 
 @pytest.fixture(scope="module")
@@ -49,27 +49,11 @@ def local(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bucket(local):
     """The same files in a bucket of a real HTTP server that speaks S3."""
-    if find_spec("moto") is None or find_spec("s3fs") is None:
-        pytest.skip("moto[server] and s3fs are not installed")
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    known = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    known["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in known.items():
-            patch.setenv(name, value)
-        store = s3fs.S3FileSystem(skip_instance_cache=True)
-        store.mkdir("scenes")
+    with s3_server("scenes") as store:
         for path in local.rglob("*"):
             if path.is_file():
                 store.put(str(path), f"scenes/photos/{path.relative_to(local).as_posix()}")
         yield store
-    server.stop()
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture

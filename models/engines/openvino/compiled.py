@@ -9,6 +9,8 @@ import shutil
 import time
 from pathlib import Path
 
+from models.runtime.cache import cache_base
+
 KEPT_DAYS = 30
 BLOB, DIGEST = ".blob", ".sha256"
 # Held while a network is compiled.
@@ -17,9 +19,7 @@ LOCK = ".lock"
 
 def compiled_folder() -> Path:
     """Where compiled networks are kept: ``compiled`` in ``PLANES_CACHE``, or in ``planes`` of the user's cache folder."""
-    given = os.environ.get("PLANES_CACHE")
-    base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "planes"
-    return base / "compiled"
+    return cache_base() / "compiled"
 
 
 def open_cache(key: str) -> Path | None:

@@ -69,8 +69,7 @@ def open_dataset(
                 return _read_json_file(
                     candidate, split, category=category, scene_pattern=scene_pattern, keep=keep, name=path.resolve().name
                 )
-        _check_split(path, split)
-        folder = path / split if (path / split).is_dir() else path
+        folder = images_of(path, split)
         return _plain(list_images(folder), folder, split=split, category=category, scene_pattern=scene_pattern)
     if path.is_file():
         return _plain([path], path, split=split, category=category, scene_pattern=scene_pattern)
@@ -78,6 +77,21 @@ def open_dataset(
         files = sorted(Path(p) for p in glob.glob(str(where), recursive=True) if Path(p).is_file())
         return _plain(files, path, split=split, category=category, scene_pattern=scene_pattern)
     raise DataError(f"{where}: no such file or folder")
+
+
+def has_annotations(folder: Path, split: str) -> bool:
+    """Whether a data set folder has a file with the annotations of a split."""
+    return any(candidate.is_file() for candidate in _annotation_files(folder, split))
+
+
+def images_of(folder: Path, split: str) -> Path:
+    """Where the images of a split are that has no annotations: in a folder of its name, else in the folder itself.
+
+    Raises:
+        DataError: the folder has splits, and none of this name.
+    """
+    _check_split(folder, split)
+    return folder / split if (folder / split).is_dir() else folder
 
 
 def splits_of(folder: Path) -> list[str]:
@@ -159,8 +173,12 @@ def _listed(path: AnyPath) -> list[AnyPath]:
         raise DataError(f"{path}: not a readable list ({one_line(error, 160)})") from error
     if "path" not in table.columns:
         raise DataError(f"{path}: no column 'path'; it has: {', '.join(map(str, table.columns))}")
-    named = [str(one) for one in table["path"].dropna()]
-    return [to_path(one) if is_url(one) or Path(one).is_absolute() else path.parent / one for one in named]
+    return [listed_path(path, str(one)) for one in table["path"].dropna()]
+
+
+def listed_path(path: AnyPath, named: str) -> AnyPath:
+    """The file that a list names; relative names start at the list's own folder."""
+    return to_path(named) if is_url(named) or Path(named).is_absolute() else path.parent / named
 
 
 def _plain(files: Sequence[AnyPath], where: AnyPath, *, split: str, category: str, scene_pattern: str | None) -> Dataset:

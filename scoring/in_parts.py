@@ -1,0 +1,211 @@
+"""Versions scored in parts: what `score` does over lists that memory need not hold, and into object stores."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from models.errors import DataError, one_line
+from models.images.rendering import parse_rendering
+from models.loading import load_model
+from models.runtime.cache import cache_base
+from models.saved.folder import folder_digest
+from models.saved.scores import Scores
+from models.saved.spec import read_spec
+from pipelines.data.readers.listing import Listing, open_listing
+from pipelines.data.remote import is_url, to_path
+from pipelines.evaluation.categories import category_of
+from pipelines.evaluation.inference import is_segmenter
+from pipelines.registry.model_versions import Registry, Resolved
+from pipelines.use_cases.display import SILENT, Display, pass_through
+from scoring import mlflow_log
+from scoring.jobs.job import decisive_settings, folder_name
+from scoring.jobs.manifest import PLAN
+from scoring.parts.job import SCRATCH, LocalParts, PartRunner, PartsResult, held, planned, run_parts, working_folder
+from scoring.parts.on_ray import RayParts
+from scoring.parts.place import Place
+from scoring.parts.plan import read_plan
+from scoring.requests import JobSettings, ScoreRequest
+from scoring.runners.local import LocalRunner, auto_batch, auto_workers
+from scoring.runners.ray_runner import RaySettings
+from scoring.runtimes import Conditions, choose_runtime
+
+log = logging.getLogger(__name__)
+
+# Images from which a job lies in parts, and those of a part where none is asked for.
+MOST_WHOLE, PART_SIZE = 100_000, 4_096
+
+
+def listing_in_parts(request: ScoreRequest, labels: Sequence[str]) -> Listing | None:
+    """What is to be scored in parts; None for a job as small ones are.
+
+    Jobs lie in parts in a URL, where ``part_size`` is given, where the folder holds one, and from 100,000 images on.
+
+    Raises:
+        DataError: parts are wanted of images that are annotated, or of a single one; or an update.
+    """
+    places = [_place(request.out, label) for label in labels]
+    begun = any(place.local is not None and (place.local / PLAN).exists() for place in places)
+    wanted = is_url(request.out) or request.settings.part_size is not None or (begun and not request.settings.fresh)
+    listing = open_listing(request.data, request.split)
+    if listing is None:
+        if wanted:
+            raise DataError(
+                f"{request.data}: annotated, or a single image; jobs in parts are over images without annotations: name a "
+                "folder, a list or a glob, and an --out of this machine for the rest"
+            )
+        return None
+    if not wanted and not listing.has_more_than(MOST_WHOLE):
+        return None
+    if request.settings.update:
+        raise DataError(f"{request.out}: --update: jobs in parts have none yet; score what is new into another --out")
+    return listing
+
+
+def score_in_parts(
+    registry: Registry,
+    request: ScoreRequest,
+    versions: Sequence[tuple[Resolved, Path]],
+    listing: Listing,
+    *,
+    device: str,
+    thresholds: Sequence[float],
+    display: Display = SILENT,
+) -> list[PartsResult]:
+    """Score a listing with each of the versions; see `scoring.use_cases.score`."""
+    return [
+        _score(
+            registry,
+            replace(request, settings=replace(request.settings, score_threshold=threshold)),
+            version,
+            folder,
+            listing=listing,
+            device=device,
+            display=display,
+        )
+        for (version, folder), threshold in zip(versions, thresholds, strict=True)
+    ]
+
+
+def _place(out: str, label: str) -> Place:
+    return Place(to_path(out) / folder_name(label))
+
+
+def _score(
+    registry: Registry,
+    request: ScoreRequest,
+    version: Resolved,
+    folder: Path,
+    *,
+    listing: Listing,
+    device: str,
+    display: Display,
+) -> PartsResult:
+    place = _place(request.out, version.label)
+    fresh = request.settings.fresh
+    there = None if fresh else read_plan(place)
+    now = Conditions(
+        device=device,
+        precision=request.settings.precision,
+        settings=there.settings if there else None,
+        elsewhere=bool(request.execution.address),
+        fresh=fresh,
+    )
+    chosen = choose_runtime(registry, version, folder, runtime=request.runtime, now=now)
+    settings = replace(request.settings, runtime=chosen.name, precision=chosen.precision or request.settings.precision)
+    settings = replace(settings, scores=scores_of(version.label, folder, settings))
+    on_ray = request.execution.runner == "ray"
+    predictor = load_model(chosen.folder, "cpu" if on_ray else device, settings.changes)
+    if is_segmenter(predictor):
+        raise DataError(f"{version.label}: outlines given boxes, which images without annotations have not")
+    rendering = parse_rendering(settings.value_range, settings.bands, read_spec(chosen.folder).rendering)
+    part = settings.part_size or (there.part_size if there else PART_SIZE)
+    requested: dict[str, Any] = {
+        "label": version.label,
+        "model": folder_digest(chosen.folder)[:16],
+        "settings": decisive_settings(predictor, rendering, settings, device),
+        "data": Path(listing.where.rstrip("/")).name or listing.where,
+        "source": listing.where if is_url(listing.where) else os.path.abspath(listing.where),
+        "split": request.split,
+        "category": category_of(folder, version.label, measured=False),
+        # Whole shards, so that the batches are those of any other cut.
+        "part_size": -(-part // settings.shard_size) * settings.shard_size,
+        "shard_size": settings.shard_size,
+    }
+    cache = cache_base() / "scoring"
+    with held(place):
+        plan = planned(place, listing, requested, fresh=request.settings.fresh, cache=cache)
+        when = f", listed {plan.planned}; --fresh lists them anew" if there else ""
+        log.info(f"{plan.data}: {plan.images:,} images in {plan.parts:,} parts of {plan.part_size}{when}")
+        how = RaySettings(
+            device=device,
+            batch_size=settings.batch_size or auto_batch(device),
+            workers=settings.workers or auto_workers(device, plan.dataset(place, 0)),
+            precision=settings.precision,
+            tiling=settings.changes,
+            address=request.execution.address,
+            actors=request.execution.actors,
+        )
+        runner: PartRunner
+        if on_ray:
+            runner = RayParts(chosen.folder, how, place, plan, settings)
+        else:
+            local = LocalRunner(predictor, device, batch_size=how.batch_size, workers=how.workers, kind=how.precision)
+            runner = LocalParts(local, place, plan, settings, working_folder(place, SCRATCH, cache))
+        # On a terminal Ray shows its own bars.
+        progress = pass_through if on_ray and sys.stderr.isatty() else display.items
+        result = run_parts(place, plan, runner, progress)
+    result.megabytes = folder_megabytes(chosen.folder)
+    _tell(result)
+    params = {k: v for k, v in settings.__dict__.items() if k != "scores"} | request.execution.__dict__
+    params |= {"batch_size": how.batch_size, "device": device, "data": plan.source, "part_size": plan.part_size}
+    params |= {"range": rendering.range, "bands": rendering.bands or "auto"}
+    _log(registry, result, version, params)
+    return result
+
+
+def _log(registry: Registry, result: PartsResult, version: Resolved, params: dict[str, Any]) -> None:
+    try:
+        run_id = mlflow_log.log_parts(registry.client, result, version, params=params)
+        log.info(f"   outputs in {result.place}, run {run_id}")
+    except Exception as error:
+        if os.environ.get("PLANES_TRACEBACK"):
+            raise
+        # What was scored is there; a store that is away must not keep the next model from being scored.
+        result.unlogged = one_line(error, 200)
+        log.info(f"   outputs in {result.place}; NOT LOGGED: {result.unlogged}")
+
+
+def _tell(result: PartsResult) -> None:
+    totals = result.totals
+    errors = f", {totals.failures} failed (see {result.place}/errors)" if totals.failures else ""
+    errors += f", {result.resumed} of them scored before" if result.resumed else ""
+    speed = f"{totals.seconds:.1f} s, {totals.images / max(totals.seconds, 1e-9):.3g} images/s"
+    log.info(f"{result.plan.label}: {totals.instances} planes in {totals.images} images{errors}, {speed}")
+    timings = ", ".join(f"{k} {v:.1f} s" for k, v in sorted(totals.timings.items(), key=lambda s: -s[1]))
+    peaks = ", ".join(f"peak {kind.replace('_', ' ')} {megabytes:,.0f} MB" for kind, megabytes in result.peaks.items())
+    log.info(f"   {timings or 'no operations timed'}; {peaks or 'no work'}")
+    if totals.little:
+        log.info(
+            f"   {totals.little} images fill less than an eighth of the range that they are read with (first: "
+            f"{totals.first_little}): too dark or pale for the model? See --range"
+        )
+
+
+def scores_of(label: str, folder: Path, settings: JobSettings) -> Scores | None:
+    """What the version's scores mean; other tiles than its own make other scores."""
+    scores = read_spec(folder).scores
+    if scores is not None and settings.tiling:
+        log.info(f"{label}: no probabilities, and no suggested score: they were learnt with the version's own tiles")
+        return None
+    return scores
+
+
+def folder_megabytes(folder: Path) -> float:
+    """Size of a saved model in MB (10^6 bytes)."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6

@@ -1,0 +1,308 @@
+"""A job in parts: planned once, scored part by part by whoever runs it, counted by the marks of the parts that are done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from models.errors import DataError, OutputError, one_line
+from models.instances import Instances
+from pipelines.data.readers.listing import Listing
+from pipelines.data.remote import ASKING
+from pipelines.progress import Progress, pass_through
+from scoring.jobs.manifest import LOCK, MANIFEST, PLAN
+from scoring.jobs.manifest import clear as clear_job
+from scoring.jobs.shards import Totals
+from scoring.parts.part import Mark, read_mark, score_part
+from scoring.parts.place import Place
+from scoring.parts.plan import DONE, ERRORS, INPUTS, INSTANCES, SUMMARY, Plan, file_of, numbers_of, read_plan
+from scoring.parts.planning import plan_images
+from scoring.reader import Failure
+from scoring.requests import JobSettings
+from scoring.runners.runner import Runner, ShardResult
+
+# What a job in parts works in, in its folder or, where that is an object store, in the user's cache.
+PLANNING, SCRATCH = ".planning", ".parts"
+
+
+@dataclass
+class PartsResult:
+    """What a job in parts left.
+
+    Attributes:
+        place: where it is.
+        plan: what it is over.
+        totals: sums over all parts.
+        resumed: images of parts that had been scored before.
+        peaks: highest memory in MB by kind.
+        megabytes: size of the saved model.
+        unlogged: why the tracking store did not take it.
+    """
+
+    place: Place
+    plan: Plan
+    totals: Totals
+    resumed: int = 0
+    peaks: dict[str, float] = field(default_factory=dict)
+    megabytes: float = math.nan
+    unlogged: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Of the version."""
+        return self.plan.label
+
+    @property
+    def images(self) -> int:
+        """How many were predicted."""
+        return self.totals.images
+
+    @property
+    def failures(self) -> int:
+        """Images that could not be read or predicted."""
+        return self.totals.failures
+
+
+class PartRunner(Protocol):
+    """Scores parts and publishes them, here or elsewhere."""
+
+    def run(self, numbers: Mapping[int, Mark | None], bar: Bar) -> Generator[tuple[int, Mark], None, None]:
+        """Score parts; those with a mark are done but for images to try again. Each comes out when it is published."""
+        ...
+
+    def peak_megabytes(self) -> dict[str, float]:
+        """See `scoring.runners.runner.Runner`."""
+        ...
+
+
+class Bar:
+    """One progress bar over many parts, some of which come image by image and others whole."""
+
+    def __init__(self, progress: Progress, total: int, title: str) -> None:
+        self._waiting: deque[ShardResult] = deque()
+        self._shown = iter(progress(self._feed(), total, title))
+        self.shown = 0
+
+    def _feed(self) -> Iterator[ShardResult]:
+        while self._waiting:
+            yield self._waiting.popleft()
+
+    def of_part(self, items: Iterable[ShardResult], total: int, title: str) -> Iterator[ShardResult]:
+        """The progress of one part, image by image; a `Progress`."""
+        for item in items:
+            self.advance(item)
+            yield item
+
+    def advance(self, item: ShardResult) -> None:
+        """One more image is done."""
+        self.shown += 1
+        self._waiting.append(item)
+        next(self._shown, None)
+
+    def whole(self, totals: Totals, shown: int = 0) -> None:
+        """All images of a part are done, of which some are shown already."""
+        failed: ShardResult = (0, 0, Failure("", "", "", ""))
+        unseen = [failed] * totals.failures + [(0, 0, Instances.empty("", 1, 1))] * totals.images
+        for item in unseen[shown:]:
+            self.advance(item)
+
+    def close(self) -> None:
+        """No more come."""
+        next(self._shown, None)
+
+
+class LocalParts:
+    """Scores parts in this process, one after the other."""
+
+    def __init__(self, runner: Runner, place: Place, plan: Plan, settings: JobSettings, scratch: Path) -> None:
+        self.runner, self.place, self.plan, self.settings, self.scratch = runner, place, plan, settings, scratch
+
+    def run(self, numbers: Mapping[int, Mark | None], bar: Bar) -> Generator[tuple[int, Mark], None, None]:
+        """See `PartRunner`."""
+        for number, mark in numbers.items():
+            shown = bar.shown
+            done = score_part(
+                self.runner,
+                self.place,
+                self.plan,
+                number,
+                scratch=self.scratch / file_of(number, ""),
+                settings=self.settings,
+                progress=pass_through if mark else bar.of_part,
+                again=mark,
+            )
+            if mark is None:
+                bar.whole(done.totals, bar.shown - shown)
+            yield number, done
+        if self.scratch.is_dir() and not any(self.scratch.iterdir()):
+            self.scratch.rmdir()
+
+    def peak_megabytes(self) -> dict[str, float]:
+        """See `PartRunner`."""
+        return self.runner.peak_megabytes()
+
+
+def planned(
+    place: Place, listing: Listing, requested: dict[str, Any], *, fresh: bool = False, cache: Path | None = None
+) -> Plan:
+    """The plan of a place: the one that is there, if it is of the same job, or a new one.
+
+    What was listed once stays the list of the job: images that have come since are not among it.
+
+    Args:
+        requested: fields of the plan that decide the rows.
+        cache: folder to work in where the place is an object store.
+
+    Raises:
+        DataError: the place holds another job, or the images cannot be listed.
+        OutputError: the place cannot be written.
+    """
+    if fresh:
+        clear(place)
+    held = read_plan(place)
+    if held is None:
+        _refuse_others(place)
+        staging = working_folder(place, PLANNING, cache)
+        listed = plan_images(listing, staging, requested["part_size"])
+        plan = Plan(
+            **requested,
+            inputs=listed.digest,
+            images=listed.images,
+            planned=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        there = set(place.names(plan.folder))
+        waiting = [file_of(n) for n in range(plan.parts) if file_of(n) not in there]
+        with ThreadPool(ASKING if place.local is None else 1) as pool:
+            for _ in pool.imap_unordered(lambda n: place.publish(f"{plan.folder}/{n}", listed.folder / n), waiting):
+                pass
+        place.create(PLAN, (plan.model_dump_json(indent=2) + "\n").encode())
+        shutil.rmtree(staging, ignore_errors=True)
+        # That of whoever was first, where two have planned at once.
+        held = read_plan(place)
+        assert held is not None
+    differing = held.refusal(requested)
+    if differing:
+        raise DataError(f"{place}: holds a scoring with {differing}; name another --out, or --fresh to score anew")
+    return held
+
+
+def working_folder(place: Place, name: str, cache: Path | None) -> Path:
+    """Where a job works on this machine: in its own folder, or in one of the cache that belongs to its URL."""
+    if place.local is not None:
+        return place.local / name
+    assert cache is not None
+    return cache / hashlib.sha256(str(place).encode()).hexdigest()[:16] / name
+
+
+def run_parts(place: Place, plan: Plan, runner: PartRunner, progress: Progress) -> PartsResult:
+    """Score the parts that are not done, and try images again that could not be had; return the sums.
+
+    Raises:
+        DataError: no image could be scored.
+        OutputError: the place cannot be written.
+    """
+    done = sorted(numbers_of(place.names(DONE)) & set(range(plan.parts)))
+    with ThreadPool(ASKING if place.local is None else 1) as pool:
+        marks = dict(zip(done, pool.map(lambda n: read_mark(place, n), done), strict=True))
+    pending: dict[int, Mark | None] = {n: None for n in range(plan.parts) if n not in marks}
+    left = sum(map(plan.size, pending))
+    again = {n: mark for n, mark in marks.items() if mark.again}
+    try:
+        bar = Bar(progress, left, f"scoring with {plan.label}")
+        with closing(runner.run({**again, **pending}, bar)) as results:
+            for number, mark in results:
+                marks[number] = mark
+        bar.close()
+    except OSError as error:
+        raise OutputError(
+            f"{place}: cannot be written ({error.strerror or one_line(error)}); what is done is kept, call again"
+        ) from error
+    totals = sums(marks[n].totals for n in range(plan.parts))
+    if not totals.images:
+        raise DataError(f"none of {plan.images} images could be scored; see {place}/{ERRORS}")
+    place.write(SUMMARY, (json.dumps({"parts": plan.parts, **asdict(totals)}, indent=2) + "\n").encode())
+    return PartsResult(place, plan, totals, resumed=plan.images - left, peaks=runner.peak_megabytes())
+
+
+def sums(totals: Iterable[Totals]) -> Totals:
+    """Totals of several together."""
+    whole = Totals(0, 0, 0, 0.0, False)
+    timings: dict[str, float] = {}
+    for one in totals:
+        whole = replace(
+            whole,
+            images=whole.images + one.images,
+            instances=whole.instances + one.instances,
+            failures=whole.failures + one.failures,
+            seconds=whole.seconds + one.seconds,
+            masks=whole.masks or one.masks,
+            little=whole.little + one.little,
+            first_little=whole.first_little or one.first_little,
+        )
+        for operation, seconds in one.timings.items():
+            timings[operation] = timings.get(operation, 0.0) + seconds
+    return replace(whole, timings=timings)
+
+
+@contextmanager
+def held(place: Place) -> Iterator[None]:
+    """Hold a folder of this machine while a job runs; in an object store two that score the same write the same bytes.
+
+    Raises:
+        OutputError: another process is scoring there, or it cannot be written.
+    """
+    try:
+        if place.local is not None:
+            place.local.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.local / LOCK, timeout=0) if place.local is not None else nullcontext():
+            yield
+    except Timeout as error:
+        raise OutputError(f"{place}: another score is writing there; wait for it or name another --out") from error
+
+
+def clear(place: Place) -> None:
+    """Remove what a job in parts left there, the plan first: a stop leaves nothing that is taken for a job."""
+    plan = read_plan_or_none(place)
+    place.remove(PLAN)
+    if place.local is not None and (place.local / MANIFEST).exists():
+        place.remove(MANIFEST)
+        clear_job(place.local)
+    for name in (*((plan.folder,) if plan else ()), DONE, INSTANCES, ERRORS, INPUTS, SUMMARY, SCRATCH, PLANNING):
+        place.remove(name)
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove a job in parts from a folder of this machine, for one that does not lie in parts; nothing where there is none.
+
+    Raises:
+        OutputError: it cannot be removed.
+    """
+    if (folder / PLAN).exists():
+        clear(Place(folder))
+
+
+def read_plan_or_none(place: Place) -> Plan | None:
+    """The plan of a place, None also where it is damaged."""
+    try:
+        return read_plan(place)
+    except DataError:
+        return None
+
+
+def _refuse_others(place: Place) -> None:
+    if place.local is not None and (place.local / MANIFEST).exists():
+        raise DataError(
+            f"{place}: holds a scoring that is not in parts; name another --out, leave out --part-size, or --fresh"
+        )

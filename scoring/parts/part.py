@@ -1,0 +1,111 @@
+"""One part of a job: a job of its own while it is scored, published where the parts lie, and counted by a mark."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.data.dataset import Dataset
+from pipelines.files import write_text
+from pipelines.progress import Progress
+from scoring.jobs.completing import complete
+from scoring.jobs.manifest import DONE as DONE_MARK
+from scoring.jobs.manifest import INPUTS as INPUT_TABLE
+from scoring.jobs.manifest import MANIFEST, input_rows
+from scoring.jobs.retry import FOR_NOW, failed_before
+from scoring.jobs.shards import ERRORS as ERROR_TABLE
+from scoring.jobs.shards import INSTANCES as INSTANCE_TABLE
+from scoring.jobs.shards import Totals, write_totals
+from scoring.parts.place import Place
+from scoring.parts.plan import DONE, ERRORS, INPUTS, INSTANCES, Plan, file_of
+from scoring.requests import JobSettings
+from scoring.runners.runner import Runner
+from scoring.writers import parquet
+
+# What is published of a part, by the folder that it goes to; the mark in DONE comes last.
+TABLES = {INSTANCES: INSTANCE_TABLE, ERRORS: ERROR_TABLE, INPUTS: INPUT_TABLE}
+
+
+class Mark(NamedTuple):
+    """What says that a part is done: its sums, and how many of its images could not be had and may be had later."""
+
+    totals: Totals
+    again: int = 0
+
+
+def read_mark(place: Place, number: int) -> Mark:
+    """The mark of a part that is done."""
+    content = json.loads(place.read(f"{DONE}/{file_of(number, '.json')}"))
+    return Mark(Totals(**content["totals"]), content["again"])
+
+
+def score_part(
+    runner: Runner,
+    place: Place,
+    plan: Plan,
+    number: int,
+    *,
+    scratch: Path,
+    settings: JobSettings,
+    progress: Progress,
+    again: Mark | None = None,
+) -> Mark:
+    """Score the images of a part, or go on where a kill stopped that, publish its tables and then its mark.
+
+    Args:
+        scratch: folder of this part alone, on this machine; removed at the end.
+        again: of a part that is done: only images that could not be had are tried again.
+
+    Raises:
+        DataError: the plan is damaged.
+        OutputError: the place cannot be written.
+        OSError: the scratch cannot be written.
+    """
+    dataset = plan.dataset(place, number)
+    manifest = plan.manifest(dataset)
+    text = manifest.model_dump_json()
+    if not (scratch / MANIFEST).exists() or (scratch / MANIFEST).read_text() != text:
+        # Another part, or files that have changed since: what is there is of no use.
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        if again is not None:
+            for folder, name in ((INSTANCES, INSTANCE_TABLE), (ERRORS, ERROR_TABLE)):
+                (scratch / name).write_bytes(place.read(f"{folder}/{file_of(number)}"))
+            write_totals(scratch / DONE_MARK, again.totals)
+        write_text(scratch / MANIFEST, text)
+    before = parquet.read_failures(scratch / ERROR_TABLE) if again is not None else []
+    if again is not None and not failed_before(scratch, manifest, dataset):
+        shutil.rmtree(scratch, ignore_errors=True)
+        return again
+    _, totals = complete(runner, manifest, scratch, dataset, settings=settings, progress=progress, held=None)
+    _write_inputs(place, number, scratch, dataset, again=None if again is None else {f.image_id for f in before})
+    failures = parquet.read_failures(scratch / ERROR_TABLE)
+    mark = Mark(totals, sum(f.kind in FOR_NOW for f in failures))
+    for folder, name in TABLES.items():
+        place.publish(f"{folder}/{file_of(number)}", scratch / name)
+    content = {"totals": asdict(mark.totals), "again": mark.again}
+    place.write(f"{DONE}/{file_of(number, '.json')}", (json.dumps(content) + "\n").encode())
+    shutil.rmtree(scratch, ignore_errors=True)
+    return mark
+
+
+def _write_inputs(place: Place, number: int, scratch: Path, dataset: Dataset, again: set[str] | None) -> None:
+    """The list of the part's images with the marks of their files before they were scored.
+
+    Args:
+        again: ids of the images that were tried again; None where all were scored.
+    """
+    rows = input_rows(dataset)
+    if again is not None:
+        earlier = pq.read_table(io.BytesIO(place.read(f"{INPUTS}/{file_of(number)}")))["digest"].to_pylist()
+        now = zip(rows["image_id"].to_pylist(), rows["digest"].to_pylist(), earlier, strict=True)
+        digests = pa.array([new if image_id in again else old for image_id, new, old in now], pa.string())
+        rows = rows.set_column(rows.schema.get_field_index("digest"), "digest", digests)
+    pq.write_table(rows, scratch / INPUT_TABLE, compression="zstd")

@@ -1,0 +1,152 @@
+"""Where a job in parts lies: a folder of this machine, of a disk that machines share, or of an object store."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from models.errors import OutputError, one_line
+from pipelines.data.remote import AnyPath, to_path
+from pipelines.files import flush, replacing, write_bytes
+
+
+class Place:
+    """Files by name (``folder/file``), each there whole or not at all, whoever writes it.
+
+    Attributes:
+        path: of the job's folder.
+        local: its path in this machine's file system; None for an object store.
+    """
+
+    def __init__(self, path: AnyPath | str) -> None:
+        self.path = to_path(path) if isinstance(path, str) else path
+        self.local = self.path if isinstance(self.path, Path) else None
+
+    def __truediv__(self, name: str) -> Place:
+        """A folder inside."""
+        return Place(self.path / name)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files directly in a folder, sorted; none where it does not exist.
+
+        Raises:
+            OutputError: the store cannot be reached.
+        """
+        if self.local is not None:
+            inside = self.local / folder
+            return sorted(n for n in os.listdir(inside) if not n.startswith(".")) if inside.is_dir() else []
+        with self._reached():
+            try:
+                entries = self._fs.ls(self._key(folder), detail=True, refresh=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+            except TypeError:
+                # Not every file system remembers what it has listed.
+                entries = self._fs.ls(self._key(folder), detail=True)
+        return sorted(e["name"].rsplit("/", 1)[-1] for e in entries if e["type"] == "file")
+
+    def read(self, name: str) -> bytes:
+        """A file's content.
+
+        Raises:
+            FileNotFoundError: there is none.
+            OutputError: the store cannot be reached.
+        """
+        if self.local is not None:
+            return (self.local / name).read_bytes()
+        with self._reached():
+            return bytes(self._fs.cat_file(self._key(name)))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, in place of an earlier one.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with self._reached():
+            if self.local is not None:
+                write_bytes(self.local / name, content)
+            else:
+                self._fs.pipe_file(self._key(name), content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file that does not exist yet; False where it does, also when two do so at once.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with self._reached():
+            try:
+                if self.local is None:
+                    self._fs.pipe_file(self._key(name), content, mode="create")
+                    return True
+                with replacing(self.local / f"{name}.new", shared=True, durable=True) as temporary:
+                    temporary.write_bytes(content)
+                    os.link(temporary, self.local / name)
+            except FileExistsError:
+                return False
+            (self.local / f"{name}.new").unlink(missing_ok=True)
+            flush(self.local)
+            return True
+
+    def publish(self, name: str, file: Path) -> None:
+        """Put a file of this machine there, in place of an earlier one; the file itself stays.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with self._reached():
+            if self.local is None:
+                self._fs.put_file(str(file), self._key(name))
+                return
+            with replacing(self.local / name, shared=True, durable=True) as temporary:
+                shutil.copyfile(file, temporary)
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder with all in it; nothing happens where there is none.
+
+        Raises:
+            OutputError: it cannot be removed.
+        """
+        with self._reached():
+            if self.local is None:
+                if self._fs.exists(self._key(name)):
+                    self._fs.rm(self._key(name), recursive=True)
+                return
+            target = self.local / name
+            if target.is_symlink() or target.is_file():
+                target.unlink()
+            elif target.exists():
+                shutil.rmtree(target)
+
+    @property
+    def _fs(self):  # type: ignore[no-untyped-def]
+        assert not isinstance(self.path, Path)
+        return self.path.fs
+
+    def _key(self, name: str) -> str:
+        assert not isinstance(self.path, Path)
+        return f"{self.path.path.rstrip('/')}/{name}"
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, FileExistsError, NotADirectoryError):
+            raise
+        except OSError as error:
+            why = error.strerror or one_line(error, 160)
+            raise OutputError(f"{self}: cannot be written ({why}); what is done is kept, call again") from error
+        except Exception as error:
+            if self.local is not None:
+                raise
+            # botocore's and aiohttp's errors have no common kind.
+            raise OutputError(
+                f"{self}: the store does not answer ({one_line(error, 160)}); what is done is kept, call again"
+            ) from error

@@ -1,0 +1,521 @@
+"""Jobs in parts: planned on disk, scored and published part by part, with the rows of a job that is not in parts."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import duckdb
+import fsspec
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+from filelock import FileLock
+
+from models.errors import DataError, OutputError
+from models.images.rendering import DEFAULT
+from pipelines.data.readers.listing import open_listing
+from pipelines.data.readers.opening import open_dataset
+from scoring.jobs import shards
+from scoring.jobs.job import decisive_settings, run_job
+from scoring.jobs.manifest import LOCK, PLAN, read_manifest
+from scoring.parts import job as parts_job
+from scoring.parts import planning
+from scoring.parts.job import SCRATCH, LocalParts, clear_parts, held, planned, run_parts, working_folder
+from scoring.parts.place import Place
+from scoring.parts.plan import read_plan
+from scoring.parts.planning import plan_images
+from scoring.requests import JobSettings
+from scoring.runners.local import LocalRunner
+from tests.conftest import write_image
+from tests.scoring.bad_files import write_bad_files
+from tests.scoring.test_job import Brightness
+from tests.stores import s3_server
+
+COUNT = 28
+SETTINGS = JobSettings(shard_size=3, score_threshold=0.0, overlays=0)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Twenty small images, some files that are none, and two that share a name but for the ending."""
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(20):
+        write_image(folder / f"i {i:02} ü.png", 20 + i % 4, 30, i)
+    shutil.copy(folder / "i 03 ü.png", folder / "i 04 ü.PNG")
+    write_bad_files(folder, 7)
+    assert len(list(folder.iterdir())) == COUNT
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """Instances and errors of a job over them that is not in parts."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_job(Brightness(), "m/1", open_dataset(images), folder, settings=SETTINGS, progress=lambda r, *_: r)
+    return [pq.read_table(folder / "m-1" / f"{name}.parquet").to_pylist() for name in ("instances", "errors")]
+
+
+def _requested(images, settings=SETTINGS, **more):
+    decisive = decisive_settings(Brightness(), DEFAULT, settings, "cpu")
+    known = {"label": "m/1", "model": "aa", "settings": decisive, "data": "in", "source": str(images), "split": "test"}
+    return {**known, "category": "plane", "part_size": 6, "shard_size": settings.shard_size, **more}
+
+
+def _run(place, images, predictor=None, progress=lambda r, *_: r, fresh=False, cache=None, **more):
+    place = place if isinstance(place, Place) else Place(place)
+    with held(place):
+        plan = planned(place, open_listing(images), _requested(images, **more), fresh=fresh, cache=cache)
+        runner = LocalRunner(predictor or Brightness())
+        local = LocalParts(runner, place, plan, SETTINGS, working_folder(place, SCRATCH, cache))
+        return run_parts(place, plan, local, progress)
+
+
+def _rows(place):
+    """Instances and errors of the parts that are there, in their order."""
+    place = place if isinstance(place, Place) else Place(place)
+    tables = []
+    for name in ("instances", "errors"):
+        files = place.names(name)
+        tables.append([row for file in files for row in pq.read_table(_opened(place, f"{name}/{file}")).to_pylist()])
+    return tables
+
+
+def _opened(place, name):
+    return pa.BufferReader(place.read(name))
+
+
+def test_the_rows_are_those_of_a_job_that_is_not_in_parts(images, whole, tmp_path):
+    result = _run(tmp_path / "out", images)
+    assert _rows(tmp_path / "out") == whole
+    assert (result.images, result.failures) == (len(whole[0]), len(whole[1]))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name != LOCK) == sorted(
+        ["done", "errors", "inputs", "instances", PLAN, result.plan.folder, "summary.json"]
+    )
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["parts"], summary["images"], summary["failures"]) == (5, len(whole[0]), len(whole[1]))
+    # What other programs read as one table.
+    ids = [row["image_id"] for row in whole[0]]
+    assert pd.read_parquet(tmp_path / "out" / "instances")["image_id"].tolist() == ids
+    assert pads.dataset(tmp_path / "out" / "instances").to_table()["image_id"].to_pylist() == ids
+    found = duckdb.sql(f"SELECT image_id, score FROM '{tmp_path}/out/instances/*.parquet' ORDER BY image_id").fetchall()
+    assert found == sorted((row["image_id"], row["score"]) for row in whole[0])
+    inputs = pads.dataset(tmp_path / "out" / "inputs").to_table()
+    assert inputs["image_id"].to_pylist() == [s.image_id for s in open_dataset(images).samples]
+    assert inputs["digest"].to_pylist() == open_dataset(images).file_digests()
+
+
+@pytest.mark.soak
+def test_spark_reads_the_tables(images, whole, tmp_path, monkeypatch):
+    if shutil.which("java") is None:
+        pytest.skip("Spark needs Java")
+    sql = pytest.importorskip("pyspark.sql", reason="pyspark is not installed")
+    _run(tmp_path / "out", images)
+    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+    builder = sql.SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false")
+    session = builder.config("spark.driver.host", "127.0.0.1").config("spark.driver.bindAddress", "127.0.0.1").getOrCreate()
+    try:
+        table = session.read.parquet(str(tmp_path / "out" / "instances"))
+        rows = {(row["image_id"], row["score"]) for row in table.select("image_id", "score").collect()}
+    finally:
+        session.stop()
+    assert rows == {(row["image_id"], row["score"]) for row in whole[0]}
+
+
+def test_stopped_at_every_image_and_called_again_it_ends_the_same(images, whole, tmp_path):
+    for stop in (0, 1, 4, 9, 14, 19):
+        out = tmp_path / f"at{stop}"
+        first = Brightness(stop)
+        with pytest.raises(KeyboardInterrupt):
+            _run(out, images, first)
+        # What is there already is that of whole parts.
+        rows, done = _rows(out), Place(out).names("done")
+        assert rows[0] == whole[0][: len(rows[0])]
+        assert len(done) == len(Place(out).names("instances"))
+        second = Brightness()
+        result = _run(out, images, second)
+        assert _rows(out) == whole
+        # At most a shard is lost.
+        assert first.seen + second.seen <= len(whole[0]) + 3
+        assert result.resumed == sum(result.plan.size(n) for n in range(len(done)))
+    third = Brightness()
+    assert _run(out, images, third).resumed == result.plan.images
+    assert third.seen == 0
+
+
+@pytest.mark.parametrize("name", ["instances", "errors", "inputs", "done"])
+def test_a_stop_between_the_files_of_a_part_leaves_it_undone(images, whole, tmp_path, monkeypatch, name):
+    write, publish = Place.write, Place.publish
+
+    def failing(method):
+        def call(self, file, *more):
+            if file.startswith(f"{name}/part-000002"):
+                raise KeyboardInterrupt
+            return method(self, file, *more)
+
+        return call
+
+    monkeypatch.setattr(Place, "write", failing(write))
+    monkeypatch.setattr(Place, "publish", failing(publish))
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "out", images)
+    assert Place(tmp_path / "out").names("done") == ["part-000000.json", "part-000001.json"]
+    monkeypatch.undo()
+    second = Brightness()
+    _run(tmp_path / "out", images, second)
+    assert _rows(tmp_path / "out") == whole
+    # The part was scored already; only the ones after it are scored now.
+    assert second.seen == len(_rows(tmp_path / "out")[0]) - sum(
+        json.loads((tmp_path / "out" / "done" / f"part-00000{n}.json").read_text())["totals"]["images"] for n in range(3)
+    )
+
+
+def test_what_was_listed_stays_the_list_until_it_is_listed_anew(images, tmp_path):
+    mine = tmp_path / "in"
+    shutil.copytree(images, mine)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "out", mine, Brightness(8))
+    write_image(mine / "a new one.png", 20, 30, 9)
+    assert _run(tmp_path / "out", mine).plan.images == COUNT
+    again = _run(tmp_path / "out", mine, fresh=True)
+    assert again.plan.images == COUNT + 1
+    assert [p.name for p in (tmp_path / "out").glob("plan-*")] == [again.plan.folder]
+    assert _rows(tmp_path / "out")[0][0]["image_id"] == "a new one"
+
+
+def test_another_job_is_not_mixed_in(images, tmp_path):
+    _run(tmp_path / "out", images)
+    before = _rows(tmp_path / "out")
+    for more, why in (
+        ({"model": "bb"}, "model aa, not bb"),
+        ({"part_size": 9}, "part_size 6, not 9"),
+        ({"source": "elsewhere"}, f"source {images}, not elsewhere"),
+        ({"settings": JobSettings(shard_size=3, score_threshold=0.5)}, "score_threshold 0.0, not 0.5"),
+    ):
+        with pytest.raises(DataError, match=re.escape(f"holds a scoring with {why}; name another --out, or --fresh")):
+            _run(tmp_path / "out", images, **more)
+    assert _rows(tmp_path / "out") == before
+    with pytest.raises(DataError, match=r"a scoring in parts, whose planes are in .*/instances/\*\.parquet"):
+        read_manifest(tmp_path / "out")
+    (tmp_path / "out" / PLAN).write_text("{")
+    with pytest.raises(DataError, match=r"plan\.json: damaged or of another release; score with --fresh"):
+        _run(tmp_path / "out", images)
+    _run(tmp_path / "out", images, fresh=True)
+    assert _rows(tmp_path / "out") == before
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    clear_parts(tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [LOCK, "notes.txt"]
+
+
+def test_a_folder_of_a_job_that_is_not_in_parts_is_not_used(images, whole, tmp_path):
+    run_job(Brightness(), "m/1", open_dataset(images), tmp_path, settings=SETTINGS, progress=lambda r, *_: r)
+    with pytest.raises(DataError, match="holds a scoring that is not in parts"):
+        _run(tmp_path / "m-1", images)
+    _run(tmp_path / "m-1", images, fresh=True)
+    assert _rows(tmp_path / "m-1") == whole
+    assert not {"manifest.json", "inputs.parquet", "done.json"} & {p.name for p in (tmp_path / "m-1").iterdir()}
+
+
+def test_one_process_at_a_time_scores_into_a_folder(images, tmp_path):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / LOCK), pytest.raises(OutputError, match="another score is writing there"):
+        _run(tmp_path / "out", images)
+
+
+def test_images_that_could_not_be_had_are_tried_again_and_no_others(images, tmp_path):
+    mine = tmp_path / "in"
+    shutil.copytree(images, mine)
+    listing = tmp_path / "list.csv"
+    paths = [*sorted(mine.glob("i *.png"))[:10], mine / "later.png", mine / "never.png"]
+    pd.DataFrame({"path": paths}).to_csv(listing, index=False)
+    first = Brightness()
+    _run(tmp_path / "out", listing, first)
+    failed = [row["image_id"] for row in _rows(tmp_path / "out")[1]]
+    assert failed == ["later", "never"]
+    kept = _rows(tmp_path / "out")[0]
+    marks = pads.dataset(tmp_path / "out" / "inputs").to_table().to_pylist()
+    nothing = Brightness()
+    _run(tmp_path / "out", listing, nothing)
+    assert nothing.seen == 0
+    # An image whose row stays has the mark that it was scored with.
+    write_image(paths[-3], 50, 50, 3)
+    write_image(mine / "later.png", 20, 30, 77)
+    second = Brightness()
+    result = _run(tmp_path / "out", listing, second)
+    assert second.seen == 1
+    assert (result.images, result.failures) == (11, 1)
+    rows = _rows(tmp_path / "out")
+    assert [row for row in rows[0] if row["image_id"] != "later"] == kept
+    assert [row["image_id"] for row in rows[1]] == ["never"]
+    after = pads.dataset(tmp_path / "out" / "inputs").to_table().to_pylist()
+    assert [row["image_id"] for row, old in zip(after, marks, strict=True) if row["digest"] != old["digest"]] == ["later"]
+
+
+def test_files_that_change_while_a_part_is_scored_do_not_mix(tmp_path):
+    for i in range(8):
+        write_image(tmp_path / "in" / f"{i}.png", 20, 30, i)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "out", tmp_path / "in", Brightness(4))
+    # Of the part that was not finished, a shard is on disk.
+    assert list((tmp_path / "out" / SCRATCH / "part-000000" / "shards").iterdir())
+    write_image(tmp_path / "in" / "0.png", 40, 40, 99)
+    second = Brightness()
+    _run(tmp_path / "out", tmp_path / "in", second)
+    assert second.seen == 8
+    assert _rows(tmp_path / "out")[0][0]["height"] == 40
+
+
+def test_all_images_failing_is_an_error(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(5):
+        (tmp_path / "in" / f"{i}.png").write_bytes(b"none")
+    with pytest.raises(DataError, match=r"none of 5 images could be scored; see .*/out/errors"):
+        _run(tmp_path / "out", tmp_path / "in")
+
+
+def test_the_bar_counts_every_image_once(images, tmp_path):
+    counted = []
+
+    def progress(items, total, title):
+        counted.append([total, 0])
+        for item in items:
+            counted[-1][1] += 1
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "out", images, Brightness(11), progress)
+    parts = len(Place(tmp_path / "out").names("done"))
+    _run(tmp_path / "out", images, progress=progress)
+    assert parts == 2
+    assert counted[0][0] == COUNT
+    assert counted[1][0] == counted[1][1] == COUNT - 6 * parts
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Pieces of three paths."""
+    monkeypatch.setattr(planning, "PIECE", 3)
+
+
+def _planned(listing, staging, part_size=4):
+    listed = plan_images(listing, staging, part_size)
+    rows = [row for file in sorted(listed.folder.iterdir()) for row in pq.read_table(file).to_pylist()]
+    assert len(rows) == listed.images
+    return listed, [(row["image_id"], row["path"]) for row in rows]
+
+
+def test_images_are_named_as_data_sets_name_them(cut, tmp_path):
+    draw = random.Random(0)
+    for number in range(40):
+        folder = tmp_path / str(number)
+        names = set()
+        for _ in range(draw.randrange(1, 14)):
+            below = draw.choice(["", "", "a/", "b/", "b/c/", "a-b/"])
+            names.add(f"{below}{draw.choice('xyz')}{draw.choice(['', '1', '.v2'])}{draw.choice(['.png', '.jpg', '.TIF'])}")
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        paths = draw.sample(sorted(names), len(names))
+        if number % 2:
+            pd.DataFrame({"path": paths}).to_csv(folder / "list.csv", index=False)
+            where = folder / "list.csv"
+        else:
+            where = folder / "**" / "*.*"
+        try:
+            expected = [(s.image_id, str(s.path)) for s in open_dataset(where).samples]
+        except DataError as error:
+            with pytest.raises(DataError, match=re.escape(str(error).partition(": ")[2])):
+                _planned(open_listing(where), tmp_path / "staging" / str(number))
+            continue
+        found = _planned(open_listing(where), tmp_path / "staging" / str(number))[1]
+        # Globs are sorted by folder there, by path here.
+        assert found == (expected if number % 2 else sorted(expected, key=lambda pair: pair[1]))
+
+
+def test_a_clash_of_names_and_an_image_twice_are_refused(cut, tmp_path):
+    for name in ("a.png", "a.jpg", "a.png.tif"):
+        (tmp_path / name).touch()
+    for opened in (open_dataset, lambda where: plan_images(open_listing(where), tmp_path.with_name("staging"), 4)):
+        with pytest.raises(DataError, match=r"image 'a\.png' appears 2 times; image names must be unique"):
+            opened(tmp_path)
+    pd.DataFrame({"path": ["a.png", "b.png", "c.png", "a.png"]}).to_parquet(tmp_path / "list.parquet")
+    with pytest.raises(DataError, match=r"image '.*a\.png' appears 2 times"):
+        plan_images(open_listing(tmp_path / "list.parquet"), tmp_path / "staging", 4)
+
+
+def test_lists_that_cannot_be_used_say_why(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: no images there"):
+        plan_images(open_listing(tmp_path / "empty"), tmp_path / "staging", 4)
+    for name, write in (("other.csv", pd.DataFrame.to_csv), ("other.parquet", pd.DataFrame.to_parquet)):
+        write(pd.DataFrame({"file": ["a.png"]}), tmp_path / name, index=False)
+        with pytest.raises(DataError, match=rf"{name}: no column 'path'; it has: file"):
+            open_listing(tmp_path / name).has_more_than(5)
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00none")
+        with pytest.raises(DataError, match=rf"{name}: not a readable list"):
+            open_listing(tmp_path / name).has_more_than(5)
+
+
+def test_listings_are_what_data_sets_are_made_of(images, tmp_path):
+    assert [Path(p).name for p in sorted(open_listing(images).stream(0, ""))] == [
+        s.path.name for s in open_dataset(images).samples
+    ]
+    assert open_listing(images).has_more_than(COUNT - 1)
+    assert not open_listing(images).has_more_than(COUNT)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "a.png").touch()
+    (tmp_path / "test" / "b.txt").touch()
+    (tmp_path / "test" / "c.png").mkdir()
+    assert list(open_listing(tmp_path, "test").stream(0, "")) == [str(tmp_path / "test" / "a.png")]
+    with pytest.raises(DataError, match="no split 'trian'"):
+        open_listing(tmp_path, "trian")
+    (tmp_path / "test_coco.json").write_text("{}")
+    assert open_listing(tmp_path, "test") is None
+    assert open_listing(tmp_path / "test_coco.json") is None
+    assert open_listing(tmp_path / "test" / "a.png") is None
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "folder"])
+def test_a_listing_that_was_stopped_goes_on(kind, cut, tmp_path):
+    names = [f"{i:02}.png" for i in range(20)]
+    (tmp_path / "in").mkdir()
+    for name in names:
+        (tmp_path / "in" / name).touch()
+    where = tmp_path / "in"
+    if kind != "folder":
+        where = where / f"list.{kind}"
+        frame = pd.DataFrame({"path": names[::-1]})
+        frame.to_csv(where, index=False) if kind == "csv" else frame.to_parquet(where)
+    expected = _planned(open_listing(where), tmp_path / "whole")
+    listing = open_listing(where)
+    for stop in range(0, 20, 2):
+        seen = []
+
+        def stopping(done, last, stop=stop, seen=seen):
+            yield from islice(listing.stream(done, last), max(0, stop - done))
+            raise KeyboardInterrupt
+
+        staging = tmp_path / f"at{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            plan_images(replace(listing, stream=stopping), staging, 4)
+
+        def counting(done, last, seen=seen):
+            for path in listing.stream(done, last):
+                seen.append(path)
+                yield path
+
+        again = _planned(replace(listing, stream=counting), staging)
+        assert again[1] == expected[1]
+        assert again[0].digest == expected[0].digest
+        assert len(seen) == (20 if kind == "folder" else 20 - stop // 3 * 3)
+    # What is left of another listing is not taken for this one's.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "z.png").touch()
+    assert [pair[0] for pair in _planned(open_listing(tmp_path / "other"), staging)[1]] == ["z"]
+
+
+def test_a_plan_that_is_stopped_while_it_is_written_is_written_again(images, whole, tmp_path, monkeypatch):
+    for target in ("publish", "create"):
+        original = getattr(Place, target)
+        calls = []
+
+        def stopping(self, *arguments, calls=calls, original=original, target=target):
+            calls.append(arguments)
+            if len(calls) == 3 or target == "create":
+                raise DataError("stopped")
+            return original(self, *arguments)
+
+        monkeypatch.setattr(Place, target, stopping)
+        with pytest.raises(DataError, match="stopped"):
+            _run(tmp_path / target, images)
+        assert read_plan(Place(tmp_path / target)) is None
+        monkeypatch.undo()
+        _run(tmp_path / target, images)
+        assert _rows(tmp_path / target) == whole
+        assert not (tmp_path / target / ".planning").exists()
+
+
+def test_of_two_that_plan_at_once_the_first_decides(images, tmp_path, monkeypatch):
+    place, create = Place(tmp_path / "out"), Place.create
+
+    def second(self, name, content):
+        create(self, name, content.replace(b'"planned": "', b'"planned": "first '))
+        return create(self, name, content)
+
+    monkeypatch.setattr(Place, "create", second)
+    assert _run(place, images).plan.planned.startswith("first ")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.name.startswith("plan")) == sorted(
+        [PLAN, read_plan(place).folder]
+    )
+
+
+def test_into_a_bucket_and_from_it(images, whole, tmp_path):
+    with s3_server("jobs") as store:
+        for path in images.iterdir():
+            store.put(str(path), f"jobs/in/{path.name}")
+        store.pipe("jobs/in/deeper/one.png", b"")
+        place = Place("s3://jobs/out/m-1")
+        with pytest.raises(KeyboardInterrupt):
+            _run(place, "s3://jobs/in", Brightness(8), cache=tmp_path / "cache")
+        assert Place("s3://jobs/out/m-1").names("done") == ["part-000000.json"]
+        second = Brightness()
+        result = _run(place, "s3://jobs/in", second, cache=tmp_path / "cache")
+        assert 8 + second.seen <= len(whole[0]) + 3
+        assert result.resumed == 6
+        rows = _rows(place)
+        assert rows[0] == whole[0]
+        without_path = [{**row, "path": "", "message": ""} for row in whole[1]]
+        assert [row["image_id"] for row in rows[1]] == [row["image_id"] for row in without_path]
+        assert not place.create(PLAN, b"{}")
+        assert place.create("new.json", b"{}")
+        table = pads.dataset("jobs/out/m-1/instances", filesystem=store).to_table()
+        assert table["score"].to_pylist() == [row["score"] for row in whole[0]]
+        glob = open_listing("s3://jobs/in/**/*.png")
+        expected = sorted(f"s3://jobs/{p}" for p in ["in/deeper/one.png", *(f"in/{p.name}" for p in images.glob("*.png"))])
+        assert list(glob.stream(0, "")) == expected
+        assert list(glob.stream(5, expected[4])) == expected[5:]
+        assert list(open_listing("s3://jobs/in/deeper/one.png").stream(0, "")) == ["s3://jobs/in/deeper/one.png"]
+        for nothing in ("s3://jobs/nothing", "s3://absent/x"):
+            with pytest.raises(DataError, match=f"{nothing}: no such file or folder"):
+                list(open_listing(nothing).stream(0, ""))
+        parts_job.clear(place)
+        assert store.find("jobs/out") == ["jobs/out/m-1/new.json"]
+
+
+def test_a_store_that_does_not_answer_is_one_line(images, tmp_path, monkeypatch):
+    place = Place("memory://out/m-1")
+    file_system = fsspec.filesystem("memory")
+
+    def failing(*_, **__):
+        raise ConnectionError("refused")
+
+    _run(place, images, cache=tmp_path)
+    monkeypatch.setattr(type(file_system), "ls", failing)
+    with pytest.raises(OutputError, match=r"memory://.*out/m-1: .*refused.*; what is done is kept, call again"):
+        _run(place, images, cache=tmp_path)
+    monkeypatch.undo()
+    file_system.rm("/out", recursive=True)
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(images, whole, tmp_path, monkeypatch):
+    real = shards.write_shard
+
+    def full(folder, number, *arguments, **named):
+        if "part-000001" in str(folder):
+            raise OSError(28, "No space left on device")
+        return real(folder, number, *arguments, **named)
+
+    monkeypatch.setattr("scoring.jobs.completing.write_shard", full)
+    with pytest.raises(OutputError, match=r"No space left on device\); what is done is kept, call again"):
+        _run(tmp_path / "out", images)
+    monkeypatch.undo()
+    assert Place(tmp_path / "out").names("done") == ["part-000000.json"]
+    _run(tmp_path / "out", images)
+    assert _rows(tmp_path / "out") == whole

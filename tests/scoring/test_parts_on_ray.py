@@ -1,0 +1,128 @@
+"""Jobs in parts on a Ray cluster of two nodes, into a bucket: the rows of the local runner, whatever is killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.data.readers.opening import open_dataset
+from scoring.jobs.job import run_job
+from scoring.parts.place import Place
+from scoring.requests import JobSettings
+from tests.conftest import write_image
+from tests.scoring.bad_files import write_bad_files
+from tests.scoring.test_ray import model
+from tests.stores import new_store, s3_server
+
+__all__ = ["model"]
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray (the extra 'ray') is not installed"),
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.soak,
+]
+
+# Enough for a test; with PLANES_RAY_IMAGES=2000 PLANES_RAY_KILLS=20 it is a job of some minutes.
+IMAGES, KILLS = (int(os.environ.get(f"PLANES_RAY_{name}", few)) for name, few in (("IMAGES", 120), ("KILLS", 2)))
+
+
+@contextmanager
+def _two_nodes():
+    """A cluster of two nodes with a CPU each, beside a head without any."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        cluster.wait_for_nodes()
+        yield cluster, nodes
+    finally:
+        cluster.shutdown()
+
+
+def _workers():
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            found += [process] if "MapWorker" in " ".join(process.cmdline()) else []
+    return found
+
+
+def test_two_nodes_fill_a_bucket_while_node_actor_and_driver_are_killed(model, tmp_path, monkeypatch):
+    from models.loading import load_model
+
+    images = tmp_path / "in"
+    for i in range(IMAGES):
+        write_image(images / f"{i:05}.png", 64, 64 + 16 * (i % 3), i)
+    write_bad_files(images, 4)
+    how = JobSettings(shard_size=4, overlays=0, score_threshold=0.0)
+    run_job(load_model(model, "cpu"), "m", open_dataset(images), tmp_path, settings=how, progress=lambda r, *_: r)
+    expected = [pq.read_table(tmp_path / "m" / f"{name}.parquet").to_pylist() for name in ("instances", "errors")]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_store(tmp_path / "mlflow.db"))
+    draw, killed = random.Random(0), []
+    with s3_server("jobs"), _two_nodes() as (cluster, nodes):
+        place = Place(f"s3://jobs/out/{model.name}")
+        command = [
+            sys.executable,
+            "-m",
+            "scoring.cli",
+            "--model",
+            str(model),
+            "--data",
+            str(images),
+            "--out",
+            "s3://jobs/out",
+        ]
+        command += [
+            "--runner",
+            "ray",
+            "--ray-address",
+            cluster.address,
+            "--actors",
+            "2",
+            "--part-size",
+            "8",
+            "--shard",
+            "4",
+        ]
+        command += ["--score-threshold", "0"]
+        for attempt in range(KILLS + 1):
+            driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            before, deadline = len(place.names("done")), time.monotonic() + 600
+            # Some parts further each time: a kill before the first one says nothing.
+            while driver.poll() is None and len(place.names("done")) < before + draw.randrange(1, 4):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            if driver.poll() is None and attempt in (0, KILLS):
+                victims = _workers()
+                assert victims
+                os.kill(victims[0].pid, signal.SIGKILL)
+                killed.append("actor")
+            if driver.poll() is None and attempt == KILLS:
+                cluster.remove_node(nodes[0], allow_graceful=False)
+                killed.append("node")
+            elif driver.poll() is None:
+                driver.kill()
+                killed.append("driver")
+            out, _ = driver.communicate(timeout=600)
+        assert driver.returncode == 0, out
+        assert killed.count("driver") == KILLS
+        assert {"actor", "node"} <= set(killed)
+        rows = []
+        for name in ("instances", "errors"):
+            files = [place.read(f"{name}/{file}") for file in place.names(name)]
+            rows.append(pa.concat_tables(pq.read_table(pa.BufferReader(file)) for file in files).to_pylist())
+        assert rows == expected
+        assert "peak memory" in out
