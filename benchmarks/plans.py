@@ -3,7 +3,8 @@
 Two lists of generated names: a parquet file, and a bucket whose server (this file's own, on loopback) lists keys as
 Amazon's ListObjectsV2 does and holds no object. Each is planned in a process of its own, once undisturbed, and once
 killed with SIGKILL while it lists and called again: both must end in the same plan. The yardstick is what jobs that do
-not lie in parts do with a list: `open_dataset` of a tenth of it.
+not lie in parts do with a list: `open_dataset` of a tenth of it. Then the last thousand images of the long list, which
+exist, are scored where all parts before them are done, and as a list of their own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -41,6 +44,32 @@ requested |= dict(category="plane", part_size=4096, shard_size=32)
 plan = planned(Place(place), listing, requested)
 seconds = time.monotonic() - started
 print(json.dumps({"seconds": seconds, "memory": peak_memory(), "images": plan.images, "inputs": plan.inputs}))
+"""
+SCORING = """
+import json, sys, time
+from pathlib import Path
+from benchmarks.field import ByColour
+from pipelines.data.readers.listing import open_listing
+from scoring.parts.job import LocalParts, planned, run_parts
+from scoring.parts.place import Place
+from scoring.requests import JobSettings
+from scoring.runners.local import LocalRunner, peak_memory
+where, at = sys.argv[1:]
+place = Place(at)
+requested = dict(label="m/1", model="", settings={"rendering": {"range": "auto"}}, data="d", source=where, split="test")
+requested |= dict(category="plane", part_size=1000, shard_size=32)
+plan = planned(place, open_listing(where), requested)
+mark = {"images": 1000, "instances": 0, "failures": 0, "seconds": 1.0, "masks": False}
+(Path(at) / "done").mkdir(exist_ok=True)
+for number in range(plan.parts - 1):
+    (Path(at) / "done" / f"part-{number:06d}.json").write_text(json.dumps({"totals": mark, "again": 0}))
+"""
+LAST = """
+started = time.monotonic()
+runner = LocalParts(LocalRunner(ByColour()), place, plan, JobSettings(), Path(at) / ".parts")
+result = run_parts(place, plan, runner, lambda items, *_: items)
+told = {"seconds": time.monotonic() - started, "memory": peak_memory(), "images": result.images}
+print(json.dumps(told | {"failures": result.failures}))
 """
 WHOLE = """
 import json, sys, time
@@ -120,6 +149,18 @@ def measure(title: str, where: str, folder: Path, count: int) -> None:
     assert again["inputs"] == whole["inputs"]
 
 
+def measure_last(folder: Path) -> None:
+    """Score the last part of the long list, and a list of it alone, each in a process that plans nothing."""
+    results = []
+    for name in ("list", "last"):
+        where, place = str(folder / f"{name}.parquet"), str(folder / "scored" / name)
+        run(SCORING + "print('{}')", where, place)
+        results.append(run(SCORING + LAST, where, place))
+        assert not results[-1]["failures"], results
+        print(f"the last 1,000 of {results[-1]['images']:,} images scored in {told(results[-1])}")
+    print(f"   memory: {results[0]['memory'] / results[1]['memory']:.3f} of that of a list of 1,000")
+
+
 def main() -> None:
     """Plan both lists."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -129,15 +170,21 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.out) as temporary:
         folder = Path(temporary)
+        real = [str(folder / "images" / f"last-{n:04d}.png") for n in range(1000)]
+        (folder / "images").mkdir()
+        for number, path in enumerate(real):
+            cv2.imwrite(path, np.full((64, 64, 3), number % 256, np.uint8))
         schema = pa.schema([("path", pa.string())])
-        for name, count in (("list.parquet", options.images), ("tenth.parquet", options.images // 10)):
-            with pq.ParquetWriter(folder / name, schema) as writer:
-                for start in range(0, count, 100_000):
-                    paths = [f"/data/{name_of(n)}" for n in range(start, min(count, start + 100_000))]
+        for name, count in (("list", options.images), ("tenth", options.images // 10), ("last", 1000)):
+            with pq.ParquetWriter(folder / f"{name}.parquet", schema) as writer:
+                for start in range(0, count - 1000, 100_000):
+                    paths = [f"/data/{name_of(n)}" for n in range(start, min(count - 1000, start + 100_000))]
                     writer.write_table(pa.table([paths], schema=schema))
+                writer.write_table(pa.table([real], schema=schema))
         tenth = run(WHOLE, str(folder / "tenth.parquet"))
         print(f"not in parts: {tenth['images']:,} images listed in {told(tenth)}")
         measure("list", str(folder / "list.parquet"), folder / "list", options.images)
+        measure_last(folder)
         Bucket.count = options.objects
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
         threading.Thread(target=server.serve_forever, daemon=True).start()
