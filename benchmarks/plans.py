@@ -62,7 +62,8 @@ plan = planned(place, open_listing(where), requested)
 mark = {"images": 1000, "instances": 0, "failures": 0, "seconds": 1.0, "masks": False}
 (Path(at) / "done").mkdir(exist_ok=True)
 for number in range(plan.parts - 1):
-    (Path(at) / "done" / f"part-{number:06d}.json").write_text(json.dumps({"totals": mark, "again": 0}))
+    content = json.dumps({"plan": plan.digest, "totals": mark, "again": 0})
+    (Path(at) / "done" / f"part-{number:06d}.json").write_text(content)
 """
 LAST = """
 started = time.monotonic()

@@ -25,7 +25,7 @@ from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.use_cases.display import SILENT, Display, pass_through
 from scoring import mlflow_log
 from scoring.jobs.job import decisive_settings, folder_name
-from scoring.jobs.manifest import PLAN
+from scoring.jobs.manifest import MANIFEST, PLAN
 from scoring.parts.job import SCRATCH, LocalParts, PartRunner, PartsResult, held, planned, run_parts, working_folder
 from scoring.parts.on_ray import RayParts
 from scoring.parts.place import Place
@@ -49,9 +49,13 @@ def listing_in_parts(request: ScoreRequest, labels: Sequence[str]) -> Listing | 
     Raises:
         DataError: parts are wanted of images that are annotated, or of a single one; or an update.
     """
-    places = [_place(request.out, label) for label in labels]
-    begun = any(place.local is not None and (place.local / PLAN).exists() for place in places)
-    wanted = is_url(request.out) or request.settings.part_size is not None or (begun and not request.settings.fresh)
+    folders = [place.local for place in (_place(request.out, label) for label in labels) if place.local is not None]
+    fresh, asked = request.settings.fresh, is_url(request.out) or request.settings.part_size is not None
+    wanted = asked or (not fresh and any((folder / PLAN).exists() for folder in folders))
+    # A job goes on as it began, and jobs in parts are not brought up to date.
+    whole = request.settings.update or (not fresh and any((folder / MANIFEST).exists() for folder in folders))
+    if whole and not wanted:
+        return None
     listing = open_listing(request.data, request.split)
     if listing is None:
         if wanted:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import shutil
 import sqlite3
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,6 +64,8 @@ def s3_server(bucket: str) -> Iterator[s3fs.S3FileSystem]:
     host, port = server.get_host_and_port()
     known = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
     known["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
+    # Buckets belong to the process, not to the server.
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in known.items():
             patch.setenv(name, value)

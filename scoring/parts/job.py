@@ -174,6 +174,8 @@ def planned(
     held = read_plan(place)
     if held is None:
         _refuse_others(place)
+        # What a removal that was stopped has left is not to be read beside the new tables.
+        clear(place, planning=False)
         staging = working_folder(place, PLANNING, cache)
         listed = plan_images(listing, staging, requested["part_size"])
         plan = Plan(
@@ -215,7 +217,8 @@ def run_parts(place: Place, plan: Plan, runner: PartRunner, progress: Progress) 
     """
     done = sorted(numbers_of(place.names(DONE)) & set(range(plan.parts)))
     with ThreadPool(ASKING if place.local is None else 1) as pool:
-        marks = dict(zip(done, pool.map(lambda n: read_mark(place, n), done), strict=True))
+        read = zip(done, pool.map(lambda n: read_mark(place, plan, n), done), strict=True)
+    marks = {number: mark for number, mark in read if mark is not None}
     pending: dict[int, Mark | None] = {n: None for n in range(plan.parts) if n not in marks}
     left = sum(map(plan.size, pending))
     again = {n: mark for n, mark in marks.items() if mark.again}
@@ -229,6 +232,8 @@ def run_parts(place: Place, plan: Plan, runner: PartRunner, progress: Progress) 
         raise OutputError(
             f"{place}: cannot be written ({error.strerror or one_line(error)}); what is done is kept, call again"
         ) from error
+    if not set(marks) <= numbers_of(place.names(DONE)):
+        raise OutputError(f"{place}: somebody has removed parts of it meanwhile; call again")
     totals = sums(marks[n].totals for n in range(plan.parts))
     if not totals.images:
         raise DataError(f"none of {plan.images} images could be scored; see {place}/{ERRORS}")
@@ -272,14 +277,19 @@ def held(place: Place) -> Iterator[None]:
         raise OutputError(f"{place}: another score is writing there; wait for it or name another --out") from error
 
 
-def clear(place: Place) -> None:
-    """Remove what a job in parts left there, the plan first: a stop leaves nothing that is taken for a job."""
+def clear(place: Place, *, planning: bool = True) -> None:
+    """Remove what a job in parts left there, the plan first: a stop leaves nothing that is taken for a job.
+
+    Args:
+        planning: what is listed and planned so far, too.
+    """
     plan = read_plan_or_none(place)
     place.remove(PLAN)
     if place.local is not None and (place.local / MANIFEST).exists():
         place.remove(MANIFEST)
         clear_job(place.local)
-    for name in (*((plan.folder,) if plan else ()), DONE, INSTANCES, ERRORS, INPUTS, SUMMARY, SCRATCH, PLANNING):
+    lists = (plan.folder,) if plan else ()
+    for name in (*lists, DONE, INSTANCES, ERRORS, INPUTS, SUMMARY, SCRATCH, *((PLANNING,) if planning else ())):
         place.remove(name)
 
 

@@ -40,10 +40,10 @@ class Mark(NamedTuple):
     again: int = 0
 
 
-def read_mark(place: Place, number: int) -> Mark:
-    """The mark of a part that is done."""
+def read_mark(place: Place, plan: Plan, number: int) -> Mark | None:
+    """The mark of a part that is done; None of one of another plan, which a removal that was stopped has left."""
     content = json.loads(place.read(f"{DONE}/{file_of(number, '.json')}"))
-    return Mark(Totals(**content["totals"]), content["again"])
+    return Mark(Totals(**content["totals"]), content["again"]) if content["plan"] == plan.digest else None
 
 
 def score_part(
@@ -90,7 +90,7 @@ def score_part(
     mark = Mark(totals, sum(f.kind in FOR_NOW for f in failures))
     for folder, name in TABLES.items():
         place.publish(f"{folder}/{file_of(number)}", scratch / name)
-    content = {"totals": asdict(mark.totals), "again": mark.again}
+    content = {"plan": plan.digest, "totals": asdict(mark.totals), "again": mark.again}
     place.write(f"{DONE}/{file_of(number, '.json')}", (json.dumps(content) + "\n").encode())
     shutil.rmtree(scratch, ignore_errors=True)
     return mark

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from models.errors import OutputError, one_line
 from pipelines.data.remote import AnyPath, to_path
-from pipelines.files import flush, replacing, write_bytes
+from pipelines.files import replacing, write_bytes
 
 
 class Place:
@@ -76,23 +76,21 @@ class Place:
                 self._fs.pipe_file(self._key(name), content)
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a file that does not exist yet; False where it does, also when two do so at once.
+        """Write a file that does not exist yet; False where it does, in an object store also when two do so at once.
 
         Raises:
             OutputError: it cannot be written.
         """
         with self._reached():
+            if self.local is not None:
+                if (self.local / name).exists():
+                    return False
+                write_bytes(self.local / name, content)
+                return True
             try:
-                if self.local is None:
-                    self._fs.pipe_file(self._key(name), content, mode="create")
-                    return True
-                with replacing(self.local / f"{name}.new", shared=True, durable=True) as temporary:
-                    temporary.write_bytes(content)
-                    os.link(temporary, self.local / name)
+                self._fs.pipe_file(self._key(name), content, mode="create")
             except FileExistsError:
                 return False
-            (self.local / f"{name}.new").unlink(missing_ok=True)
-            flush(self.local)
             return True
 
     def publish(self, name: str, file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -61,6 +62,11 @@ class Plan(BaseModel):
     part_size: int
     shard_size: int
     planned: str
+
+    @property
+    def digest(self) -> str:
+        """Of all but the time, 16 hex digits: two plans that have it in common have the same parts."""
+        return hashlib.sha256(self.model_dump_json(exclude={"planned"}).encode()).hexdigest()[:16]
 
     @property
     def parts(self) -> int:

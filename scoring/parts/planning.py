@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from models.errors import DataError, EngineMissing
 from pipelines.data.readers.listing import Listing
+from pipelines.data.readers.opening import check_names
 from pipelines.files import replacing, write_text
 from scoring.parts.plan import SCHEMA, file_of
 
@@ -91,6 +92,7 @@ def _list(listing: Listing, folder: Path) -> None:
         batch = list(islice(paths, PIECE))
         if not batch:
             break
+        check_names(batch, listing.where)
         stems = [os.path.splitext(path.rsplit("/", 1)[-1])[0] for path in batch]
         table = pa.table([list(range(done, done + len(batch))), batch, stems], schema=PIECE_SCHEMA)
         with replacing(folder / f"{number:06d}.parquet") as temporary:
@@ -199,4 +201,7 @@ def _database(folder: Path) -> duckdb.DuckDBPyConnection:
         raise EngineMissing("jobs in parts: DuckDB is not installed; pip install duckdb") from error
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    return duckdb.connect(config={"memory_limit": MEMORY, "temp_directory": str(folder), "threads": 2})
+    database = duckdb.connect(config={"memory_limit": MEMORY, "temp_directory": str(folder), "threads": 2})
+    # Its own bar would go to the standard output.
+    database.execute("SET enable_progress_bar = false")
+    return database

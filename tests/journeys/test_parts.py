@@ -90,6 +90,12 @@ def test_long_lists_lie_in_parts_of_themselves(project, survey, tmp_path, monkey
     command = ("--model", "planes-det/1", "--data", str(tmp_path / "list.parquet"), "--out")
     done = project.score(*command, str(tmp_path / "out"))
     assert "7 images in 1 parts of 4096" in done.stdout
+    # A job that began whole goes on so, and so does one that is to be brought up to date.
+    monkeypatch.setattr(in_parts, "MOST_WHOLE", 100)
+    project.score(*command, str(tmp_path / "begun"))
+    monkeypatch.setattr(in_parts, "MOST_WHOLE", 6)
+    assert " parts of " not in project.score(*command, str(tmp_path / "begun")).stdout
+    assert " parts of " not in project.score(*command, str(tmp_path / "nightly"), "--update").stdout
     monkeypatch.setattr(in_parts, "MOST_WHOLE", 7)
     assert " parts of " not in project.score(*command, str(tmp_path / "other")).stdout
 

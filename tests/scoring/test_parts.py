@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -214,6 +215,51 @@ def test_another_job_is_not_mixed_in(images, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [LOCK, "notes.txt"]
 
 
+@pytest.mark.parametrize("left", range(1, 7))
+def test_a_removal_that_is_stopped_leaves_nothing_for_the_next_job(images, tmp_path, monkeypatch, left):
+    other = tmp_path / "in"
+    for i in range(4):
+        write_image(other / f"{i}.png", 20, 30, i)
+    _run(tmp_path / "out", images)
+    remove, calls = Place.remove, []
+
+    def stopping(self, name):
+        if len(calls) == left:
+            raise KeyboardInterrupt
+        calls.append(name)
+        remove(self, name)
+
+    monkeypatch.setattr(Place, "remove", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "out", other, fresh=True)
+    monkeypatch.undo()
+    second = Brightness()
+    result = _run(tmp_path / "out", other, second)
+    assert second.seen == result.images == 4
+    assert [row["image_id"] for row in _rows(tmp_path / "out")[0]] == ["0", "1", "2", "3"]
+    assert _rows(tmp_path / "out")[1] == []
+
+
+def test_marks_of_another_plan_and_removed_parts_do_not_count(images, whole, tmp_path):
+    _run(tmp_path / "out", images)
+    mark = tmp_path / "out" / "done" / "part-000001.json"
+    mark.write_text(json.dumps({**json.loads(mark.read_text()), "plan": "another"}))
+    second = Brightness()
+    _run(tmp_path / "out", images, second)
+    assert second.seen == json.loads(mark.read_text())["totals"]["images"] > 0
+    assert _rows(tmp_path / "out") == whole
+
+    class Removing(Brightness):
+        def predict(self, given):
+            (tmp_path / "out" / "done" / "part-000000.json").unlink(missing_ok=True)
+            return super().predict(given)
+
+    mark.unlink()
+    with pytest.raises(OutputError, match="somebody has removed parts of it meanwhile; call again"):
+        _run(tmp_path / "out", images, Removing())
+    assert _run(tmp_path / "out", images).images == len(whole[0])
+
+
 def test_a_folder_of_a_job_that_is_not_in_parts_is_not_used(images, whole, tmp_path):
     run_job(Brightness(), "m/1", open_dataset(images), tmp_path, settings=SETTINGS, progress=lambda r, *_: r)
     with pytest.raises(DataError, match="holds a scoring that is not in parts"):
@@ -361,6 +407,17 @@ def test_lists_that_cannot_be_used_say_why(tmp_path):
         (tmp_path / name).write_bytes(b"\xff\xfe\x00none")
         with pytest.raises(DataError, match=rf"{name}: not a readable list"):
             open_listing(tmp_path / name).has_more_than(5)
+
+
+def test_a_name_that_is_not_utf8_is_told(tmp_path):
+    write_image(tmp_path / "in" / "a.png", 20, 30, 1)
+    try:
+        os.rename(tmp_path / "in" / "a.png", os.fsencode(tmp_path / "in") + b"/\xff.png")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    for opened in (open_dataset, lambda where: plan_images(open_listing(where), tmp_path / "staging", 4)):
+        with pytest.raises(DataError, match=r"in: the name of b'.*\\xff\.png' is not UTF-8; rename the file"):
+            opened(tmp_path / "in")
 
 
 def test_listings_are_what_data_sets_are_made_of(images, tmp_path):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -181,9 +182,23 @@ def listed_path(path: AnyPath, named: str) -> AnyPath:
     return to_path(named) if is_url(named) or Path(named).is_absolute() else path.parent / named
 
 
+def check_names(paths: Iterable[str], where: AnyPath | str) -> None:
+    """Check that tables can hold the names of files.
+
+    Raises:
+        DataError: one is not UTF-8.
+    """
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: the name of {os.fsencode(path)!r} is not UTF-8; rename the file") from error
+
+
 def _plain(files: Sequence[AnyPath], where: AnyPath, *, split: str, category: str, scene_pattern: str | None) -> Dataset:
     if not files:
         raise DataError(f"{where}: no images there (PNG, JPEG, TIFF, BMP, WebP)")
+    check_names(map(str, files), where)
     unknown = (0, 0)
     samples = [make_sample(f.stem, f, unknown, scene_of(f.stem, scene_pattern), [], truth=False) for f in files]
     name = where.resolve().name if isinstance(where, Path) else where.name or str(where)
