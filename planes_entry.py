@@ -21,7 +21,7 @@ def foreign_package(root: Path) -> str:
     for name in PACKAGES:
         ours = root / name
         spec = find_spec(name)
-        places = list(spec.submodule_search_locations or [spec.origin]) if spec else []
+        places = [*(spec.submodule_search_locations or ()), spec.origin] if spec else []
         if not places or Path(str(places[0])).resolve() != ours.resolve():
             found = places[0] if places else "nothing"
             remedy = "rename the other one, or take its folder out of PYTHONPATH"

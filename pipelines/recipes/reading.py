@@ -102,7 +102,7 @@ def parse_recipe(content: Mapping[str, Any], where: str, task: str | None = None
         if first["type"] == "extra_forbidden":
             raise RecipeError(f"{where}: {unknown_key(model, loc)}") from error
         # Settings that exclude each other are named in the message; all of them would fill the screen.
-        found = "" if isinstance(first["input"], Mapping) and not first["loc"][1:] else f", found {first['input']!r}"
+        found = "" if not first["loc"] else f", found {first['input']!r}"
         raise RecipeError(f"{where}: {invalid_field(error)}{found}") from error
 
 
