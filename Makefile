@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak lint bench docs clean
+.PHONY: demo test test-docs soak lint bench docs clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m scoring.demo
@@ -14,6 +14,10 @@ test: $(VENV)/.dev
 # What takes many rounds or a whole training; `make soak UNTIL=...` begins no test after that time, in seconds since 1970.
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 0 -rs -m soak $(if $(UNTIL),--until $(UNTIL)) tests
+
+# What the pages show is done: each command and example, the notebook, the wheel outside the repository, the rendered pages.
+test-docs: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 15 -rs -m docs tests/pages
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -101,7 +101,9 @@ def parse_recipe(content: Mapping[str, Any], where: str, task: str | None = None
         loc = [v for v in first["loc"] if isinstance(v, str)]
         if first["type"] == "extra_forbidden":
             raise RecipeError(f"{where}: {unknown_key(model, loc)}") from error
-        raise RecipeError(f"{where}: {invalid_field(error)}, found {first['input']!r}") from error
+        # Settings that exclude each other are named in the message; all of them would fill the screen.
+        found = "" if not first["loc"] else f", found {first['input']!r}"
+        raise RecipeError(f"{where}: {invalid_field(error)}{found}") from error
 
 
 def unknown_key(model: type[BaseModel], loc: Sequence[str]) -> str:

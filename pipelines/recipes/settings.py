@@ -184,7 +184,7 @@ class WindowSettings(_Settings):
         if self.window is not None and self.tiles is not None:
             raise ValueError("window and tiles exclude each other; set one of them to null")
         if self.window is None and (self.plane_sizes is not None or self.window_zoom != 1):
-            raise ValueError("plane_sizes and window_zoom scale windows; set window, or leave them out")
+            raise ValueError("plane_sizes and window_zoom scale windows; set window, or plane_sizes=null and window_zoom=1")
         if self.plane_sizes is not None and not 4 <= self.plane_sizes[0] <= self.plane_sizes[1]:
             raise ValueError(
                 f"plane_sizes: expected least and largest in pixels, 4 or more, found {list(self.plane_sizes)}"

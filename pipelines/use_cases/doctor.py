@@ -62,7 +62,7 @@ class Check:
 def examine() -> list[Check]:
     """Look at everything; nothing is written, and no store is made."""
     checks: list[Check] = []
-    for look in (_python, _torch, _packages, _cpu, _gpu, _optional, _store, _disk):
+    for look in (_python, _packages_of_ours, _torch, _packages, _cpu, _gpu, _optional, _store, _disk):
         checks += look()
     return checks
 
@@ -70,6 +70,20 @@ def examine() -> list[Check]:
 def _python() -> Iterator[Check]:
     found = f"{platform.python_version()} in {sys.prefix}"
     yield Check("ok", "Python", found)
+
+
+def _packages_of_ours() -> Iterator[Check]:
+    """Other packages may have the names of ours; all three must lie in one folder."""
+    here = Path(__file__).resolve().parents[2]
+    specs = {name: find_spec(name) for name in ("models", "pipelines", "scoring")}
+    places = {name: Path((spec.submodule_search_locations or [""])[0]) for name, spec in specs.items() if spec}
+    others = {name: place for name, place in places.items() if place.resolve() != here / name}
+    if not others:
+        yield Check("ok", "planes", f"{_version('planes') or 'not installed, run from source'} in {here}")
+        return
+    name, place = next(iter(others.items()))
+    remedy = "rename the other one, or take its folder out of PYTHONPATH"
+    yield Check("problem", "planes", f"package {name} is that of {place}, not of {here / name}", remedy)
 
 
 def _version(package: str) -> str | None:

@@ -150,7 +150,7 @@ def read_scores(registry: Registry, run_id: str) -> Scores:
     Raises:
         RegistryError: no such run, or it holds nothing of the kind.
     """
-    what = f"run {run_id}: holds no {SCORES_FILE}; give the parent run of a training with --folds"
+    what = f"run {run_id}: holds no {SCORES_FILE}; give the parent run of a training with --folds that found some planes"
     with tempfile.TemporaryDirectory() as work, store_errors(what, OSError):
         path = registry.client.download_artifacts(run_id, SCORES_FILE, work)
         return Scores.model_validate_json(Path(path).read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from scoring.jobs.shards import ERRORS
 from scoring.requests import Convention
 from scoring.writers.kaggle import read_submission
 from scoring.writers.parquet import read_failures, read_instances
+
+log = logging.getLogger(__name__)
 
 
 def read_predictions(path: Path, dataset: Dataset, convention: Convention = "course") -> list[Instances]:
@@ -72,6 +75,9 @@ def evaluate_file(path: Path, dataset: Dataset, *, score_threshold: float, conve
         DataError: predictions or truth that cannot be used.
     """
     predictions = read_predictions(path, dataset, convention)
+    dataset = _with_truth(dataset)
+    known = {sample.image_id for sample in dataset.samples}
+    predictions = [one for one in predictions if one.image_id in known]
     count = len(failed_images(path, dataset, predictions) or ())
     if path.suffix.lower() == ".csv":
         evaluations = [evaluate_instances(dataset, predictions, "segm", score_threshold=score_threshold)]
@@ -81,6 +87,15 @@ def evaluate_file(path: Path, dataset: Dataset, *, score_threshold: float, conve
         # An empty table does not show whether masks were made.
         evaluations.append(evaluate_instances(dataset, predictions, "segm", score_threshold=score_threshold))
     return [replace(e, settings={**e.settings, "images_failed": count}) for e in evaluations]
+
+
+def _with_truth(dataset: Dataset) -> Dataset:
+    """Of images some of which have annotations, as the course's training and test images together, those."""
+    known = tuple(sample for sample in dataset.samples if sample.truth)
+    if len(known) in (0, len(dataset)):
+        return dataset
+    log.info(f"{len(dataset) - len(known)} of {len(dataset)} images have no annotations: measured over the others")
+    return replace(dataset, samples=known)
 
 
 def failed_images(path: Path, dataset: Dataset, predictions: Sequence[Instances]) -> set[str] | None:

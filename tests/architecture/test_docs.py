@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -16,9 +17,9 @@ from mlflow.projects.utils import load_project
 from pipelines.steps.registry_cli import main as registry
 from scoring.cli import main as score
 from scoring.planes import main as planes
+from tests.pages.blocks import PAGES, ROOT, read_blocks
+from tests.pages.substitutions import SUBSTITUTIONS
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
@@ -69,14 +70,14 @@ def test_every_page_is_named_by_the_readme():
 
 def _commands() -> list[tuple[str, str]]:
     """(page, line) of each of our commands in the pages' code."""
-    found = []
-    for page in PAGES:
-        for _, block in FENCE.findall(page.read_text()):
-            for line in block.replace("\\\n", " ").splitlines():
-                command = re.sub(r"\s+#.*$", "", line).strip()
-                if re.match(r"(\S*/)?(score|planes|planes-registry) |python -m pipelines\.steps\.|mlflow run ", command):
-                    found.append((page.name, command))
-    return found
+    ours = re.compile(r"(\S*/)?(score|planes|planes-registry) |python -m pipelines\.steps\.|mlflow run ")
+    return [
+        (page.name, command)
+        for page in PAGES
+        for block in read_blocks(page)
+        for command in block.commands
+        if ours.match(command)
+    ]
 
 
 def _parse(command: click.Command, arguments: list[str]) -> None:
@@ -113,3 +114,55 @@ def test_commands_were_found():
 def test_a_wrong_option_would_be_noticed(line):
     with pytest.raises(click.UsageError):
         _parse(score, line.split())
+
+
+def test_every_block_is_run_or_says_why_not():
+    """`make test-docs` runs what is not marked; a command that it does not know would be passed over."""
+    faults = [fault for page in PAGES for block in read_blocks(page) for fault in block.faults()]
+    assert not faults, "\n".join(faults)
+    run = [c for page in PAGES for block in read_blocks(page) for c in block.commands if not block.why_not(c)]
+    assert len(run) > 60
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("```\nrm -rf mlruns\n```", "README.md:1: rm -rf mlruns: neither run nor marked"),
+        ("```bash\nscore --model a --data b\n```", "language 'bash'"),
+        ("<!-- not run: -->\n```\nls\n```", "a mark without a reason"),
+        ("<!-- not run (cd): it needs a shell -->\n```\nmake demo\n```", "the mark (cd) is of no command here"),
+        ("<!-- not run: it needs a shell -->\nText.\n```\nls\n```", "ls: neither run nor marked"),
+    ],
+)
+def test_a_block_that_would_be_passed_over_is_refused(text, said):
+    (block,) = read_blocks(PAGES[0], text)
+    assert said in "\n".join(block.faults())
+
+
+def test_a_mark_says_what_is_left_out():
+    text = "<!-- not run (pip install): nothing is installed -->\n\n```\npip install a  # once\nscore \\\n    --data b\n```"
+    (block,) = read_blocks(PAGES[0], text)
+    assert block.commands == ["pip install a", "score --data b"]
+    assert [bool(block.why_not(command)) for command in block.commands] == [True, False]
+    assert not block.faults()
+
+
+def test_every_substitution_is_of_a_command_on_a_page():
+    shown = [c for page in PAGES for block in read_blocks(page) for c in (*block.commands, block.text)]
+    used = set()
+    for text in shown:
+        for one in SUBSTITUTIONS:
+            changed = one(text)
+            used |= {one} if changed != text else set()
+            text = changed
+    # What `mlflow run` makes of its entry points is substituted too.
+    assert {one.why for one in SUBSTITUTIONS if one not in used} == set()
+
+
+def test_the_notebook_is_kept_without_outputs():
+    """What a run leaves in it would be neither true for long nor readable in a review."""
+    notebook = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(code) > 6
+    assert not [cell["id"] for cell in code if cell["outputs"] or cell["execution_count"] is not None]
+    assert [cell["id"] for cell in code if "parameters" in cell["metadata"].get("tags", ())] == ["cell-01"]

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from tests import conftest
-from tests.architecture import rooms
+from tests.architecture import licences, rooms
 
 PACKAGES = ("models", "pipelines", "scoring")
 
@@ -185,6 +185,18 @@ def test_help_answers_at_once():
 def test_versions_agree(root):
     version = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
     assert f"## {version}" in (root / "CHANGELOG.md").read_text()
+    citation = yaml.safe_load((root / "CITATION.cff").read_text())
+    assert citation["version"] == version
+    assert {"cff-version", "message", "title", "authors", "license"} <= set(citation)
+
+
+def test_the_licences_are_those_of_what_is_pinned(root):
+    shown = licences.rows_of(licences.PAGE.read_text())
+    said = "run: python -m tests.architecture.licences"
+    assert {name: version for name, (version, _) in shown.items()} == licences.pins(), said
+    assert licences.PAGE.read_text() == licences.page(), said
+    with pytest.raises(LookupError, match="not installed"):
+        licences.licence_of("no-such-package")
 
 
 @pytest.mark.parametrize(("seconds", "skipped"), [(-1, True), (60, False), (None, False)])

@@ -23,7 +23,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-SCRIPTS = ("score", "planes-registry")
+SCRIPTS = ("score", "planes", "planes-registry")
 # What a process of its own has imported before it is asked for.
 HEAVY = [
     "torch",

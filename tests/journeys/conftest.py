@@ -115,13 +115,14 @@ class Project:
 
     def entry_point(self, entry: str, **parameters: str) -> subprocess.CompletedProcess:
         """Run the command that `mlflow run` makes of an entry point of the folder's MLproject in this process."""
-        return self.run(*self._command_of(entry, parameters), MLFLOW_EXPERIMENT_NAME="planes")
+        return self.run(*self.command_of(entry, parameters), MLFLOW_EXPERIMENT_NAME="planes")
 
     def start_entry_point(self, entry: str, **parameters: str) -> commands.Running:
         """Start that command in a process of its own."""
-        return self.start(*self._command_of(entry, parameters), MLFLOW_EXPERIMENT_NAME="planes")
+        return self.start(*self.command_of(entry, parameters), MLFLOW_EXPERIMENT_NAME="planes")
 
-    def _command_of(self, entry: str, parameters: Mapping[str, str]) -> list[str]:
+    def command_of(self, entry: str, parameters: Mapping[str, str]) -> list[str]:
+        """The command that `mlflow run` makes of an entry point of the folder's MLproject."""
         loaded = load_project(str(self.folder)).get_entry_point(entry)
         return shlex.split(loaded.compute_command(dict(parameters), storage_dir=None))
 

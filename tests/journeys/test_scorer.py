@@ -24,7 +24,15 @@ from tests.journeys.stack import free_port, http_status
 
 pytestmark = [pytest.mark.xdist_group("versions"), pytest.mark.soak]
 
-PACKAGED = ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "requirements-dev.txt", "requirements-scorer.txt")
+PACKAGED = (
+    "pyproject.toml",
+    "planes_entry.py",
+    "README.md",
+    "LICENSE",
+    "requirements.txt",
+    "requirements-dev.txt",
+    "requirements-scorer.txt",
+)
 
 
 @pytest.fixture(scope="module")

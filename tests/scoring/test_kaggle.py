@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import tracemalloc
 
 import numpy as np
@@ -13,6 +14,7 @@ from models.errors import DataError
 from models.geometry.rle import rle_counts, rle_crop, rle_decode, rle_encode, rle_paste
 from models.instances import Instances
 from pipelines.data.readers.opening import open_dataset
+from scoring.comparison.evaluate_file import evaluate_file
 from scoring.writers.kaggle import decode_mask, encode_mask, read_submission, write_submission
 from tests.conftest import write_image
 
@@ -150,3 +152,32 @@ def test_odd_files_are_refused(tmp_path, data, content, message):
     with pytest.raises(DataError, match=message):
         read_submission(path, data)
     assert csv.field_size_limit() > 1e6
+
+
+def test_a_submission_of_images_some_of_which_have_annotations_is_measured_over_those(tmp_path, caplog):
+    """The course's: training images with outlines and test images without, handed in as one file."""
+    square = np.zeros((60, 80), bool)
+    square[10:40, 10:40] = True
+    outline = [10, 10, 40, 10, 40, 40, 10, 40]
+    entry = {
+        "file_name": "a.png",
+        "category_name": "plane",
+        "bbox": [10, 10, 30, 30],
+        "segmentation": [outline],
+        "iscrowd": 0,
+    }
+    for split, name in (("train", "a"), ("test", "b")):
+        write_image(tmp_path / split / f"{name}.png", 60, 80)
+    (tmp_path / "train.json").write_text(json.dumps([entry]))
+    found = [Instances.make(name, 60, 80, [[10, 10, 40, 40]], [1.0], masks=[rle_encode(square)]) for name in "ab"]
+    both = open_dataset(tmp_path, "train+test", keep=True)
+    write_submission(found, both, tmp_path / "kaggle.csv")
+    with caplog.at_level("INFO", "scoring"):
+        (masks,) = evaluate_file(tmp_path / "kaggle.csv", both, score_threshold=0.05, convention="course")
+    # What was found where nothing is known is neither right nor wrong.
+    assert masks.metrics["AP"] == pytest.approx(1.0)
+    assert "1 of 2 images have no annotations: measured over the others" in caplog.text
+    nothing = open_dataset(tmp_path, "test", keep=True)
+    write_submission(found[1:], nothing, tmp_path / "test.csv")
+    with pytest.raises(DataError, match="no ground truth to evaluate against"):
+        evaluate_file(tmp_path / "test.csv", nothing, score_threshold=0.05, convention="course")
