@@ -86,8 +86,8 @@ class TrainingSettings(_Settings):
         default=None,
         ge=0,
         description=(
-            "Processes that prepare batches; 0: the training process does; null: 0 on a CPU, one for two cores, at most 8, "
-            "on a GPU. The result is the same."
+            "Processes that prepare batches, for each process that trains; 0: that one does; null: 0 on a CPU; on a GPU "
+            "one for two cores, parted among those that train, at most 8. The result is the same."
         ),
     )
     seed: int = Field(default=0, ge=0, description="Seed of weights, data order and augmentation.")

@@ -26,6 +26,7 @@ from pipelines.use_cases.requests import AblationRequest
 @option(AblationRequest, "search", type=click.IntRange(0))
 @option(AblationRequest, "work_dir")
 @option(AblationRequest, "fresh")
+@option(AblationRequest, "num_gpus", type=click.IntRange(1))
 @click.argument("opts", nargs=-1, metavar="[KEY VALUE]...")
 @friendly
 def main(opts: tuple[str, ...], engine: str, overrides: tuple[str, ...], **options: Any) -> None:

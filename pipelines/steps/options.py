@@ -65,11 +65,11 @@ def training_options(recipe: str, name: str, engines: Sequence[str] = ()) -> Dec
         option(TrainingRequest, "work_dir"),
         option(TrainingRequest, "reuse", "--reuse/--no-reuse"),
         option(TrainingRequest, "fresh"),
+        option(TrainingRequest, "num_gpus", type=click.IntRange(1)),
     ]
     if engines:
         options += [
             option(TrainingRequest, "engine", type=click.Choice([AS_RECIPE, *engines]), default=AS_RECIPE),
-            option(TrainingRequest, "num_gpus", type=click.IntRange(1)),
             option(TrainingRequest, "scores_from"),
             click.argument("opts", nargs=-1, metavar="[KEY VALUE]..."),
         ]
@@ -103,7 +103,7 @@ def request_from(task: str, options: dict[str, Any]) -> TrainingRequest:
         work_dir=options["work_dir"],
         reuse=options["reuse"],
         fresh=options["fresh"],
-        num_gpus=options.get("num_gpus", 1),
+        num_gpus=options["num_gpus"],
         scores_from=options.get("scores_from"),
     )
 

@@ -22,7 +22,10 @@ from pipelines.data.loading.unreadable import Unreadable
 from pipelines.evaluation.inference import Predictions, predict_dataset
 from pipelines.evaluation.metrics import evaluate_instances
 from pipelines.recipes.settings import DetectorRecipe, MaskRecipe
+from pipelines.training.group import Group
 from pipelines.training.loop import Job, Listener, Outcome, run
+from pipelines.training.processes import train_in_processes
+from pipelines.training.shared_detector import SharedLoss
 
 
 def train_detector(
@@ -33,14 +36,41 @@ def train_detector(
     folder: Path,
     device: str,
     listeners: Sequence[Listener] = (),
+    num_gpus: int = 1,
 ) -> tuple[Path, Outcome]:
     """Train (or resume) in ``folder`` and save the chosen weights as ``folder/model``.
+
+    ``num_gpus`` processes share each batch (`train_in_processes`); their outcome comes without weights.
 
     Raises:
         PlanesError: data, settings or weights that cannot be used.
     """
+    outcome = train_in_processes(
+        _train,
+        (recipe, train, val, folder),
+        num_gpus,
+        device=device,
+        batch_size=recipe.training.batch_size,
+        listeners=listeners,
+    )
+    return folder / "model", outcome
+
+
+def _train(
+    recipe: DetectorRecipe | MaskRecipe,
+    train: Dataset,
+    val: Dataset | None,
+    folder: Path,
+    *,
+    device: str,
+    listeners: Sequence[Listener],
+    group: Group,
+) -> Outcome:
+    """Train in one process of a group; the first one saves."""
     torch.manual_seed(recipe.seed)
-    model = channels_last(build_detector(recipe.architecture, 1, recipe.weights))
+    # The others begin with the first one's weights.
+    network = build_detector(recipe.architecture, 1, recipe.weights if group.rank == 0 else "none")
+    model = channels_last(network)
     masks = recipe.task == "maskrcnn"
     batches = DetectorBatches(
         train,
@@ -64,7 +94,7 @@ def train_detector(
     job = Job(
         model,
         batches,
-        loss=detector_loss,
+        loss=detector_loss if group.world == 1 else SharedLoss(network, detector_loss, group, recipe.training.batch_size),
         training=recipe.training,
         optimizer=recipe.optimizer,
         folder=folder,
@@ -72,12 +102,16 @@ def train_detector(
         evaluate=validate if val and val.planes else None,
         metric="mask_AP" if masks and val and val.has_masks else "AP",
         listeners=listeners,
+        group=group,
     )
     outcome = run(job)
+    if group.rank > 0:
+        return outcome
     spec = detector_spec(
         recipe.architecture, [recipe.data.category], tiling=recipe.prediction, rendering=recipe.data.rendering
     )
-    return save_model(folder / "model", spec, outcome.weights), outcome
+    save_model(folder / "model", spec, outcome.weights)
+    return outcome
 
 
 def validation_metrics(predictor: Predictor, val: Dataset, *, masks: bool, unreadable: Unreadable) -> dict[str, float]:

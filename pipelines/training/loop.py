@@ -1,4 +1,7 @@
-"""The training loop: any torch model, batches as a function of the step, resumable to the bit on one machine."""
+"""The training loop: any torch model, batches as a function of the step, resumable to the bit on one machine.
+
+Processes of a group (`pipelines.training.group`) run it side by side, each with its share of every batch.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,11 @@ from models.errors import ModelError, PlanesError, one_line
 from models.runtime.devices import Precision, pick_precision, precision
 from pipelines.recipes.settings import OptimizerSettings, TrainingSettings
 from pipelines.training.checkpoints import keep_best, read_best, save_best, write_atomically
+from pipelines.training.group import ALONE, Batches, Group, own_share
 
 CHECKPOINT = "checkpoint.pt"
 
 Record = dict[str, Any]
-
-
-class Batches(Protocol):
-    """Training examples: ``batches[step]`` is a pure function of the step; ``len`` is an epoch."""
-
-    def __getitem__(self, step: int) -> Any: ...
-
-    def __len__(self) -> int: ...
 
 
 class Listener(Protocol):
@@ -53,7 +49,11 @@ class Stopped(PlanesError):
 
 @dataclass
 class Job:
-    """A training: model, batches, settings. ``evaluate`` returns metrics, of which ``metric`` is to be maximised."""
+    """A training: model, batches, settings. ``evaluate`` returns metrics, of which ``metric`` is to be maximised.
+
+    In a ``group`` of several processes ``batches`` are `SharedBatches`, ``loss`` gives
+    this process's parts of the losses of the whole batch, which add up to these, and process 0 alone has listeners.
+    """
 
     model: nn.Module
     batches: Batches
@@ -66,6 +66,7 @@ class Job:
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None
     metric: str = ""
     listeners: Sequence[Listener] = field(default_factory=tuple)
+    group: Group = ALONE
 
 
 @dataclass
@@ -146,19 +147,22 @@ def run(job: Job) -> Outcome:
     a second Ctrl-C too, leaves the checkpoint before it. The weights returned are those of
     the best validation, or the last ones without validation.
 
+    Of several processes the first one validates and writes; it alone has the outcome's weights and validations.
+
     Raises:
         ModelError: the loss or its gradients are not finite, or the checkpoint cannot be used.
         OutputError: the disk is full.
     """
-    machine = _set_up(job)
+    machine, group = _set_up(job), job.group
     state = _restore(job, machine)
     average = machine.average
     epoch = len(job.batches)
     total = total_steps(job.training, epoch)
     for listener in job.listeners:
         listener.on_start(state["history"], total)
-    loader = iter(step_loader(job.batches, state["step"], total, pick_workers(job.device, job.training.workers)))
-    interrupt = Interrupt(job.listeners)
+    workers = pick_workers(job.device, job.training.workers, group.world)
+    loader = iter(step_loader(own_share(job.batches, group), state["step"], total, workers))
+    interrupt = Interrupt(job.listeners, group)
     # Whether weights, optimiser, history and best step are all of one step.
     whole = True
     try:
@@ -170,7 +174,7 @@ def run(job: Job) -> Outcome:
             record["epoch"] = (step + 1) / epoch
             if average is not None:
                 average.update(job.model, step)
-            if job.evaluate and _due(step + 1, job.training.evaluate_every or epoch, total):
+            if group.rank == 0 and job.evaluate and _due(step + 1, job.training.evaluate_every or epoch, total):
                 _evaluate(job, machine, state, record)
             state["history"].append(record)
             state["step"], whole = step + 1, True
@@ -185,9 +189,15 @@ def run(job: Job) -> Outcome:
         raise
     finally:
         interrupt.restore()
+    return _outcome(job, machine, state, total)
+
+
+def _outcome(job: Job, machine: _Machine, state: dict[str, Any], total: int) -> Outcome:
+    if job.group.rank > 0:
+        return Outcome({}, total, None, state["history"])
     best = state["best_step"] if job.evaluate else None
-    if average is not None:
-        average.swap(job.model)
+    if machine.average is not None:
+        machine.average.swap(job.model)
     weights = job.model.state_dict() if best is None else read_best(job.folder, best)
     return Outcome(weights, best or total, state["best"], state["history"])
 
@@ -203,10 +213,12 @@ def _set_up(job: Job) -> _Machine:
     cuda = job.device != "cpu"
     devices = [int(job.device.partition(":")[2] or 0)] if cuda else 1
     fabric = Fabric(accelerator="cuda" if cuda else "cpu", devices=devices, precision="32-true")
-    model, optimizer = fabric.setup(job.model, make_optimizer(job.model, job.optimizer))
+    joined = job.group.joined(job.model, fabric.device)
+    model, optimizer = fabric.setup(joined, make_optimizer(job.model, job.optimizer))
     kind = pick_precision(job.device, job.training.precision)
     scaler = torch.amp.GradScaler(fabric.device.type, enabled=kind == "16-mixed")
-    average = MovingAverage(job.model, job.training.ema) if job.training.ema else None
+    # The weights are the same in all processes; the first one keeps their average.
+    average = MovingAverage(job.model, job.training.ema) if job.training.ema and job.group.rank == 0 else None
     return _Machine(fabric, model, optimizer, kind, scaler, average)
 
 
@@ -235,7 +247,7 @@ def _step(job: Job, machine: _Machine, batch: Any, step: int, total: int) -> Rec
     with precision(job.device, machine.kind):
         losses = job.loss(model, batch, machine.fabric.device)
     loss = torch.stack([term.float() for term in losses.values()]).sum()
-    value = float(loss.detach())
+    value, terms = _values(job.group, losses, loss)
     remedy = f"lower optimizer.lr (now {rate:g}) or raise warmup_steps"
     if not math.isfinite(value):
         raise ModelError(f"step {step + 1}: the loss is {value}; {remedy}")
@@ -250,12 +262,20 @@ def _step(job: Job, machine: _Machine, batch: Any, step: int, total: int) -> Rec
     scaler.step(optimizer)
     scaler.update()
     record = {"step": step + 1, "train/loss": value, "lr": rate}
-    record |= {f"train/{k}": float(v.detach()) for k, v in losses.items()} if len(losses) > 1 else {}
+    record |= {f"train/{k}": v for k, v in terms.items()} if len(terms) > 1 else {}
     if scaler.is_enabled():
         record["loss_scale"] = scaler.get_scale()
         if record["loss_scale"] < 1:
             raise ModelError(f"step {step + 1}: the gradients are not finite, unscaled too; {remedy}")
     return record
+
+
+def _values(group: Group, losses: Mapping[str, torch.Tensor], loss: torch.Tensor) -> tuple[float, dict[str, float]]:
+    """The loss of the whole batch and its terms."""
+    if group.world == 1:
+        return float(loss.detach()), {k: float(v.detach()) for k, v in losses.items()}
+    terms = group.total(torch.stack([v.detach().double().cpu() for v in losses.values()])).tolist()
+    return sum(terms), dict(zip(losses, terms, strict=True))
 
 
 def _due(done: int, every: int, total: int) -> bool:
@@ -283,6 +303,8 @@ def _evaluate(job: Job, machine: _Machine, state: dict[str, Any], record: Record
 
 
 def _save(job: Job, machine: _Machine, state: dict[str, Any]) -> None:
+    if job.group.rank > 0:
+        return
     content = {"model": job.model.state_dict(), "optimizer": machine.optimizer.state_dict(), **state}
     content |= {"scaler": machine.scaler.state_dict(), "history": json.dumps(state["history"])}
     if machine.average is not None:
@@ -320,11 +342,13 @@ class Interrupt:
 
     A second Ctrl-C stops at once (``at_once``), and nothing may be saved then. ``listeners``
     that have an ``on_interrupt`` are notified of the first one. Outside the main thread, or
-    where somebody else handles the signal, nothing is changed.
+    where somebody else handles the signal, nothing is changed. Processes of a ``group`` check together, and all of
+    them stop where one is to.
     """
 
-    def __init__(self, listeners: Sequence[Listener] = ()) -> None:
+    def __init__(self, listeners: Sequence[Listener] = (), group: Group = ALONE) -> None:
         self.requested = self.at_once = False
+        self._group = group
         self._callbacks = [listener.on_interrupt for listener in listeners if hasattr(listener, "on_interrupt")]
         ours = threading.current_thread() is threading.main_thread()
         self._installed = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -341,7 +365,7 @@ class Interrupt:
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if Ctrl-C was pressed."""
-        if self.requested:
+        if self._group.agrees(self.requested):
             raise KeyboardInterrupt
 
     def restore(self) -> None:
@@ -361,14 +385,14 @@ class _Remaining(torch.utils.data.Dataset):
         return self.batches[self.start + index]
 
 
-def pick_workers(device: str, requested: int | None) -> int:
-    """Number of processes that prepare training batches: the requested one, or one that suits the device.
+def pick_workers(device: str, requested: int | None, world: int = 1) -> int:
+    """Number of processes that prepare batches for each of ``world`` that train: the requested one, or one that suits.
 
     A GPU waits for its batches where one process makes them; on a CPU the network takes all cores itself.
     """
     if requested is not None:
         return requested
-    return 0 if device == "cpu" else min(8, (os.cpu_count() or 1) // 2)
+    return 0 if device == "cpu" else min(8, (os.cpu_count() or 1) // 2 // world)
 
 
 def step_loader(batches: Batches, start: int, total: int, workers: int) -> torch.utils.data.DataLoader:

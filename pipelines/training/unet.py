@@ -22,7 +22,9 @@ from pipelines.evaluation.inference import predict_dataset
 from pipelines.evaluation.metrics import evaluate_masks
 from pipelines.recipes.settings import UNetRecipe
 from pipelines.training.detector import failures_of
+from pipelines.training.group import ALONE, Group, weighted
 from pipelines.training.loop import Job, Listener, Outcome, run
+from pipelines.training.processes import train_in_processes
 
 
 def train_unet(
@@ -33,14 +35,40 @@ def train_unet(
     folder: Path,
     device: str,
     listeners: Sequence[Listener] = (),
+    num_gpus: int = 1,
 ) -> tuple[Path, Outcome]:
     """Train (or resume) in ``folder`` and save the chosen weights as ``folder/model``.
+
+    ``num_gpus`` processes share each batch (`train_in_processes`); their outcome comes without weights.
 
     Raises:
         PlanesError: data, settings or weights that cannot be used.
     """
+    outcome = train_in_processes(
+        _train,
+        (recipe, train, val, folder),
+        num_gpus,
+        device=device,
+        batch_size=recipe.training.batch_size,
+        listeners=listeners,
+    )
+    return folder / "model", outcome
+
+
+def _train(
+    recipe: UNetRecipe,
+    train: Dataset,
+    val: Dataset | None,
+    folder: Path,
+    *,
+    device: str,
+    listeners: Sequence[Listener],
+    group: Group,
+) -> Outcome:
+    """Train in one process of a group; the first one saves."""
     torch.manual_seed(recipe.seed)
-    model = channels_last(build_segmenter(recipe.architecture, recipe.weights))
+    # The others begin with the first one's weights.
+    model = channels_last(build_segmenter(recipe.architecture, recipe.weights if group.rank == 0 else "none"))
     batches = SegmenterBatches(
         train,
         recipe.augmentation,
@@ -62,7 +90,7 @@ def train_unet(
     job = Job(
         model,
         batches,
-        loss=segmenter_loss(recipe.loss, recipe.architecture.normalisation),
+        loss=segmenter_loss(recipe.loss, recipe.architecture.normalisation, group),
         training=recipe.training,
         optimizer=recipe.optimizer,
         folder=folder,
@@ -70,17 +98,23 @@ def train_unet(
         evaluate=validate if val and val.planes else None,
         metric="IoU",
         listeners=listeners,
+        group=group,
     )
     outcome = run(job)
+    if group.rank > 0:
+        return outcome
     spec = segmenter_spec(recipe.architecture, [recipe.data.category], recipe.data.rendering)
-    saved = save_model(folder / "model", spec, outcome.weights)
-    return saved, outcome
+    save_model(folder / "model", spec, outcome.weights)
+    return outcome
 
 
 def segmenter_loss(
-    name: str, normalisation: Literal["imagenet", "crop"] = "imagenet"
+    name: str, normalisation: Literal["imagenet", "crop"] = "imagenet", group: Group = ALONE
 ) -> Callable[[nn.Module, tuple[np.ndarray, np.ndarray], torch.device], Mapping[str, torch.Tensor]]:
-    """The loss function of a batch (crops, coverage masks): ``bce`` or ``bce_dice``."""
+    """The loss function of a batch (crops, coverage masks): ``bce`` or ``bce_dice``.
+
+    In a ``group`` of several processes the batch is this one's share, and its losses are parts of the whole batch's.
+    """
     bce = nn.BCEWithLogitsLoss()
     dice = smp.losses.DiceLoss("binary")
 
@@ -90,8 +124,28 @@ def segmenter_loss(
         logits = model(torch.from_numpy(normalise(crops, normalisation)).to(device)).float()
         target = torch.from_numpy(masks)[:, None].to(device)
         losses = {"loss_bce": bce(logits, target)}
+        if group.world > 1:
+            number = group.total(torch.tensor(len(crops)))
+            losses = weighted(losses, [len(crops) / int(number)])
         if name == "bce_dice":
-            losses["loss_dice"] = dice(logits, (target >= 0.5).float())
+            planes = (target >= 0.5).float()
+            losses["loss_dice"] = dice(logits, planes) if group.world == 1 else shared_dice(logits, planes, group)
         return losses
 
     return loss
+
+
+def shared_dice(logits: torch.Tensor, planes: torch.Tensor, group: Group) -> torch.Tensor:
+    """This process's part of smp's Dice loss over the pixels of all processes: its gradients, an equal part of the value.
+
+    Args:
+        logits: of this process's crops, (B, 1, S, S).
+        planes: as ``logits``, 1 where there is a plane, else 0.
+    """
+    found = nn.functional.logsigmoid(logits).exp()
+    own = torch.stack([(found * planes).sum(), (found + planes).sum(), planes.sum()])
+    known = own.detach()
+    all_of_them = own + (group.total(known.double().cpu()).to(known) - known)
+    both, either, true = all_of_them
+    loss = (1 - 2 * both / either.clamp_min(2e-7)) * (true > 0)
+    return loss - loss.detach() * (1 - 1 / group.world)

@@ -18,6 +18,7 @@ ENGINE = {"help": "Detection library; takes the recipe's twin NAME_ENGINE where 
 FOLDS = {"help": "Folds by scene, each scored by a training on the others; 0: none. Nothing is registered."}
 SEEDS = {"help": "Seeds to train with, from the recipe's own upwards; mean and standard deviation of every metric."}
 SCORES_FROM = {"help": "Parent run of a training with --folds; the version gets its calibration and score threshold."}
+NUM_GPUS = {"help": "Processes that share each batch, on the first GPUs; with --device cpu so many on the CPU."}
 GATES = {"help": "YAML file of gates; without it gates/MODEL.yaml, else the project's own."}
 GATE_SPLIT = {"help": "Split of data folders, instead of that of the gates."}
 KEPT_IN = {"help": "Where checkpoints are kept."}
@@ -45,7 +46,7 @@ class TrainingRequest:
             "help": "Throw away an unfinished equal training instead of going on; with --folds or --seeds do all again."
         },
     )
-    num_gpus: int = field(default=1, metadata={"help": "Processes that Detectron2 starts."})
+    num_gpus: int = field(default=1, metadata=NUM_GPUS)
     register: bool = field(default=True, metadata={"help": "Add a version; otherwise the model is logged alone."})
     label: str = field(default="", metadata={"help": "What the run is called beside the model."})
     scores_from: str | None = field(default=None, metadata=SCORES_FROM)
@@ -79,7 +80,7 @@ class AblationRequest:
     )
     task: str | None = field(default=None, metadata={"help": "unet, detector or maskrcnn; without it the recipe's."})
     register: bool = field(default=False, metadata={"help": "Add a version for each seed, where there are no folds."})
-    num_gpus: int = field(default=1, metadata={"help": "Processes that Detectron2 starts."})
+    num_gpus: int = field(default=1, metadata=NUM_GPUS)
     scores_from: str | None = field(default=None, metadata=SCORES_FROM)
 
 

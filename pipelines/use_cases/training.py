@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 
 import models
 from models.engines.detectron2.predictor import require_detectron2
-from models.errors import DataError, OutputError, RecipeError
+from models.errors import DataError, OutputError
 from models.pyfunc import code_digest
 from models.runtime.devices import pick_device, pick_precision
 from models.saved.scores import Scores
@@ -33,6 +34,7 @@ from pipelines.registry.training_images import TrainingImages, images_of
 from pipelines.tracking import mlflow_runs
 from pipelines.training.anchors import with_anchors
 from pipelines.training.detector import train_detector
+from pipelines.training.group import check_processes
 from pipelines.training.inputs import Inputs, find_earlier, write_inputs
 from pipelines.training.loop import Listener, Outcome
 from pipelines.training.unet import train_unet
@@ -133,10 +135,11 @@ def plan_training(request: TrainingRequest, data_of: Callable[[Recipe], Training
         require_detectron2()
         from pipelines.training.detectron2.trainer import training_config
 
-        more.append(training_config(recipe, Path(), device).dump())
-    elif request.num_gpus > 1:
-        raise RecipeError("--num-gpus: several GPUs are used by the Detectron2 engine only")
+        cfg = training_config(recipe, Path(), device)
+        check_processes(request.num_gpus, device, cfg.SOLVER.IMS_PER_BATCH)
+        more.append(cfg.dump())
     else:
+        check_processes(request.num_gpus, device, recipe.training.batch_size)
         # What auto means here: weights of another precision would be others.
         more.append(f"precision={pick_precision(device, recipe.training.precision)}")
     # A version keeps what its scores mean: with other meanings it is another version.
@@ -246,7 +249,7 @@ def _run_held(registry: Registry, plan: Plan, display: Display, listeners: Seque
     noted = folder / RUN_FILE
     earlier = json.loads(noted.read_text())["run_id"] if noted.exists() else None
     tags = {"task": request.task, "recipe": plan.recipe.name, "training_key": plan.key}
-    tags |= {"registered_as": request.register_as, "engine": plan.recipe.engine}
+    tags |= {"registered_as": request.register_as, "engine": plan.recipe.engine, "num_gpus": str(request.num_gpus)}
     tags |= {**({"variant": request.label} if request.label else {}), **request.tags}
     title = f"{request.register_as} {request.label or plan.recipe.name}"
     with mlflow_runs.tracked_run(registry.client, title, tags, resume_id=earlier, system_metrics=True) as run:
@@ -309,21 +312,21 @@ def _precision(plan: Plan) -> str:
 
 
 def _train(plan: Plan, display: Display, listeners: Sequence[Listener]) -> tuple[Path, Outcome]:
-    recipe, data, folder, device = plan.recipe, plan.data, plan.folder, plan.device
+    recipe, data = plan.recipe, plan.data
     train = _training_tiles(plan, display)
+    common: dict[str, Any] = {"folder": plan.folder, "device": plan.device, "listeners": listeners}
+    common["num_gpus"] = plan.request.num_gpus
     if isinstance(recipe, Detectron2Recipe):
         from pipelines.training.detectron2.trainer import LOG, train_detectron2
 
         try:
-            return train_detectron2(
-                recipe, train, data.val, folder=folder, device=device, listeners=listeners, num_gpus=plan.request.num_gpus
-            )
+            return train_detectron2(recipe, train, data.val, **common)
         finally:
-            if (folder / LOG).exists():
-                mlflow.log_artifact(str(folder / LOG))
+            if (plan.folder / LOG).exists():
+                mlflow.log_artifact(str(plan.folder / LOG))
     if isinstance(recipe, UNetRecipe):
-        return train_unet(recipe, data.train, data.val, folder=folder, device=device, listeners=listeners)
-    return train_detector(recipe, train, data.val, folder=folder, device=device, listeners=listeners)
+        return train_unet(recipe, data.train, data.val, **common)
+    return train_detector(recipe, train, data.val, **common)
 
 
 def _training_tiles(plan: Plan, display: Display) -> Dataset:

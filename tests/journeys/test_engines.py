@@ -151,7 +151,8 @@ def test_a_version_of_an_absent_engine_says_what_it_needs(project, tmp_path):
     [
         (("--recipe", "demo_detector", "SOLVER.BASE_LR", "1"), "opts are Detectron2's settings"),
         (("SOLVER.BASE_LR",), "expected pairs of KEY VALUE"),
-        (("--num-gpus", "2"), "Detectron2 engine only"),
+        (("--num-gpus", "99"), "--num-gpus 99: more than the"),
+        (("--num-gpus", "2", "--device", "cpu", "--batch-size", "1"), "--num-gpus 2: more than the 1 images of a batch"),
         (("--recipe", "detector", "--engine", "detectron2"), "for detectron2 there are course_det_default"),
     ],
 )

@@ -212,8 +212,13 @@ class SegmenterBatches:
         return max(1, -(-len(self._planes) // self.batch_size))
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.share(step, 0, 1)
+
+    def share(self, step: int, rank: int, world: int) -> tuple[np.ndarray, np.ndarray]:
+        """The examples of batch ``step`` that fall to process ``rank`` of ``world``."""
         items = epoch_items(self.seed, step, self.batch_size, len(self._planes))
-        pairs = [self._example(item, np.random.default_rng([self.seed, 3, step, i])) for i, item in enumerate(items)]
+        mine = list(enumerate(items))[rank::world]
+        pairs = [self._example(item, np.random.default_rng([self.seed, 3, step, i])) for i, item in mine]
         return np.stack([p[0] for p in pairs]), np.stack([p[1] for p in pairs])
 
     def _sample_of(self, item: int) -> Sample:

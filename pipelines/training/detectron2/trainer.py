@@ -25,6 +25,7 @@ from pipelines.data.loading.unreadable import Unreadable
 from pipelines.recipes.settings import Detectron2Recipe
 from pipelines.training.checkpoints import read_best
 from pipelines.training.detector import validation_metrics
+from pipelines.training.group import check_processes
 from pipelines.training.loop import Interrupt, Listener, Outcome, step_loader
 
 OUTCOME = "outcome.json"
@@ -97,14 +98,7 @@ def train_detectron2(
         PlanesError: data, settings or weights that cannot be used.
     """
     cfg = training_config(recipe, folder, device)
-    if num_gpus > 1 and device.startswith("cuda") and num_gpus > torch.cuda.device_count():
-        raise RecipeError(f"--num-gpus {num_gpus}: there are {torch.cuda.device_count()}")
-    if num_gpus > 1 and device.startswith("cuda:"):
-        raise RecipeError(
-            f"--num-gpus {num_gpus} with --device {device}: takes the first {num_gpus} GPUs; use --device cuda"
-        )
-    if num_gpus > cfg.SOLVER.IMS_PER_BATCH:
-        raise RecipeError(f"--num-gpus {num_gpus}: more than the {cfg.SOLVER.IMS_PER_BATCH} images of a batch")
+    check_processes(num_gpus, device, cfg.SOLVER.IMS_PER_BATCH)
     from detectron2.engine import launch
 
     folder.mkdir(parents=True, exist_ok=True)
