@@ -22,7 +22,7 @@ test-docs: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy models pipelines scoring benchmarks
+	$(BIN)/mypy models pipelines scoring benchmarks planes_entry.py
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
 

@@ -15,7 +15,6 @@ from models.images.rendering import parse_rendering
 from models.loading import load_model
 from models.runtime.cache import cache_base
 from models.saved.folder import folder_digest
-from models.saved.scores import Scores
 from models.saved.spec import read_spec
 from pipelines.data.readers.listing import Listing, open_listing
 from pipelines.data.remote import is_url, to_path
@@ -24,15 +23,15 @@ from pipelines.evaluation.inference import is_segmenter
 from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.use_cases.display import SILENT, Display, pass_through
 from scoring import mlflow_log
+from scoring.common import folder_megabytes, ray_settings, scores_of, tell_work
 from scoring.jobs.job import decisive_settings, folder_name
 from scoring.jobs.manifest import MANIFEST, PLAN
 from scoring.parts.job import SCRATCH, LocalParts, PartRunner, PartsResult, held, planned, run_parts, working_folder
 from scoring.parts.on_ray import RayParts
 from scoring.parts.place import Place
 from scoring.parts.plan import read_plan
-from scoring.requests import JobSettings, ScoreRequest
-from scoring.runners.local import LocalRunner, auto_batch, auto_workers
-from scoring.runners.ray_runner import RaySettings
+from scoring.requests import ScoreRequest
+from scoring.runners.local import LocalRunner
 from scoring.runtimes import Conditions, choose_runtime
 
 log = logging.getLogger(__name__)
@@ -128,13 +127,14 @@ def _score(
     if is_segmenter(predictor):
         raise DataError(f"{version.label}: outlines given boxes, which images without annotations have not")
     rendering = parse_rendering(settings.value_range, settings.bands, read_spec(chosen.folder).rendering)
+    source = listing.where if is_url(listing.where) else os.path.abspath(listing.where)
     part = settings.part_size or (there.part_size if there else PART_SIZE)
     requested: dict[str, Any] = {
         "label": version.label,
         "model": folder_digest(chosen.folder)[:16],
         "settings": decisive_settings(predictor, rendering, settings, device),
-        "data": Path(listing.where.rstrip("/")).name or listing.where,
-        "source": listing.where if is_url(listing.where) else os.path.abspath(listing.where),
+        "data": Path(source.rstrip("/")).name or source,
+        "source": source,
         "split": request.split,
         "category": category_of(folder, version.label, measured=False),
         # Whole shards, so that the batches are those of any other cut.
@@ -142,19 +142,11 @@ def _score(
         "shard_size": settings.shard_size,
     }
     cache = cache_base() / "scoring"
-    with held(place):
+    with held(place, cache):
         plan = planned(place, listing, requested, fresh=request.settings.fresh, cache=cache)
         when = f", listed {plan.planned}; --fresh lists them anew" if there else ""
         log.info(f"{plan.data}: {plan.images:,} images in {plan.parts:,} parts of {plan.part_size}{when}")
-        how = RaySettings(
-            device=device,
-            batch_size=settings.batch_size or auto_batch(device),
-            workers=settings.workers or auto_workers(device, plan.dataset(place, 0)),
-            precision=settings.precision,
-            tiling=settings.changes,
-            address=request.execution.address,
-            actors=request.execution.actors,
-        )
+        how = ray_settings(settings, device, plan.dataset(place, 0), request.execution)
         runner: PartRunner
         if on_ray:
             runner = RayParts(chosen.folder, how, place, plan, settings)
@@ -189,27 +181,8 @@ def _tell(result: PartsResult) -> None:
     totals = result.totals
     errors = f", {totals.failures} failed (see {result.place}/errors)" if totals.failures else ""
     errors += f", {result.resumed} of them scored before" if result.resumed else ""
-    speed = f"{totals.seconds:.1f} s, {totals.images / max(totals.seconds, 1e-9):.3g} images/s"
-    log.info(f"{result.plan.label}: {totals.instances} planes in {totals.images} images{errors}, {speed}")
-    timings = ", ".join(f"{k} {v:.1f} s" for k, v in sorted(totals.timings.items(), key=lambda s: -s[1]))
-    peaks = ", ".join(f"peak {kind.replace('_', ' ')} {megabytes:,.0f} MB" for kind, megabytes in result.peaks.items())
-    log.info(f"   {timings or 'no operations timed'}; {peaks or 'no work'}")
-    if totals.little:
-        log.info(
-            f"   {totals.little} images fill less than an eighth of the range that they are read with (first: "
-            f"{totals.first_little}): too dark or pale for the model? See --range"
-        )
-
-
-def scores_of(label: str, folder: Path, settings: JobSettings) -> Scores | None:
-    """What the version's scores mean; other tiles than its own make other scores."""
-    scores = read_spec(folder).scores
-    if scores is not None and settings.tiling:
-        log.info(f"{label}: no probabilities, and no suggested score: they were learnt with the version's own tiles")
-        return None
-    return scores
-
-
-def folder_megabytes(folder: Path) -> float:
-    """Size of a saved model in MB (10^6 bytes)."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
+    # Actors work side by side: the seconds of all parts say nothing of the clock.
+    speed = f", {result.rate:.3g} images/s now" if result.rate is not None else ""
+    seconds = f"{totals.seconds:.1f} s of work"
+    log.info(f"{result.label}: {totals.instances} planes in {totals.images} images{errors}, {seconds}{speed}")
+    tell_work(totals.timings, result.peaks, totals.little, totals.first_little)

@@ -90,8 +90,10 @@ def log_parts(client: MlflowClient, result: PartsResult, resolved: Resolved, *, 
         mlflow.log_metrics({"images": totals.images, "instances": totals.instances, "errors": totals.failures})
         if totals.little:
             mlflow.log_metric("images_filling_little_of_their_range", totals.little)
-        if totals.seconds:
-            mlflow.log_metrics({"seconds": totals.seconds, "images_per_second": totals.images / totals.seconds})
+        # Of all parts together, also where actors worked side by side; the rate is that of this call, by the clock.
+        mlflow.log_metric("seconds", totals.seconds)
+        if result.rate is not None:
+            mlflow.log_metric("images_per_second", result.rate)
         mlflow.log_metric("model_megabytes", result.megabytes)
         mlflow.log_metrics({f"stage_{name}_seconds": seconds for name, seconds in totals.timings.items()})
         mlflow.log_metrics({f"peak_{name}_megabytes": megabytes for name, megabytes in result.peaks.items()})

@@ -26,14 +26,15 @@ from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.tracking import mlflow_runs
 from pipelines.use_cases.display import SILENT, Display, pass_through
 from scoring import mlflow_log
+from scoring.common import folder_megabytes, ray_settings, scores_of, tell_work
 from scoring.comparison.candidates import data_of, file_of, from_job, gather, is_file_of_predictions, is_run
 from scoring.comparison.compare import Candidate, Comparison, Scored, compare, comparison_table, render
 from scoring.comparison.evaluate_file import category_of_file
-from scoring.in_parts import PartsResult, folder_megabytes, listing_in_parts, score_in_parts, scores_of
+from scoring.in_parts import PartsResult, listing_in_parts, score_in_parts
 from scoring.jobs.job import JobResult, claim_folder, folder_name, run_job
 from scoring.parts.job import clear_parts
 from scoring.requests import LOCAL, ComparisonRequest, Execution, JobSettings, ScoreRequest
-from scoring.runners.local import auto_batch, auto_workers
+from scoring.runners.local import auto_batch
 from scoring.runners.runner import Runner
 from scoring.runtimes import Conditions, choose_runtime
 
@@ -208,8 +209,6 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
         check_logged(parts)
         log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client)}")
         return parts
-    for version, _ in versions:
-        clear_parts(out / folder_name(version.label))
     datasets = open_for(versions, request.data, split=request.split, scene_pattern=request.scene_pattern)
     for dataset in {id(d): d for d in datasets}.values():
         log.info(dataset.summary())
@@ -360,6 +359,8 @@ def score_version(
     progress = pass_through if runner and sys.stderr.isatty() else display.items
     # As long as it always was in manifests, so that older jobs can be gone on with.
     digest = folder_digest(folder)[:16]
+    if settings.fresh:
+        clear_parts(out / folder_name(version.label))
     job = run_job(
         predictor,
         version.label,
@@ -426,20 +427,9 @@ def check_logged(jobs: Sequence[JobResult | PartsResult]) -> None:
 
 
 def _ray(folder: Path, dataset: Dataset, *, settings: JobSettings, device: str, execution: Execution) -> Runner:
-    from scoring.runners.ray_runner import RayRunner, RaySettings
+    from scoring.runners.ray_runner import RayRunner
 
-    return RayRunner(
-        folder,
-        RaySettings(
-            device=device,
-            batch_size=settings.batch_size or auto_batch(device),
-            workers=settings.workers or auto_workers(device, dataset),
-            precision=settings.precision,
-            tiling=settings.changes,
-            address=execution.address,
-            actors=execution.actors,
-        ),
-    )
+    return RayRunner(folder, ray_settings(settings, device, dataset, execution))
 
 
 def _tell(job: JobResult) -> None:
@@ -453,14 +443,7 @@ def _tell(job: JobResult) -> None:
         kinds = ", ".join(f"{getattr(one, k)} {k}" for k in ("new", "changed", "retried", "returned", "kept", "gone"))
         kinds += f"; files of {one.unreadable} that were kept cannot be read now" if one.unreadable else ""
         log.info(f"   generation {one.number}: {kinds}")
-    timings = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in sorted(job.timings.items(), key=lambda s: -s[1]))
-    peaks = ", ".join(f"peak {kind.replace('_', ' ')} {megabytes:,.0f} MB" for kind, megabytes in job.peaks.items())
-    log.info(f"   {timings or 'no operations timed'}; {peaks}")
-    if job.little:
-        log.info(
-            f"   {job.little} images fill less than an eighth of the range that they are read with (first: "
-            f"{job.first_little}): too dark or pale for the model? See --range"
-        )
+    tell_work(job.timings, job.peaks, job.little, job.first_little)
     for _, evaluation in job.evaluations:
         if "max_dets" in evaluation.settings:
             log.info(coco_tables(evaluation))

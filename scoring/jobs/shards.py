@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,16 +143,25 @@ def join_shards(folder: Path, count: int, scores: Scores | None = None) -> None:
 
 def totals_of_shards(shards: Sequence[Path]) -> Totals:
     """Sums over the folders of shards."""
-    notes = [json.loads((shard / NOTES).read_text()) for shard in shards]
-    counts = {key: sum(n[key] for n in notes) for key in ("images", "instances", "failures", "seconds")}
-    timings: defaultdict[str, float] = defaultdict(float)
-    for operation, seconds in (item for n in notes for item in n["stages"].items()):
-        timings[operation] += seconds
+    return sums(_noted(json.loads((shard / NOTES).read_text())) for shard in shards)
+
+
+def _noted(notes: Mapping[str, Any]) -> Totals:
+    counts = {key: notes[key] for key in ("images", "instances", "failures", "seconds", "masks")}
     # Shards of 0.6.0 have no such list.
-    little = [image_id for n in notes for image_id in n.get("little", [])]
-    first = little[0] if little else ""
-    masks = any(n["masks"] for n in notes)
-    return Totals(**counts, masks=masks, timings=dict(timings), little=len(little), first_little=first)
+    little = notes.get("little", [])
+    return Totals(**counts, timings=notes["stages"], little=len(little), first_little=next(iter(little), ""))
+
+
+def sums(totals: Iterable[Totals]) -> Totals:
+    """Totals of several shards or parts together."""
+    every = list(totals)
+    counts = {key: sum(getattr(t, key) for t in every) for key in ("images", "instances", "failures", "seconds", "little")}
+    timings: defaultdict[str, float] = defaultdict(float)
+    for operation, seconds in (item for t in every for item in t.timings.items()):
+        timings[operation] += seconds
+    first = next((t.first_little for t in every if t.first_little), "")
+    return Totals(**counts, masks=any(t.masks for t in every), timings=dict(timings), first_little=first)
 
 
 def write_totals(path: Path, totals: Totals) -> None:

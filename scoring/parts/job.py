@@ -6,11 +6,11 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from pipelines.data.remote import ASKING
 from pipelines.progress import Progress, pass_through
 from scoring.jobs.manifest import LOCK, MANIFEST, PLAN
 from scoring.jobs.manifest import clear as clear_job
-from scoring.jobs.shards import Totals
+from scoring.jobs.shards import Totals, sums
 from scoring.parts.part import Mark, read_mark, score_part
 from scoring.parts.place import Place
 from scoring.parts.plan import DONE, ERRORS, INPUTS, INSTANCES, SUMMARY, Plan, file_of, numbers_of, read_plan
@@ -46,6 +46,7 @@ class PartsResult:
         plan: what it is over.
         totals: sums over all parts.
         resumed: images of parts that had been scored before.
+        rate: images a second of this call, by the clock; None where it scored no part.
         peaks: highest memory in MB by kind.
         megabytes: size of the saved model.
         unlogged: why the tracking store did not take it.
@@ -55,6 +56,7 @@ class PartsResult:
     plan: Plan
     totals: Totals
     resumed: int = 0
+    rate: float | None = None
     peaks: dict[str, float] = field(default_factory=dict)
     megabytes: float = math.nan
     unlogged: str | None = None
@@ -169,21 +171,17 @@ def planned(
         DataError: the place holds another job, or the images cannot be listed.
         OutputError: the place cannot be written.
     """
+    staging = working_folder(place, PLANNING, cache)
     if fresh:
-        clear(place)
+        clear(place, cache)
+        shutil.rmtree(staging, ignore_errors=True)
     held = read_plan(place)
     if held is None:
         _refuse_others(place)
         # What a removal that was stopped has left is not to be read beside the new tables.
-        clear(place, planning=False)
-        staging = working_folder(place, PLANNING, cache)
+        clear(place, cache)
         listed = plan_images(listing, staging, requested["part_size"])
-        plan = Plan(
-            **requested,
-            inputs=listed.digest,
-            images=listed.images,
-            planned=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
+        plan = Plan(**requested, inputs=listed.digest, images=listed.images, planned=listed.at)
         there = set(place.names(plan.folder))
         waiting = [file_of(n) for n in range(plan.parts) if file_of(n) not in there]
         with ThreadPool(ASKING if place.local is None else 1) as pool:
@@ -204,7 +202,7 @@ def working_folder(place: Place, name: str, cache: Path | None) -> Path:
     """Where a job works on this machine: in its own folder, or in one of the cache that belongs to its URL."""
     if place.local is not None:
         return place.local / name
-    assert cache is not None
+    assert cache is not None, "a URL has no folder of this machine"
     return cache / hashlib.sha256(str(place).encode()).hexdigest()[:16] / name
 
 
@@ -219,9 +217,12 @@ def run_parts(place: Place, plan: Plan, runner: PartRunner, progress: Progress) 
     with ThreadPool(ASKING if place.local is None else 1) as pool:
         read = zip(done, pool.map(lambda n: read_mark(place, plan, n), done), strict=True)
     marks = {number: mark for number, mark in read if mark is not None}
+    for folder in (DONE, INSTANCES, ERRORS, INPUTS):
+        place.sweep(folder)
     pending: dict[int, Mark | None] = {n: None for n in range(plan.parts) if n not in marks}
     left = sum(map(plan.size, pending))
     again = {n: mark for n, mark in marks.items() if mark.again}
+    started = time.monotonic()
     try:
         bar = Bar(progress, left, f"scoring with {plan.label}")
         with closing(runner.run({**again, **pending}, bar)) as results:
@@ -232,75 +233,67 @@ def run_parts(place: Place, plan: Plan, runner: PartRunner, progress: Progress) 
         raise OutputError(
             f"{place}: cannot be written ({error.strerror or one_line(error)}); what is done is kept, call again"
         ) from error
+    now, seconds = sum(marks[n].totals.images for n in pending), time.monotonic() - started
     if not set(marks) <= numbers_of(place.names(DONE)):
         raise OutputError(f"{place}: somebody has removed parts of it meanwhile; call again")
     totals = sums(marks[n].totals for n in range(plan.parts))
     if not totals.images:
         raise DataError(f"none of {plan.images} images could be scored; see {place}/{ERRORS}")
     place.write(SUMMARY, (json.dumps({"parts": plan.parts, **asdict(totals)}, indent=2) + "\n").encode())
-    return PartsResult(place, plan, totals, resumed=plan.images - left, peaks=runner.peak_megabytes())
-
-
-def sums(totals: Iterable[Totals]) -> Totals:
-    """Totals of several together."""
-    whole = Totals(0, 0, 0, 0.0, False)
-    timings: dict[str, float] = {}
-    for one in totals:
-        whole = replace(
-            whole,
-            images=whole.images + one.images,
-            instances=whole.instances + one.instances,
-            failures=whole.failures + one.failures,
-            seconds=whole.seconds + one.seconds,
-            masks=whole.masks or one.masks,
-            little=whole.little + one.little,
-            first_little=whole.first_little or one.first_little,
-        )
-        for operation, seconds in one.timings.items():
-            timings[operation] = timings.get(operation, 0.0) + seconds
-    return replace(whole, timings=timings)
+    rate = now / max(seconds, 1e-9) if pending else None
+    return PartsResult(place, plan, totals, resumed=plan.images - left, rate=rate, peaks=runner.peak_megabytes())
 
 
 @contextmanager
-def held(place: Place) -> Iterator[None]:
-    """Hold a folder of this machine while a job runs; in an object store two that score the same write the same bytes.
+def held(place: Place, cache: Path | None = None) -> Iterator[None]:
+    """Hold the folder that a job works in on this machine; in an object store other machines may score the same.
 
     Raises:
-        OutputError: another process is scoring there, or it cannot be written.
+        OutputError: another process of this machine is scoring there, or the folder cannot be written.
     """
+    folder = working_folder(place, "", cache)
     try:
-        if place.local is not None:
-            place.local.mkdir(parents=True, exist_ok=True)
-        with FileLock(place.local / LOCK, timeout=0) if place.local is not None else nullcontext():
-            yield
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=0)
+        lock.acquire()
     except Timeout as error:
         raise OutputError(f"{place}: another score is writing there; wait for it or name another --out") from error
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror or one_line(error)})") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def clear(place: Place, *, planning: bool = True) -> None:
-    """Remove what a job in parts left there, the plan first: a stop leaves nothing that is taken for a job.
+def clear(place: Place, cache: Path | None = None) -> None:
+    """Remove what a job in parts left there and nothing else, the plan first: what a stop leaves is taken for no job.
 
-    Args:
-        planning: what is listed and planned so far, too.
+    Raises:
+        OutputError: something of it cannot be removed.
     """
     plan = read_plan_or_none(place)
-    place.remove(PLAN)
+    place.remove("", [PLAN])
     if place.local is not None and (place.local / MANIFEST).exists():
-        place.remove(MANIFEST)
+        place.remove("", [MANIFEST])
         clear_job(place.local)
-    lists = (plan.folder,) if plan else ()
-    for name in (*lists, DONE, INSTANCES, ERRORS, INPUTS, SUMMARY, SCRATCH, *((PLANNING,) if planning else ())):
-        place.remove(name)
+    for folder in (*((plan.folder,) if plan else ()), DONE, INSTANCES, ERRORS, INPUTS):
+        place.remove(folder, [name for name in place.names(folder) if numbers_of([name])])
+    place.remove("", [SUMMARY])
+    shutil.rmtree(working_folder(place, SCRATCH, cache), ignore_errors=True)
 
 
 def clear_parts(folder: Path) -> None:
     """Remove a job in parts from a folder of this machine, for one that does not lie in parts; nothing where there is none.
 
     Raises:
-        OutputError: it cannot be removed.
+        OutputError: it cannot be removed, or another process is scoring there.
     """
     if (folder / PLAN).exists():
-        clear(Place(folder))
+        place = Place(folder)
+        with held(place):
+            clear(place)
+            shutil.rmtree(folder / PLANNING, ignore_errors=True)
 
 
 def read_plan_or_none(place: Place) -> Plan | None:

@@ -41,9 +41,12 @@ class Mark(NamedTuple):
 
 
 def read_mark(place: Place, plan: Plan, number: int) -> Mark | None:
-    """The mark of a part that is done; None of one of another plan, which a removal that was stopped has left."""
-    content = json.loads(place.read(f"{DONE}/{file_of(number, '.json')}"))
-    return Mark(Totals(**content["totals"]), content["again"]) if content["plan"] == plan.digest else None
+    """The mark of a part that is done; None of one that is damaged, or of another plan: a removal was stopped."""
+    try:
+        content = json.loads(place.read(f"{DONE}/{file_of(number, '.json')}"))
+        return Mark(Totals(**content["totals"]), content["again"]) if content["plan"] == plan.digest else None
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
+        return None
 
 
 def score_part(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from models.errors import OutputError, one_line
+from models.errors import OutputError, PlanesError, one_line
 from pipelines.data.remote import AnyPath, to_path
 from pipelines.files import replacing, write_bytes
 
@@ -25,10 +25,6 @@ class Place:
         self.path = to_path(path) if isinstance(path, str) else path
         self.local = self.path if isinstance(self.path, Path) else None
 
-    def __truediv__(self, name: str) -> Place:
-        """A folder inside."""
-        return Place(self.path / name)
-
     def __str__(self) -> str:
         return str(self.path)
 
@@ -38,10 +34,10 @@ class Place:
         Raises:
             OutputError: the store cannot be reached.
         """
-        if self.local is not None:
-            inside = self.local / folder
-            return sorted(n for n in os.listdir(inside) if not n.startswith(".")) if inside.is_dir() else []
         with self._reached():
+            if self.local is not None:
+                inside = self.local / folder
+                return sorted(n for n in os.listdir(inside) if not n.startswith(".")) if inside.is_dir() else []
             try:
                 entries = self._fs.ls(self._key(folder), detail=True, refresh=True)
             except (FileNotFoundError, NotADirectoryError):
@@ -58,10 +54,12 @@ class Place:
             FileNotFoundError: there is none.
             OutputError: the store cannot be reached.
         """
-        if self.local is not None:
-            return (self.local / name).read_bytes()
         with self._reached():
-            return bytes(self._fs.cat_file(self._key(name)))
+            try:
+                return (self.local / name).read_bytes() if self.local else bytes(self._fs.cat_file(self._key(name)))
+            except (FileNotFoundError, NotADirectoryError):
+                missing = f"{self}/{name}"
+        raise FileNotFoundError(missing)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file, in place of an earlier one.
@@ -106,22 +104,29 @@ class Place:
             with replacing(self.local / name, shared=True, durable=True) as temporary:
                 shutil.copyfile(file, temporary)
 
-    def remove(self, name: str) -> None:
-        """Remove a file or a folder with all in it; nothing happens where there is none.
+    def remove(self, folder: str, names: Sequence[str]) -> None:
+        """Remove files of a folder, "" for this one, as far as they are there, and the folder where nothing else is in it.
 
         Raises:
-            OutputError: it cannot be removed.
+            OutputError: one cannot be removed.
         """
         with self._reached():
             if self.local is None:
-                if self._fs.exists(self._key(name)):
-                    self._fs.rm(self._key(name), recursive=True)
+                there = [self._key(f"{folder}/{name}".lstrip("/")) for name in set(names) & set(self.names(folder))]
+                if there:
+                    self._fs.rm(there)
                 return
-            target = self.local / name
-            if target.is_symlink() or target.is_file():
-                target.unlink()
-            elif target.exists():
-                shutil.rmtree(target)
+            inside = self.local / folder
+            for name in names:
+                (inside / name).unlink(missing_ok=True)
+            self.sweep(folder)
+            if folder and inside.is_dir() and not inside.is_symlink() and not any(inside.iterdir()):
+                inside.rmdir()
+
+    def sweep(self, folder: str) -> None:
+        """Remove what processes that were killed while they published have left in a folder of this machine."""
+        for path in (self.local / folder).glob(".part-*.tmp") if self.local is not None else ():
+            path.unlink(missing_ok=True)
 
     @property
     def _fs(self):  # type: ignore[no-untyped-def]
@@ -136,11 +141,11 @@ class Place:
     def _reached(self) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, FileExistsError, NotADirectoryError):
+        except PlanesError:
             raise
         except OSError as error:
             why = error.strerror or one_line(error, 160)
-            raise OutputError(f"{self}: cannot be written ({why}); what is done is kept, call again") from error
+            raise OutputError(f"{self}: cannot be used ({why}); what is done is kept, call again") from error
         except Exception as error:
             if self.local is not None:
                 raise

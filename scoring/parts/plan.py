@@ -7,14 +7,14 @@ import io
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models.errors import DataError, one_line
 from models.images.rendering import Rendering
-from pipelines.data.dataset import Dataset, Sample
+from pipelines.data.dataset import Dataset
+from pipelines.data.readers.annotations import make_sample
 from pipelines.data.remote import to_path
 from pipelines.evaluation.categories import PLANE
 from scoring.jobs.manifest import PLAN, Manifest, digest_in_order
@@ -93,24 +93,16 @@ class Plan(BaseModel):
             rows = pq.read_table(io.BytesIO(place.read(name)), schema=SCHEMA).to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{place}/{name}: absent or damaged ({one_line(error, 120)}); score with --fresh") from error
-        rendering = Rendering.model_validate(self.settings["rendering"])
-        samples = tuple(_sample(row["image_id"], row["path"], rendering) for row in rows)
-        return Dataset(self.data, to_path(self.source), self.split, self.category, samples, category_id=self.category_id)
+        samples = tuple(
+            make_sample(row["image_id"], to_path(row["path"]), (0, 0), row["image_id"], [], truth=False) for row in rows
+        )
+        dataset = Dataset(self.data, to_path(self.source), self.split, self.category, samples, category_id=self.category_id)
+        return dataset.rendered(Rendering.model_validate(self.settings["rendering"]))
 
     def manifest(self, dataset: Dataset) -> Manifest:
         """The manifest of one part, which is a job of its own while it is scored."""
-        return Manifest(
-            label=self.label,
-            model=self.model,
-            settings=self.settings,
-            data=self.data,
-            split=self.split,
-            category=self.category,
-            category_id=self.category_id,
-            inputs=digest_in_order(dataset),
-            images=len(dataset),
-            shard_size=self.shard_size,
-        )
+        shared = self.model_dump(include=set(Manifest.model_fields) - {"format", "inputs", "images"})
+        return Manifest(**shared, inputs=digest_in_order(dataset), images=len(dataset))
 
     def refusal(self, requested: dict[str, Any]) -> str:
         """What another job would have otherwise; empty where it is the same one."""
@@ -151,22 +143,7 @@ def read_plan(place: Place) -> Plan | None:
     """
     try:
         return Plan.model_validate_json(place.read(PLAN))
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
     except ValidationError as error:
         raise DataError(f"{place}/{PLAN}: damaged or of another release; score with --fresh") from error
-
-
-def _sample(image_id: str, path: str, rendering: Rendering) -> Sample:
-    return Sample(
-        image_id,
-        to_path(path),
-        height=0,
-        width=0,
-        scene=image_id,
-        boxes=np.zeros((0, 4), np.float32),
-        masks=(),
-        crowd=np.zeros(0, bool),
-        truth=False,
-        rendering=rendering,
-    )

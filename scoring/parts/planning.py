@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,11 +45,13 @@ class Listed:
     Attributes:
         folder: with a file for each part.
         images: how many there are.
+        at: when the last one was listed, ISO 8601.
         digest: of names and paths in their order, 16 hex digits.
     """
 
     folder: Path
     images: int
+    at: str
     digest: str
 
 
@@ -59,13 +62,14 @@ def plan_images(listing: Listing, staging: Path, part_size: int) -> Listed:
     all where several files share that.
 
     Args:
-        staging: folder to work in; what an earlier call left there of the same listing is used.
+        staging: folder to work in; what an earlier call left there of the same listing is used. A list that is another
+            file by now is another listing.
 
     Raises:
         DataError: no images, one of them twice, or names that are not unique.
         EngineMissing: DuckDB is not installed.
     """
-    origin = f"{listing.where}\n{listing.sort}\n{part_size}\n"
+    origin = f"{listing.where}\n{listing.mark}\n{part_size}\n"
     if not (staging / "of").exists() or (staging / "of").read_text() != origin:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -95,12 +99,12 @@ def _list(listing: Listing, folder: Path) -> None:
         check_names(batch, listing.where)
         stems = [os.path.splitext(path.rsplit("/", 1)[-1])[0] for path in batch]
         table = pa.table([list(range(done, done + len(batch))), batch, stems], schema=PIECE_SCHEMA)
-        with replacing(folder / f"{number:06d}.parquet") as temporary:
+        with replacing(folder / f"{number:06d}.parquet", durable=True) as temporary:
             pq.write_table(table, temporary, compression="zstd")
         done += len(batch)
         if number % 10 == 9:
             log.info(f"{listing.where}: {done:,} paths listed")
-    write_text(folder / COMPLETE, "")
+    write_text(folder / COMPLETE, datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def _arrange(listing: Listing, staging: Path, part_size: int) -> Listed:
@@ -121,7 +125,8 @@ def _arrange(listing: Listing, staging: Path, part_size: int) -> Listed:
             "SELECT coalesce(renamed.image_id, stem) AS image_id, listed.path FROM listed "
             f"LEFT JOIN renamed ON renamed.path = listed.path ORDER BY listed.{order}"
         )
-        return _cut(_stream(database, query), staging / PARTS, part_size)
+        images, digest = _cut(_stream(database, query), staging / PARTS, part_size)
+    return Listed(staging / PARTS, images, (staging / LISTED / COMPLETE).read_text(), digest)
 
 
 def _stream(database: duckdb.DuckDBPyConnection, query: str) -> Iterator[pa.RecordBatch]:
@@ -172,7 +177,8 @@ def _below(path: str, common: str) -> str:
     return Path(os.path.relpath(_absolute(path), common)).as_posix()
 
 
-def _cut(rows: Iterator[pa.RecordBatch], folder: Path, part_size: int) -> Listed:
+def _cut(rows: Iterator[pa.RecordBatch], folder: Path, part_size: int) -> tuple[int, str]:
+    """Write the parts; return how many images they hold, and the digest of them."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     digest, images, number = hashlib.sha256(), 0, 0
@@ -187,7 +193,7 @@ def _cut(rows: Iterator[pa.RecordBatch], folder: Path, part_size: int) -> Listed
     if waiting.num_rows:
         _write_part(waiting, folder, number)
         images += waiting.num_rows
-    return Listed(folder, images, digest.hexdigest()[:16])
+    return images, digest.hexdigest()[:16]
 
 
 def _write_part(table: pa.Table, folder: Path, number: int) -> None:

@@ -68,6 +68,15 @@ def test_parts_hold_the_rows_of_the_whole_and_the_run_says_where_they_are(projec
     assert "7 of them scored before" in again.stdout
     for wrong, code in ((("--update",), 1), (("--score-threshold", "0.5"), 1), (("--max-errors", "0.1"), 3)):
         assert error_line(project.score(*survey, "--out", str(tmp_path / "out"), *wrong, code=code))
+    # What fails before it begins leaves the job that is there.
+    assert "no split" in error_line(
+        project.score(
+            *survey[:2],
+            *("--data", str(project.data), "--split", "tets", "--out", str(tmp_path / "out"), "--fresh"),
+            code=1,
+        )
+    )
+    assert _tables(place) == tables
     whole = project.score(*survey[:4], "--shard", "2", "--out", str(tmp_path / "out"), "--fresh")
     assert " parts of " not in whole.stdout
     assert (tmp_path / "out" / "planes-det-1" / "manifest.json").exists()

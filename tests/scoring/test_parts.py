@@ -10,6 +10,7 @@ import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import duckdb
 import fsspec
@@ -72,7 +73,7 @@ def _requested(images, settings=SETTINGS, **more):
 
 def _run(place, images, predictor=None, progress=lambda r, *_: r, fresh=False, cache=None, **more):
     place = place if isinstance(place, Place) else Place(place)
-    with held(place):
+    with held(place, cache):
         plan = planned(place, open_listing(images), _requested(images, **more), fresh=fresh, cache=cache)
         runner = LocalRunner(predictor or Brightness())
         local = LocalParts(runner, place, plan, SETTINGS, working_folder(place, SCRATCH, cache))
@@ -223,11 +224,11 @@ def test_a_removal_that_is_stopped_leaves_nothing_for_the_next_job(images, tmp_p
     _run(tmp_path / "out", images)
     remove, calls = Place.remove, []
 
-    def stopping(self, name):
+    def stopping(self, folder, names):
         if len(calls) == left:
             raise KeyboardInterrupt
-        calls.append(name)
-        remove(self, name)
+        calls.append(folder)
+        remove(self, folder, names)
 
     monkeypatch.setattr(Place, "remove", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -316,6 +317,103 @@ def test_files_that_change_while_a_part_is_scored_do_not_mix(tmp_path):
     _run(tmp_path / "out", tmp_path / "in", second)
     assert second.seen == 8
     assert _rows(tmp_path / "out")[0][0]["height"] == 40
+
+
+def test_nothing_of_the_users_is_removed(images, whole, tmp_path):
+    out = tmp_path / "out"
+    for folder in ("inputs", "instances", "done", "errors"):
+        (out / folder / "below").mkdir(parents=True)
+        for name in ("mine.parquet", "notes.tmp", "below/part-000000.parquet"):
+            (out / folder / name).write_text("mine")
+    for fresh in (False, True):
+        _run(out, images, fresh=fresh)
+        assert _rows_of_parts(out) == whole
+    clear_parts(out)
+    left = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and p.name != LOCK)
+    names = ("below/part-000000.parquet", "mine.parquet", "notes.tmp")
+    assert left == [f"{folder}/{name}" for folder in ("done", "errors", "inputs", "instances") for name in names]
+
+
+def _rows_of_parts(out):
+    tables = []
+    for name in ("instances", "errors"):
+        files = sorted((out / name).glob("part-*.parquet"))
+        tables.append([row for file in files for row in pq.read_table(file).to_pylist()])
+    return tables
+
+
+def test_what_a_kill_left_half_written_is_swept(images, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "out", images, Brightness(8))
+    left = tmp_path / "out" / "instances" / ".part-000001.parquet-x1.tmp"
+    left.write_text("half")
+    _run(tmp_path / "out", images)
+    assert not left.exists()
+
+
+def test_a_mark_that_is_damaged_counts_as_none(images, whole, tmp_path):
+    _run(tmp_path / "out", images)
+    for content in ("", "{}", '{"plan": 1}'):
+        (tmp_path / "out" / "done" / "part-000002.json").write_text(content)
+        second = Brightness()
+        result = _run(tmp_path / "out", images, second)
+        assert second.seen == json.loads((tmp_path / "out" / "done" / "part-000002.json").read_text())["totals"]["images"]
+        assert result.resumed == COUNT - 6
+        assert _rows(tmp_path / "out") == whole
+
+
+def test_the_rate_is_that_of_this_call(images, tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "out", images, Brightness(8))
+    done = json.loads((tmp_path / "out" / "done" / "part-000000.json").read_text())["totals"]["images"]
+    clock = iter([100.0, 104.0])
+    monkeypatch.setattr(parts_job, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    second = _run(tmp_path / "out", images)
+    monkeypatch.undo()
+    assert second.rate == pytest.approx((second.images - done) / 4)
+    assert second.totals.seconds == pytest.approx(
+        sum(json.loads(p.read_text())["totals"]["seconds"] for p in (tmp_path / "out" / "done").iterdir())
+    )
+    assert _run(tmp_path / "out", images).rate is None
+
+
+def test_in_a_bucket_fresh_forgets_what_this_machine_has(tmp_path):
+    """Parts that are begun, and lists of images, lie in its cache."""
+    for i in range(8):
+        write_image(tmp_path / "in" / f"{i}.png", 20, 30, i)
+    place, cache = Place("memory://forgetting/m-1"), tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        _run(place, tmp_path / "in", Brightness(4), cache=cache)
+    assert list(cache.rglob("shards/*"))
+    second = Brightness()
+    _run(place, tmp_path / "in", second, cache=cache, fresh=True)
+    assert second.seen == 8
+    # A plan that is stopped after its images are listed.
+    other = Place("memory://forgetting/m-2")
+
+    def stopping(*_):
+        raise DataError("stopped")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="stopped"):
+        patch.setattr(planning, "_arrange", stopping)
+        _run(other, tmp_path / "in", cache=cache)
+    write_image(tmp_path / "in" / "8.png", 20, 30, 8)
+    assert _run(other, tmp_path / "in", cache=cache, fresh=True).images == 9
+    fsspec.filesystem("memory").rm("/forgetting", recursive=True)
+
+
+def test_one_process_of_a_machine_at_a_time_fills_a_bucket(images, tmp_path):
+    place = Place("memory://held/m-1")
+    folder = working_folder(place, "", tmp_path)
+    folder.mkdir(parents=True)
+    with FileLock(folder / LOCK), pytest.raises(OutputError, match="another score is writing there"):
+        _run(place, images, cache=tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(images, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match=r"file/out: cannot be written \(Not a directory\)"):
+        _run(tmp_path / "file" / "out", images)
 
 
 def test_all_images_failing_is_an_error(tmp_path):
@@ -472,6 +570,11 @@ def test_a_listing_that_was_stopped_goes_on(kind, cut, tmp_path):
         assert again[1] == expected[1]
         assert again[0].digest == expected[0].digest
         assert len(seen) == (20 if kind == "folder" else 20 - stop // 3 * 3)
+    # A list that is another file by now is listed from its start.
+    if kind != "folder":
+        frame = pd.DataFrame({"path": names[5:]})
+        frame.to_csv(where, index=False) if kind == "csv" else frame.to_parquet(where)
+        assert [pair[0] for pair in _planned(open_listing(where), staging)[1]] == [name[:2] for name in names[5:]]
     # What is left of another listing is not taken for this one's.
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "z.png").touch()
@@ -497,6 +600,20 @@ def test_a_plan_that_is_stopped_while_it_is_written_is_written_again(images, who
         _run(tmp_path / target, images)
         assert _rows(tmp_path / target) == whole
         assert not (tmp_path / target / ".planning").exists()
+
+
+def test_a_plan_is_of_the_time_when_its_images_were_listed(images, tmp_path, monkeypatch):
+    def stopping(*_):
+        raise DataError("stopped")
+
+    monkeypatch.setattr(planning, "_arrange", stopping)
+    with pytest.raises(DataError, match="stopped"):
+        _run(tmp_path / "out", images)
+    monkeypatch.undo()
+    complete = tmp_path / "out" / ".planning" / "listed" / "complete"
+    assert complete.read_text().startswith("20")
+    complete.write_text("2001-02-03T04:05:06+00:00")
+    assert _run(tmp_path / "out", images).plan.planned == "2001-02-03T04:05:06+00:00"
 
 
 def test_of_two_that_plan_at_once_the_first_decides(images, tmp_path, monkeypatch):
@@ -539,10 +656,18 @@ def test_into_a_bucket_and_from_it(images, whole, tmp_path):
         assert list(glob.stream(0, "")) == expected
         assert list(glob.stream(5, expected[4])) == expected[5:]
         assert list(open_listing("s3://jobs/in/deeper/one.png").stream(0, "")) == ["s3://jobs/in/deeper/one.png"]
+        # As fsspec takes it: without another sign it is a letter.
+        store.pipe("jobs/in/odd?.png", b"")
+        store.pipe("jobs/in/odd1.png", b"")
+        assert list(open_listing("s3://jobs/in/odd?.png").stream(0, "")) == ["s3://jobs/in/odd?.png"]
+        assert len(list(open_listing("s3://jobs/in/od*?.png").stream(0, ""))) == 2
+        store.rm(["jobs/in/odd?.png", "jobs/in/odd1.png"])
+        with pytest.raises(OutputError, match=r"s3://absent/out: cannot be used \(.*\); what is done is kept, call again"):
+            _run(Place("s3://absent/out"), "s3://jobs/in", cache=tmp_path / "cache")
         for nothing in ("s3://jobs/nothing", "s3://absent/x"):
             with pytest.raises(DataError, match=f"{nothing}: no such file or folder"):
                 list(open_listing(nothing).stream(0, ""))
-        parts_job.clear(place)
+        parts_job.clear(place, tmp_path / "cache")
         assert store.find("jobs/out") == ["jobs/out/m-1/new.json"]
 
 

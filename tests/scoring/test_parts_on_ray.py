@@ -8,20 +8,30 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.data.readers.listing import open_listing
 from pipelines.data.readers.opening import open_dataset
 from scoring.jobs.job import run_job
+from scoring.parts import on_ray
+from scoring.parts.job import LocalParts, planned, run_parts
 from scoring.parts.place import Place
+from scoring.reader import Failure
 from scoring.requests import JobSettings
+from scoring.runners import ray_runner
+from scoring.runners.local import LocalRunner
+from scoring.runners.ray_runner import RaySettings
 from tests.conftest import write_image
 from tests.scoring.bad_files import write_bad_files
+from tests.scoring.test_job import Brightness
+from tests.scoring.test_parts import SETTINGS, _requested, _rows
 from tests.scoring.test_ray import model
 from tests.stores import new_store, s3_server
 
@@ -30,7 +40,6 @@ __all__ = ["model"]
 pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray (the extra 'ray') is not installed"),
     pytest.mark.xdist_group("ray"),
-    pytest.mark.soak,
 ]
 
 # Enough for a test; with PLANES_RAY_IMAGES=2000 PLANES_RAY_KILLS=20 it is a job of some minutes.
@@ -59,6 +68,72 @@ def _workers():
     return found
 
 
+def test_actors_score_and_publish_what_they_are_sent(tmp_path, monkeypatch):
+    """The way of a part through Ray's rows, walked in this process."""
+    for i in range(10):
+        write_image(tmp_path / "in" / f"{i}.png", 20, 30, i)
+    (tmp_path / "in" / "bad.png").write_bytes(b"none")
+    listed = tmp_path / "list.csv"
+    listed.write_text("path\n" + "".join(f"in/{p.name}\n" for p in sorted((tmp_path / "in").iterdir())) + "in/later.png\n")
+
+    class Rows:
+        def __init__(self, items):
+            self.items = items
+
+        def map_batches(self, actor, *, fn_constructor_kwargs, batch_size, **how):
+            assert (batch_size, how["num_cpus"]) == (1, 2 // min(2, len(self.items)))
+            made = actor(**fn_constructor_kwargs)
+            batches = [made({key: [value] for key, value in item.items()}) for item in self.items]
+            return SimpleNamespace(iter_rows=lambda: ({k: v[0] for k, v in batch.items()} for batch in batches))
+
+    blocks = []
+    data = SimpleNamespace(
+        from_items=lambda items, override_num_blocks: blocks.append(override_num_blocks) or Rows(items),
+        ActorPoolStrategy=lambda size: size,
+    )
+    fake = SimpleNamespace(data=data, cluster_resources=lambda: {"CPU": 2})
+    monkeypatch.setattr(on_ray, "import_ray", lambda: fake)
+    monkeypatch.setattr(ray_runner, "import_ray", lambda: fake)
+    monkeypatch.setattr(on_ray, "cluster", lambda address: nullcontext())
+    monkeypatch.setattr(on_ray, "actor_errors", nullcontext)
+    monkeypatch.setattr(on_ray, "packed_model", lambda folder: b"model")
+    monkeypatch.setattr(on_ray, "actor_runner", lambda packed, how, threads: LocalRunner(Brightness()))
+
+    def run(name, parts):
+        place = Place(tmp_path / name)
+        plan = planned(place, open_listing(listed), _requested(tmp_path / "in", part_size=3))
+        shown = []
+
+        def progress(items, total, title):
+            for item in items:
+                shown.append(isinstance(item[2], Failure))
+                yield item
+
+        return run_parts(place, plan, parts(place, plan), progress), shown
+
+    def on_actors(place, plan):
+        return on_ray.RayParts(tmp_path, RaySettings(actors=2), place, plan, SETTINGS)
+
+    here = LocalRunner(Brightness())
+    local, _ = run("local", lambda place, plan: LocalParts(here, place, plan, SETTINGS, tmp_path / "s"))
+    monkeypatch.setattr(on_ray, "MOST_BLOCKS", 3)
+    result, shown = run("ray", on_actors)
+    assert _rows(tmp_path / "ray") == _rows(tmp_path / "local")
+    assert (result.images, result.failures, result.totals.instances) == (10, 2, local.totals.instances)
+    assert (len(shown), sum(shown)) == (12, 2)
+    assert blocks == [3, 1]
+    assert result.peaks["memory"] > 0
+    # What can be had by now is tried again, and no part is shown or counted as scored by that.
+    write_image(tmp_path / "in" / "later.png", 20, 30, 77)
+    again, shown = run("ray", on_actors)
+    assert (again.images, again.failures, again.rate, shown) == (11, 1, None, [])
+    assert _rows(tmp_path / "ray")[0][-1]["image_id"] == "later"
+    # Nothing is left to do: no cluster is asked for.
+    monkeypatch.setattr(on_ray, "cluster", None)
+    assert run("ray", on_actors)[0].images == 11
+
+
+@pytest.mark.soak
 def test_two_nodes_fill_a_bucket_while_node_actor_and_driver_are_killed(model, tmp_path, monkeypatch):
     from models.loading import load_model
 

@@ -16,7 +16,7 @@ from models.geometry.rle import rle_encode
 from models.instances import Instances
 from models.saved.scores import Scores
 from pipelines.data.readers.opening import open_dataset
-from scoring import in_parts, use_cases
+from scoring import common, use_cases
 from scoring.cli import main
 from scoring.jobs.export import export_job
 from scoring.jobs.job import run_job
@@ -117,7 +117,7 @@ def test_a_threshold_of_one_s_own_holds_for_the_kaggle_csv_too(images, tmp_path)
 
 def test_other_tiles_than_the_version_s_own_have_no_probabilities(monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(in_parts, "read_spec", lambda folder: SimpleNamespace(scores=SCORES))
-    assert in_parts.scores_of("m/1", Path(), JobSettings(batch_size=4)) == SCORES
-    assert in_parts.scores_of("m/1", Path(), JobSettings(tiling={"size": 128})) is None
+    monkeypatch.setattr(common, "read_spec", lambda folder: SimpleNamespace(scores=SCORES))
+    assert common.scores_of("m/1", Path(), JobSettings(batch_size=4)) == SCORES
+    assert common.scores_of("m/1", Path(), JobSettings(tiling={"size": 128})) is None
     assert "m/1: no probabilities" in caplog.text

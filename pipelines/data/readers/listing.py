@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from models.errors import DataError, one_line
 from models.images.decoding import IMAGE_SUFFIXES
 from pipelines.data.readers.opening import has_annotations, images_of, listed_path
-from pipelines.data.remote import AnyPath, absolute, list_remote, to_path
+from pipelines.data.remote import AnyPath, absolute, fingerprints, list_remote, to_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,12 +35,14 @@ class Listing:
         sort: whether they are to be sorted by path; a list has an order of its own.
         stream: absolute paths and URLs after the first ``done`` of them, of which ``last`` was the last; ``(0, "")``: all.
         resumes: whether a stream may begin later than at its start, since it comes in the same order every time.
+        mark: of a list that is a file, by which a changed one is told.
     """
 
     where: str
     sort: bool
     stream: Callable[[int, str], Iterator[str]]
     resumes: bool = True
+    mark: str = ""
 
     def has_more_than(self, count: int) -> bool:
         """Whether there are more than ``count`` images; no more than those are listed.
@@ -63,8 +65,9 @@ def open_listing(where: str | Path, split: str = "all") -> Listing | None:
     path, text = to_path(where), str(where)
     if path.suffix.lower() == ".json":
         return None
-    if path.suffix.lower() in LISTS:
-        return Listing(text, sort=False, stream=lambda done, _: islice(_listed(path), done, None))
+    if path.suffix.lower() in LISTS and (path.is_file() or not isinstance(path, Path)):
+        (mark,) = fingerprints([path])
+        return Listing(text, sort=False, stream=lambda done, _: islice(_listed(path), done, None), mark=mark)
     if not isinstance(path, Path):
         if "s3" in str(path.protocol):
             return Listing(text, sort=True, stream=lambda _, last: _in_bucket(path, last))
@@ -130,7 +133,8 @@ def _in_bucket(path: UPath, last: str) -> Iterator[str]:
 
     fs, whole = path.fs, path.path
     bucket, _, key = whole.partition("/")
-    magic = re.search(r"[*\[?]", key)
+    # As fsspec: a question mark alone is a sign like others.
+    magic = re.search(r"[*\[?]", key) if "*" in key or "[" in key else None
     request: dict[str, str] = {"Bucket": bucket}
     if magic:
         request["Prefix"] = key[: magic.start()]
