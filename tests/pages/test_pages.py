@@ -14,6 +14,7 @@ import pytest
 from tests.journeys.stack import MlflowServer
 from tests.pages.blocks import PAGES, read_blocks
 from tests.pages.running import PageRun
+from tests.stores import s3_server
 
 pytestmark = pytest.mark.docs
 
@@ -38,24 +39,11 @@ def bucket(documented_data):
     if find_spec("moto") is None or find_spec("s3fs") is None:
         yield {}
         return
-    import boto3
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    env = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    env["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
-    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
-    client = boto3.client("s3", endpoint_url=env["AWS_ENDPOINT_URL"], **keys)
-    client.create_bucket(Bucket="bucket")
-    for folder in ("survey", "scenes"):
-        for image in (documented_data / "survey").iterdir():
-            client.upload_file(str(image), "bucket", f"{folder}/{image.name}")
-    yield env
-    server.stop()
-    s3fs.S3FileSystem.clear_instance_cache()
+    with s3_server("bucket") as store:
+        for folder in ("survey", "scenes"):
+            for image in (documented_data / "survey").iterdir():
+                store.put(str(image), f"bucket/{folder}/{image.name}")
+        yield {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 
 
 @pytest.fixture
