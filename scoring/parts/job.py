@@ -213,7 +213,7 @@ def run_parts(place: Place, plan: Plan, runner: PartRunner, progress: Progress) 
         DataError: no image could be scored.
         OutputError: the place cannot be written.
     """
-    done = sorted(numbers_of(place.names(DONE)) & set(range(plan.parts)))
+    done = sorted(numbers_of(place.names(DONE)))
     with ThreadPool(ASKING if place.local is None else 1) as pool:
         read = zip(done, pool.map(lambda n: read_mark(place, plan, n), done), strict=True)
     marks = {number: mark for number, mark in read if mark is not None}

@@ -37,7 +37,7 @@ class Place:
         with self._reached():
             if self.local is not None:
                 inside = self.local / folder
-                return sorted(n for n in os.listdir(inside) if not n.startswith(".")) if inside.is_dir() else []
+                return sorted(entry.name for entry in os.scandir(inside) if entry.is_file()) if inside.is_dir() else []
             try:
                 entries = self._fs.ls(self._key(folder), detail=True, refresh=True)
             except (FileNotFoundError, NotADirectoryError):

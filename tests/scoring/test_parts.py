@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from models.errors import DataError, OutputError
 from models.images.rendering import DEFAULT
-from pipelines.data.readers.listing import open_listing
+from pipelines.data.readers.listing import _in_bucket, open_listing
 from pipelines.data.readers.opening import open_dataset
 from scoring.jobs import shards
 from scoring.jobs.job import decisive_settings, run_job
@@ -294,9 +294,10 @@ def test_images_that_could_not_be_had_are_tried_again_and_no_others(images, tmp_
     # An image whose row stays has the mark that it was scored with.
     write_image(paths[-3], 50, 50, 3)
     write_image(mine / "later.png", 20, 30, 77)
-    second = Brightness()
-    result = _run(tmp_path / "out", listing, second)
+    second, shown = Brightness(), []
+    result = _run(tmp_path / "out", listing, second, lambda items, *_: (shown.append(item) or item for item in items))
     assert second.seen == 1
+    assert not shown
     assert (result.images, result.failures) == (11, 1)
     rows = _rows(tmp_path / "out")
     assert [row for row in rows[0] if row["image_id"] != "later"] == kept
@@ -494,6 +495,52 @@ def test_a_clash_of_names_and_an_image_twice_are_refused(cut, tmp_path):
         plan_images(open_listing(tmp_path / "list.parquet"), tmp_path / "staging", 4)
 
 
+def test_names_that_others_have_are_no_clash_where_those_are_renamed_too(cut, tmp_path):
+    names = ["a.jpg", "a.png", "a.png.jpg", "a.png.tif"]
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    assert [s.image_id for s in open_dataset(tmp_path / "in").samples] == names
+    assert [pair[0] for pair in _planned(open_listing(tmp_path / "in"), tmp_path / "staging")[1]] == names
+
+
+def test_sorting_writes_nothing_where_outputs_go(tmp_path):
+    with planning._database(tmp_path / "sorting") as database:
+        assert database.sql("SELECT current_setting('enable_progress_bar')").fetchall() == [(False,)]
+
+
+def test_plans_differ_by_all_that_decides_rows(images, tmp_path):
+    plan = _run(tmp_path / "out", images).plan
+    for field, value in (("inputs", "x"), ("model", "x"), ("images", 27), ("part_size", 9), ("settings", {})):
+        assert plan.model_copy(update={field: value}).digest != plan.digest
+    assert plan.model_copy(update={"planned": "x"}).digest == plan.digest
+    held = plan.model_copy(update={"settings": {**plan.settings, "kaggle_score_threshold": 0.5}})
+    assert held.refusal(_requested(images)) == "kaggle_score_threshold 0.5, not None"
+    assert plan.refusal(_requested(images)) == ""
+
+
+def test_a_bucket_is_listed_page_by_page():
+    """Of more keys than a page has; after a stop the pages before are not asked for again."""
+    keys = [f"in/{i}.png" for i in range(5)]
+    asked = []
+
+    def call_s3(method, **request):
+        assert method == "list_objects_v2"
+        assert not {"StartAfter", "ContinuationToken"} <= set(request)
+        asked.append({k: v for k, v in request.items() if k in ("StartAfter", "ContinuationToken")})
+        after = request.get("ContinuationToken", request.get("StartAfter", ""))
+        rest = [key for key in keys if key > after]
+        more = {"IsTruncated": len(rest) > 2, "NextContinuationToken": rest[1] if len(rest) > 2 else None}
+        return {"Contents": [{"Key": key} for key in rest[:2]], **more}
+
+    path = SimpleNamespace(fs=SimpleNamespace(call_s3=call_s3, isfile=lambda key: False), path="bucket/in")
+    assert list(_in_bucket(path, "")) == [f"s3://bucket/{key}" for key in keys]
+    assert asked == [{}, {"ContinuationToken": keys[1]}, {"ContinuationToken": keys[3]}]
+    asked.clear()
+    assert list(_in_bucket(path, f"s3://bucket/{keys[1]}")) == [f"s3://bucket/{key}" for key in keys[2:]]
+    assert asked == [{"StartAfter": keys[1]}, {"ContinuationToken": keys[3]}]
+
+
 def test_lists_that_cannot_be_used_say_why(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: no images there"):
@@ -597,7 +644,12 @@ def test_a_plan_that_is_stopped_while_it_is_written_is_written_again(images, who
             _run(tmp_path / target, images)
         assert read_plan(Place(tmp_path / target)) is None
         monkeypatch.undo()
+        (folder,) = (tmp_path / target).glob("plan-*")
+        before = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*")}
         _run(tmp_path / target, images)
+        after = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*")}
+        # Five lists, of which those that were there stay.
+        assert (len(after), after | before) == (5, after)
         assert _rows(tmp_path / target) == whole
         assert not (tmp_path / target / ".planning").exists()
 

@@ -97,7 +97,8 @@ def test_actors_score_and_publish_what_they_are_sent(tmp_path, monkeypatch):
     monkeypatch.setattr(on_ray, "cluster", lambda address: nullcontext())
     monkeypatch.setattr(on_ray, "actor_errors", nullcontext)
     monkeypatch.setattr(on_ray, "packed_model", lambda folder: b"model")
-    monkeypatch.setattr(on_ray, "actor_runner", lambda packed, how, threads: LocalRunner(Brightness()))
+    seeing = Brightness()
+    monkeypatch.setattr(on_ray, "actor_runner", lambda packed, how, threads: LocalRunner(seeing))
 
     def run(name, parts):
         place = Place(tmp_path / name)
@@ -127,6 +128,7 @@ def test_actors_score_and_publish_what_they_are_sent(tmp_path, monkeypatch):
     write_image(tmp_path / "in" / "later.png", 20, 30, 77)
     again, shown = run("ray", on_actors)
     assert (again.images, again.failures, again.rate, shown) == (11, 1, None, [])
+    assert seeing.seen == 11
     assert _rows(tmp_path / "ray")[0][-1]["image_id"] == "later"
     # Nothing is left to do: no cluster is asked for.
     monkeypatch.setattr(on_ray, "cluster", None)
