@@ -57,7 +57,7 @@ class Group:
         return bool(self.largest(torch.tensor(int(requested or self.asked()))))
 
     def joined(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The network on its device; its gradients are sums over the processes, and it begins with process 0's weights.
+        """The network on its device; its gradients are sums over the processes, and it begins as process 0's does.
 
         BatchNorm takes the statistics of all processes on GPUs, and of this process's share on a CPU, for which torch
         has no synchronised one.
@@ -66,9 +66,12 @@ class Group:
             return model
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # DDP shares statistics at the beginning only where it shares them at each step too; frozen ones come with the weights.
+        for statistic in model.to(device).buffers():
+            distributed.broadcast(statistic, src=0)
         # A process may have nothing for a mask head to learn from. With unused parameters looked for, DDP does not sort
         # gradients anew after its first step either: a resumed run adds them in the order of an undisturbed one.
-        joined = nn.parallel.DistributedDataParallel(model.to(device), broadcast_buffers=False, find_unused_parameters=True)
+        joined = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
         # Losses are parts of the whole batch's. DDP by itself takes the mean, for which they would have to be larger,
         # which float16 does not bear.
         joined.register_comm_hook(None, lambda state, bucket: _added(bucket))

@@ -5,6 +5,7 @@ The processes are forked here, which saves them the imports; the journey starts 
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
@@ -20,7 +21,9 @@ import psutil
 import pytest
 import torch
 from torch import distributed, nn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
+from models.engines.torchvision.network import build_detector
 from models.errors import DataError, ModelError, PlanesError, RecipeError
 from models.saved.folder import read_weights
 from pipelines.data.readers.opening import open_dataset
@@ -32,7 +35,9 @@ from pipelines.training.detector import train_detector
 from pipelines.training.group import ALONE, Group, check_processes, weighted
 from pipelines.training.loop import CHECKPOINT, Job, Stopped, pick_workers, run
 from pipelines.training.processes import backend_of, own_device, train_in_processes
+from pipelines.training.shared_detector import SharedSampler
 from pipelines.training.unet import segmenter_loss, train_unet
+from tests.conftest import write_image
 from tests.gpu import fake_gpu
 
 BATCH = 7
@@ -475,6 +480,7 @@ def test_on_gpus_each_process_has_one_and_batch_norm_sees_all(monkeypatch):
         return model
 
     monkeypatch.setattr(groups.nn.parallel, "DistributedDataParallel", parallel)
+    monkeypatch.setattr(distributed, "broadcast", lambda statistic, src: None)
     joined = Group(1, 2).joined(Net(), torch.device("cuda:1"))
     assert isinstance(joined.norm, nn.SyncBatchNorm)
     assert not isinstance(Group(1, 2).joined(Net(), torch.device("cpu")).norm, nn.SyncBatchNorm)
@@ -571,6 +577,59 @@ def test_a_detector_in_two_processes_learns_as_in_one(name, more, batch, data, t
     """Every anchor and proposal is sampled as in one process, and every mean is the whole batch's."""
     alone, shared = (_trained(name, more, (data[0], None), tmp_path / str(n), n, batch) for n in (1, 2))
     assert close(shared, alone, 1e-4)
+
+
+def test_frozen_statistics_of_given_weights_are_those_of_all_processes(data, tmp_path):
+    """Only the first process reads the weights; the statistics among them are not parameters."""
+    more = ["window=128", "architecture.norm=frozen", "optimizer.lr=0.0001"]
+    network = build_detector(load_recipe("demo_detector", [*SMALL, *more]).architecture, 1)
+    values = network.state_dict()
+    torch.manual_seed(5)
+    for name in values:
+        if "running" in name:
+            values[name].add_(torch.rand_like(values[name]))
+    torch.save(values, tmp_path / "given.pth")
+    more.append(f"weights={tmp_path / 'given.pth'}")
+    alone, shared = (_trained("demo_detector", more, (data[0], None), tmp_path / str(n), n, 2) for n in (1, 2))
+    assert close(shared, alone, 1e-4)
+    (tmp_path / "without").mkdir()
+    other = _trained("demo_detector", more[:-1], (data[0], None), tmp_path / "without", 1, 2)
+    assert not close(other, alone, 1e-2)
+
+
+def test_images_of_other_sizes_are_padded_as_in_one_batch(tmp_path):
+    """GroupNorm sees what is padded; the larger images are of one process, then of the other."""
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "plane"}]}
+    for i, (height, width) in enumerate([(96, 96), (96, 192), (160, 96), (96, 96)]):
+        write_image(tmp_path / "images" / f"{i}.png", height, width, i)
+        content["images"].append({"id": i, "file_name": f"{i}.png", "height": height, "width": width})
+        box = {"bbox": [20, 24, 30, 26], "area": 780, "iscrowd": 0, "segmentation": [[20, 24, 50, 24, 50, 50, 20, 50]]}
+        content["annotations"].append({"id": i, "image_id": i, "category_id": 1, **box})
+    (tmp_path / "images" / "train_coco.json").write_text(json.dumps(content))
+    train = open_dataset(tmp_path / "images", "train")
+    more = ["window=null", "augmentation.quarter_turns=false", "augmentation.mirror=false"]
+    alone, shared = (_trained("demo_detector", more, (train, None), tmp_path / str(n), n, 2) for n in (1, 2))
+    assert close(shared, alone, 1e-4)
+
+
+class Together:
+    """A group of two, of which the other one's numbers are known."""
+
+    rank, world = 0, 2
+
+    def __init__(self, other):
+        self.other = other
+
+    def total(self, values):
+        return values + self.other
+
+
+def test_shares_are_those_of_what_is_sampled():
+    """Of an image with many planes no more count than are sampled; the other process's image has one plane."""
+    sampler = SharedSampler(BalancedPositiveNegativeSampler(8, 0.25), Together(torch.tensor([[0, 0], [1, 20]])), 2)
+    positive, negative = sampler([torch.tensor([1] * 6 + [0] * 10)])
+    assert (int(positive[0].sum()), int(negative[0].sum())) == (2, 6)
+    assert (sampler.share, sampler.share_of_planes) == (0.5, pytest.approx(2 / 3))
 
 
 def test_a_detector_is_validated_by_one_process(data, tmp_path):
