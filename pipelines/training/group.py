@@ -66,7 +66,7 @@ class Group:
             return model
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        # DDP shares statistics at the beginning only where it shares them at each step too; frozen ones come with the weights.
+        # DDP shares statistics at its beginning only where it does at each step too; frozen ones come with the weights.
         for statistic in model.to(device).buffers():
             distributed.broadcast(statistic, src=0)
         # A process may have nothing for a mask head to learn from. With unused parameters looked for, DDP does not sort
