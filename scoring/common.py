@@ -9,6 +9,7 @@ from pathlib import Path
 from models.saved.scores import Scores
 from models.saved.spec import read_spec
 from pipelines.data.dataset import Dataset
+from scoring.jobs.manifest import Generation
 from scoring.requests import Execution, JobSettings
 from scoring.runners.local import auto_batch, auto_workers
 from scoring.runners.ray_runner import RaySettings
@@ -41,6 +42,13 @@ def ray_settings(settings: JobSettings, device: str, dataset: Dataset, execution
         address=execution.address,
         actors=execution.actors,
     )
+
+
+def tell_generation(one: Generation) -> None:
+    """Say what an update found among the inputs."""
+    kinds = ", ".join(f"{getattr(one, k)} {k}" for k in ("new", "changed", "retried", "returned", "kept", "gone"))
+    kinds += f"; files of {one.unreadable} that were kept cannot be read now" if one.unreadable else ""
+    log.info(f"   generation {one.number}: {kinds}")
 
 
 def tell_work(timings: Mapping[str, float], peaks: Mapping[str, float], little: int, first_little: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,24 @@ from pipelines.evaluation.inference import is_segmenter
 from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.use_cases.display import SILENT, Display, pass_through
 from scoring import mlflow_log
-from scoring.common import folder_megabytes, ray_settings, scores_of, tell_work
+from scoring.common import folder_megabytes, ray_settings, scores_of, tell_generation, tell_work
 from scoring.jobs.job import decisive_settings, folder_name
-from scoring.jobs.manifest import MANIFEST, PLAN
-from scoring.parts.job import SCRATCH, LocalParts, PartRunner, PartsResult, held, planned, run_parts, working_folder
+from scoring.jobs.manifest import LOGGED, MANIFEST, PLAN
+from scoring.parts.job import (
+    SCRATCH,
+    UPDATING,
+    LocalParts,
+    PartRunner,
+    PartsResult,
+    held,
+    planned,
+    run_parts,
+    working_folder,
+)
 from scoring.parts.on_ray import RayParts
 from scoring.parts.place import Place
-from scoring.parts.plan import read_plan
+from scoring.parts.plan import SUMMARY, Plan, read_plan
+from scoring.parts.updates import updated
 from scoring.requests import ScoreRequest
 from scoring.runners.local import LocalRunner
 from scoring.runtimes import Conditions, choose_runtime
@@ -46,13 +58,13 @@ def listing_in_parts(request: ScoreRequest, labels: Sequence[str]) -> Listing | 
     Jobs lie in parts in a URL, where ``part_size`` is given, where the folder holds one, and from 100,000 images on.
 
     Raises:
-        DataError: parts are wanted of images that are annotated, or of a single one; or an update.
+        DataError: parts are wanted of images that are annotated, or of a single one.
     """
     folders = [place.local for place in (_place(request.out, label) for label in labels) if place.local is not None]
     fresh, asked = request.settings.fresh, is_url(request.out) or request.settings.part_size is not None
     wanted = asked or (not fresh and any((folder / PLAN).exists() for folder in folders))
-    # A job goes on as it began, and jobs in parts are not brought up to date.
-    whole = request.settings.update or (not fresh and any((folder / MANIFEST).exists() for folder in folders))
+    # A job goes on as it began.
+    whole = not fresh and any((folder / MANIFEST).exists() for folder in folders)
     if whole and not wanted:
         return None
     listing = open_listing(request.data, request.split)
@@ -65,8 +77,6 @@ def listing_in_parts(request: ScoreRequest, labels: Sequence[str]) -> Listing | 
         return None
     if not wanted and not listing.has_more_than(MOST_WHOLE):
         return None
-    if request.settings.update:
-        raise DataError(f"{request.out}: --update: jobs in parts have none yet; score what is new into another --out")
     return listing
 
 
@@ -144,20 +154,28 @@ def _score(
     cache = cache_base() / "scoring"
     with held(place, cache):
         plan = planned(place, listing, requested, fresh=request.settings.fresh, cache=cache)
-        when = f", listed {plan.planned}; --fresh lists them anew" if there else ""
-        log.info(f"{plan.data}: {plan.images:,} images in {plan.parts:,} parts of {plan.part_size}{when}")
+        _announce(plan, begun=there is not None and not settings.update)
         how = ray_settings(settings, device, plan.dataset(place, 0), request.execution)
-        runner: PartRunner
-        if on_ray:
-            runner = RayParts(chosen.folder, how, place, plan, settings)
-        else:
-            local = LocalRunner(predictor, device, batch_size=how.batch_size, workers=how.workers, kind=how.precision)
-            runner = LocalParts(local, place, plan, settings, working_folder(place, SCRATCH, cache))
         # On a terminal Ray shows its own bars.
         progress = pass_through if on_ray and sys.stderr.isatty() else display.items
-        result = run_parts(place, plan, runner, progress)
+
+        def run(plan: Plan) -> PartsResult:
+            runner: PartRunner
+            if on_ray:
+                runner = RayParts(chosen.folder, how, place, plan, settings)
+            else:
+                local = LocalRunner(predictor, device, batch_size=how.batch_size, workers=how.workers, kind=how.precision)
+                runner = LocalParts(local, place, plan, settings, working_folder(place, SCRATCH, cache))
+            return run_parts(place, plan, runner, progress)
+
+        result = run(plan)
+        if there and settings.update:
+            result = _brought_up_to_date(result, listing, requested, working_folder(place, UPDATING, cache), run)
     result.megabytes = folder_megabytes(chosen.folder)
     _tell(result)
+    if _is_logged(place, result.plan):
+        log.info(f"   nothing new; outputs in {result.place}")
+        return result
     params = {k: v for k, v in settings.__dict__.items() if k != "scores"} | request.execution.__dict__
     params |= {"batch_size": how.batch_size, "device": device, "data": plan.source, "part_size": plan.part_size}
     params |= {"range": rendering.range, "bands": rendering.bands or "auto"}
@@ -165,9 +183,25 @@ def _score(
     return result
 
 
+def _announce(plan: Plan, *, begun: bool) -> None:
+    since = f" and {len(plan.later)} updates" if plan.later else ""
+    when = f", listed {plan.generations[-1].planned}; --update takes what has come since" if begun else ""
+    log.info(f"{plan.data}: {plan.images:,} images in {plan.parts:,} parts of {plan.part_size}{since}{when}")
+
+
+def _brought_up_to_date(
+    done: PartsResult, listing: Listing, requested: dict[str, Any], staging: Path, run: Callable[[Plan], PartsResult]
+) -> PartsResult:
+    """A finished job over the images that are there now; as it is where they are the same."""
+    log.info(f"{done.plan.data}: listing what is there now")
+    plan = updated(done.place, done.plan, listing, requested, staging)
+    return done if plan is done.plan else replace(run(plan), updated=True)
+
+
 def _log(registry: Registry, result: PartsResult, version: Resolved, params: dict[str, Any]) -> None:
     try:
         run_id = mlflow_log.log_parts(registry.client, result, version, params=params)
+        result.place.write(LOGGED, _state(result.place, result.plan))
         log.info(f"   outputs in {result.place}, run {run_id}")
     except Exception as error:
         if os.environ.get("PLANES_TRACEBACK"):
@@ -175,6 +209,18 @@ def _log(registry: Registry, result: PartsResult, version: Resolved, params: dic
         # What was scored is there; a store that is away must not keep the next model from being scored.
         result.unlogged = one_line(error, 200)
         log.info(f"   outputs in {result.place}; NOT LOGGED: {result.unlogged}")
+
+
+def _is_logged(place: Place, plan: Plan) -> bool:
+    """Whether the run of these very outputs is there."""
+    try:
+        return place.read(LOGGED) == _state(place, plan)
+    except FileNotFoundError:
+        return False
+
+
+def _state(place: Place, plan: Plan) -> bytes:
+    return hashlib.sha256(plan.all_inputs.encode() + place.read(SUMMARY)).hexdigest().encode()
 
 
 def _tell(result: PartsResult) -> None:
@@ -185,4 +231,7 @@ def _tell(result: PartsResult) -> None:
     speed = f", {result.rate:.3g} images/s now" if result.rate is not None else ""
     seconds = f"{totals.seconds:.1f} s of work"
     log.info(f"{result.label}: {totals.instances} planes in {totals.images} images{errors}, {seconds}{speed}")
+    news = result.plan.generations[-1].news
+    if news is not None and result.updated:
+        tell_generation(news)
     tell_work(totals.timings, result.peaks, totals.little, totals.first_little)

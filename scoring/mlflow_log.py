@@ -60,11 +60,10 @@ def log_job(
         )
         mlflow_runs.log_dataset(dataset, "scoring")
         model_id = mlflow_runs.link_model(resolved.model_id)
-        counts = {"images": job.images, "instances": job.instances, "errors": job.failures}
+        counts: dict[str, float] = {"images": job.images, "instances": job.instances, "errors": job.failures}
         counts |= {"images_filling_little_of_their_range": job.little} if job.little else {}
         if job.generation:
-            found = job.generation.model_dump(include={*Generation.KINDS, "gone", "unreadable"})
-            counts |= {f"generation_{kind}": number for kind, number in found.items()}
+            counts |= _kinds(job.generation)
         if not math.isnan(megabytes):
             mlflow.log_metric("model_megabytes", megabytes)
         mlflow.log_metrics({**counts, "seconds": job.seconds, "images_per_second": job.images / job.seconds})
@@ -82,12 +81,21 @@ def log_parts(client: MlflowClient, result: PartsResult, resolved: Resolved, *, 
     """Log a job in parts: its plan, its sums and where its tables are, none of the tables; return the run's id."""
     plan, totals = result.plan, result.totals
     tags = {"task": "score", "version": plan.label, "metric_prefix": "test/", "layout": "parts"}
+    news = plan.generations[-1].news
+    tags |= {"generation": str(news.number)} if news else {}
     with mlflow_runs.tracked_run(client, f"score {plan.label} on {plan.data}/{plan.split}", tags) as run:
-        known = {"model": plan.label, "data_digest": plan.inputs, "category": plan.category, "tables": str(result.place)}
-        mlflow_runs.log_params({**params, **known, "parts": plan.parts})
-        mlflow_runs.log_listing(f"{plan.data}/{plan.split}", plan.source, plan.inputs)
+        known = {
+            "model": plan.label,
+            "data_digest": plan.all_inputs,
+            "category": plan.category,
+            "tables": str(result.place),
+        }
+        mlflow_runs.log_params({**params, **known, "parts": len(plan.numbers)})
+        mlflow_runs.log_listing(f"{plan.data}/{plan.split}", plan.source, plan.all_inputs)
         mlflow_runs.link_model(resolved.model_id)
         mlflow.log_metrics({"images": totals.images, "instances": totals.instances, "errors": totals.failures})
+        if news:
+            mlflow.log_metrics(_kinds(news))
         if totals.little:
             mlflow.log_metric("images_filling_little_of_their_range", totals.little)
         # Of all parts together, also where actors worked side by side; the rate is that of this call, by the clock.
@@ -100,6 +108,11 @@ def log_parts(client: MlflowClient, result: PartsResult, resolved: Resolved, *, 
         for name in (PLAN, SUMMARY):
             mlflow.log_text(result.place.read(name).decode(), f"scoring/{name}")
     return run.info.run_id
+
+
+def _kinds(generation: Generation) -> dict[str, float]:
+    counts = generation.model_dump(include={*Generation.KINDS, "gone", "unreadable"})
+    return {f"generation_{kind}": number for kind, number in counts.items()}
 
 
 def _log_outputs(folder: Path) -> None:

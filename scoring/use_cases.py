@@ -26,7 +26,7 @@ from pipelines.registry.model_versions import Registry, Resolved
 from pipelines.tracking import mlflow_runs
 from pipelines.use_cases.display import SILENT, Display, pass_through
 from scoring import mlflow_log
-from scoring.common import folder_megabytes, ray_settings, scores_of, tell_work
+from scoring.common import folder_megabytes, ray_settings, scores_of, tell_generation, tell_work
 from scoring.comparison.candidates import data_of, file_of, from_job, gather, is_file_of_predictions, is_run
 from scoring.comparison.compare import Candidate, Comparison, Scored, compare, comparison_table, render
 from scoring.comparison.evaluate_file import category_of_file
@@ -439,10 +439,7 @@ def _tell(job: JobResult) -> None:
     speed = f"{job.seconds:.1f} s, {job.images / job.seconds:.3g} images/s"
     log.info(f"{job.label}: {job.instances} planes in {job.images} images{errors}, {speed}")
     if job.generation and not job.unchanged:
-        one = job.generation
-        kinds = ", ".join(f"{getattr(one, k)} {k}" for k in ("new", "changed", "retried", "returned", "kept", "gone"))
-        kinds += f"; files of {one.unreadable} that were kept cannot be read now" if one.unreadable else ""
-        log.info(f"   generation {one.number}: {kinds}")
+        tell_generation(job.generation)
     tell_work(job.timings, job.peaks, job.little, job.first_little)
     for _, evaluation in job.evaluations:
         if "max_dets" in evaluation.settings:

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,21 +19,34 @@ from filelock import FileLock, Timeout
 from models.errors import DataError, OutputError, one_line
 from models.instances import Instances
 from pipelines.data.readers.listing import Listing
-from pipelines.data.remote import ASKING
 from pipelines.progress import Progress, pass_through
-from scoring.jobs.manifest import LOCK, MANIFEST, PLAN
+from scoring.jobs.manifest import LOCK, LOGGED, MANIFEST, PLAN
 from scoring.jobs.manifest import clear as clear_job
 from scoring.jobs.shards import Totals, sums
-from scoring.parts.part import Mark, read_mark, score_part
+from scoring.parts.part import Mark, score_part
 from scoring.parts.place import Place
-from scoring.parts.plan import DONE, ERRORS, INPUTS, INSTANCES, SUMMARY, Plan, file_of, numbers_of, read_plan
+from scoring.parts.plan import (
+    DONE,
+    ERRORS,
+    GENERATIONS,
+    GONE,
+    INPUTS,
+    INSTANCES,
+    SUMMARY,
+    Plan,
+    file_of,
+    numbers_of,
+    read_plan,
+    update_file,
+)
 from scoring.parts.planning import plan_images
+from scoring.parts.updates import amend, publish_all, read_marks
 from scoring.reader import Failure
 from scoring.requests import JobSettings
 from scoring.runners.runner import Runner, ShardResult
 
 # What a job in parts works in, in its folder or, where that is an object store, in the user's cache.
-PLANNING, SCRATCH = ".planning", ".parts"
+PLANNING, SCRATCH, UPDATING = ".planning", ".parts", ".updating"
 
 
 @dataclass
@@ -46,20 +58,24 @@ class PartsResult:
         plan: what it is over.
         totals: sums over all parts.
         resumed: images of parts that had been scored before.
+        pending: images of the parts that were scored now.
         rate: images a second of this call, by the clock; None where it scored no part.
         peaks: highest memory in MB by kind.
         megabytes: size of the saved model.
         unlogged: why the tracking store did not take it.
+        updated: whether this call has added a generation.
     """
 
     place: Place
     plan: Plan
     totals: Totals
     resumed: int = 0
+    pending: int = 0
     rate: float | None = None
     peaks: dict[str, float] = field(default_factory=dict)
     megabytes: float = math.nan
     unlogged: str | None = None
+    updated: bool = False
 
     @property
     def label(self) -> str:
@@ -182,12 +198,8 @@ def planned(
         clear(place, cache)
         listed = plan_images(listing, staging, requested["part_size"])
         plan = Plan(**requested, inputs=listed.digest, images=listed.images, planned=listed.at)
-        there = set(place.names(plan.folder))
-        waiting = [file_of(n) for n in range(plan.parts) if file_of(n) not in there]
-        with ThreadPool(ASKING if place.local is None else 1) as pool:
-            for _ in pool.imap_unordered(lambda n: place.publish(f"{plan.folder}/{n}", listed.folder / n), waiting):
-                pass
-        place.create(PLAN, (plan.model_dump_json(indent=2) + "\n").encode())
+        publish_all(place, plan.folder, listed.folder)
+        place.create(PLAN, plan.text.encode())
         shutil.rmtree(staging, ignore_errors=True)
         # That of whoever was first, where two have planned at once.
         held = read_plan(place)
@@ -213,22 +225,22 @@ def run_parts(place: Place, plan: Plan, runner: PartRunner, progress: Progress) 
         DataError: no image could be scored.
         OutputError: the place cannot be written.
     """
-    done = sorted(numbers_of(place.names(DONE)))
-    with ThreadPool(ASKING if place.local is None else 1) as pool:
-        read = zip(done, pool.map(lambda n: read_mark(place, plan, n), done), strict=True)
-    marks = {number: mark for number, mark in read if mark is not None}
+    marks = read_marks(place, plan)
     for folder in (DONE, INSTANCES, ERRORS, INPUTS):
         place.sweep(folder)
-    pending: dict[int, Mark | None] = {n: None for n in range(plan.parts) if n not in marks}
-    left = sum(map(plan.size, pending))
+    marks = amend(place, plan, marks)
+    pending: dict[int, Mark | None] = {n: None for n in plan.numbers if n not in marks}
+    left = sum(plan.of(n).size(n) for n in pending)
     again = {n: mark for n, mark in marks.items() if mark.again}
     started = time.monotonic()
     try:
-        bar = Bar(progress, left, f"scoring with {plan.label}")
+        bar = Bar(progress if left else pass_through, left, f"scoring with {plan.label}")
         with closing(runner.run({**again, **pending}, bar)) as results:
             for number, mark in results:
                 marks[number] = mark
         bar.close()
+        # Of a part that had lost its mark, all images of its list were scored.
+        marks = amend(place, plan, marks)
     except OSError as error:
         raise OutputError(
             f"{place}: cannot be written ({error.strerror or one_line(error)}); what is done is kept, call again"
@@ -236,12 +248,14 @@ def run_parts(place: Place, plan: Plan, runner: PartRunner, progress: Progress) 
     now, seconds = sum(marks[n].totals.images for n in pending), time.monotonic() - started
     if not set(marks) <= numbers_of(place.names(DONE)):
         raise OutputError(f"{place}: somebody has removed parts of it meanwhile; call again")
-    totals = sums(marks[n].totals for n in range(plan.parts))
-    if not totals.images:
-        raise DataError(f"none of {plan.images} images could be scored; see {place}/{ERRORS}")
-    place.write(SUMMARY, (json.dumps({"parts": plan.parts, **asdict(totals)}, indent=2) + "\n").encode())
+    totals = sums(marks[n].totals for n in plan.numbers)
+    if totals.failures and not totals.images:
+        raise DataError(f"none of {totals.failures} images could be scored; see {place}/{ERRORS}")
+    parts = {"parts": len(plan.numbers), "generations": len(plan.generations)}
+    place.write(SUMMARY, (json.dumps({**parts, **asdict(totals)}, indent=2) + "\n").encode())
     rate = now / max(seconds, 1e-9) if pending else None
-    return PartsResult(place, plan, totals, resumed=plan.images - left, rate=rate, peaks=runner.peak_megabytes())
+    resumed = totals.images + totals.failures - left
+    return PartsResult(place, plan, totals, resumed, left, rate=rate, peaks=runner.peak_megabytes())
 
 
 @contextmanager
@@ -277,9 +291,13 @@ def clear(place: Place, cache: Path | None = None) -> None:
     if place.local is not None and (place.local / MANIFEST).exists():
         place.remove("", [MANIFEST])
         clear_job(place.local)
-    for folder in (*((plan.folder,) if plan else ()), DONE, INSTANCES, ERRORS, INPUTS):
+    made = [name for one in (plan.generations if plan else ()) for name in (one.folder, one.removed) if name]
+    for one in plan.later if plan else ():
+        made += [f"{GONE}/{one.generation:04d}/{name}" for name in (INPUTS, INSTANCES)]
+        place.remove(GENERATIONS, [update_file(one.generation)])
+    for folder in (*made, DONE, INSTANCES, ERRORS, INPUTS):
         place.remove(folder, [name for name in place.names(folder) if numbers_of([name])])
-    place.remove("", [SUMMARY])
+    place.remove("", [SUMMARY, LOGGED])
     shutil.rmtree(working_folder(place, SCRATCH, cache), ignore_errors=True)
 
 

@@ -34,19 +34,38 @@ TABLES = {INSTANCES: INSTANCE_TABLE, ERRORS: ERROR_TABLE, INPUTS: INPUT_TABLE}
 
 
 class Mark(NamedTuple):
-    """What says that a part is done: its sums, and how many of its images could not be had and may be had later."""
+    """What says that a part is done.
+
+    Attributes:
+        totals: its sums.
+        again: how many of its images could not be had and may be had later.
+        amended: the last update that took images from it; 0 for none.
+    """
 
     totals: Totals
     again: int = 0
+    amended: int = 0
 
 
 def read_mark(place: Place, plan: Plan, number: int) -> Mark | None:
     """The mark of a part that is done; None of one that is damaged, or of another plan: a removal was stopped."""
     try:
         content = json.loads(place.read(f"{DONE}/{file_of(number, '.json')}"))
-        return Mark(Totals(**content["totals"]), content["again"]) if content["plan"] == plan.digest else None
+        mark = Mark(Totals(**content["totals"]), content["again"], content.get("amended", 0))
+        return mark if content["plan"] == plan.digest else None
     except (ValueError, KeyError, TypeError, FileNotFoundError):
         return None
+
+
+def write_mark(place: Place, plan: Plan, number: int, mark: Mark) -> None:
+    """Say that a part is done.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    content = {"plan": plan.digest, "totals": asdict(mark.totals), "again": mark.again}
+    content |= {"amended": mark.amended} if mark.amended else {}
+    place.write(f"{DONE}/{file_of(number, '.json')}", (json.dumps(content) + "\n").encode())
 
 
 def score_part(
@@ -71,6 +90,7 @@ def score_part(
         OutputError: the place cannot be written.
         OSError: the scratch cannot be written.
     """
+    plan = plan.of(number)
     dataset = plan.dataset(place, number)
     manifest = plan.manifest(dataset)
     text = manifest.model_dump_json()
@@ -88,24 +108,28 @@ def score_part(
         shutil.rmtree(scratch, ignore_errors=True)
         return again
     _, totals = complete(runner, manifest, scratch, dataset, settings=settings, progress=progress, held=None)
-    _write_inputs(place, number, scratch, dataset, again=None if again is None else {f.image_id for f in before})
+    tried = None if again is None else {f.image_id for f in before}
+    _write_inputs(place, number, scratch, dataset, generation=plan.generation, again=tried)
     failures = parquet.read_failures(scratch / ERROR_TABLE)
-    mark = Mark(totals, sum(f.kind in FOR_NOW for f in failures))
+    mark = Mark(totals, sum(f.kind in FOR_NOW for f in failures), again.amended if again else 0)
     for folder, name in TABLES.items():
         place.publish(f"{folder}/{file_of(number)}", scratch / name)
-    content = {"plan": plan.digest, "totals": asdict(mark.totals), "again": mark.again}
-    place.write(f"{DONE}/{file_of(number, '.json')}", (json.dumps(content) + "\n").encode())
+    write_mark(place, plan, number, mark)
     shutil.rmtree(scratch, ignore_errors=True)
     return mark
 
 
-def _write_inputs(place: Place, number: int, scratch: Path, dataset: Dataset, again: set[str] | None) -> None:
+def _write_inputs(
+    place: Place, number: int, scratch: Path, dataset: Dataset, *, generation: int, again: set[str] | None
+) -> None:
     """The list of the part's images with the marks of their files before they were scored.
 
     Args:
         again: ids of the images that were tried again; None where all were scored.
     """
     rows = input_rows(dataset)
+    index = rows.schema.get_field_index("generation")
+    rows = rows.set_column(index, rows.schema.field(index), pa.array([generation] * len(dataset), pa.int32()))
     if again is not None:
         earlier = pq.read_table(io.BytesIO(place.read(f"{INPUTS}/{file_of(number)}")))["digest"].to_pylist()
         now = zip(rows["image_id"].to_pylist(), rows["digest"].to_pylist(), earlier, strict=True)

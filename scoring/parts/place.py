@@ -105,7 +105,7 @@ class Place:
                 shutil.copyfile(file, temporary)
 
     def remove(self, folder: str, names: Sequence[str]) -> None:
-        """Remove files of a folder, "" for this one, as far as they are there, and the folder where nothing else is in it.
+        """Remove files of a folder, "" for this one, as far as they are there, and folders in which nothing else is.
 
         Raises:
             OutputError: one cannot be removed.
@@ -120,8 +120,9 @@ class Place:
             for name in names:
                 (inside / name).unlink(missing_ok=True)
             self.sweep(folder)
-            if folder and inside.is_dir() and not inside.is_symlink() and not any(inside.iterdir()):
+            while inside != self.local and inside.is_dir() and not inside.is_symlink() and not any(inside.iterdir()):
                 inside.rmdir()
+                inside = inside.parent
 
     def sweep(self, folder: str) -> None:
         """Remove what processes that were killed while they published have left in a folder of this machine."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
+from bisect import bisect_right
 from collections.abc import Sequence
+from multiprocessing.pool import ThreadPool
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -15,14 +18,16 @@ from models.errors import DataError, one_line
 from models.images.rendering import Rendering
 from pipelines.data.dataset import Dataset
 from pipelines.data.readers.annotations import make_sample
-from pipelines.data.remote import to_path
+from pipelines.data.remote import ASKING, to_path
 from pipelines.evaluation.categories import PLANE
-from scoring.jobs.manifest import PLAN, Manifest, digest_in_order
+from scoring.jobs.manifest import PLAN, Generation, Manifest, digest_in_order
 from scoring.parts.place import Place
 
 SUMMARY = "summary.json"
 # Folders of the place, each with a file for each part.
 INPUTS, INSTANCES, ERRORS, DONE = "inputs", "instances", "errors", "done"
+# The plans of updates, a file each, and what they have taken from the tables.
+GENERATIONS, GONE = "generations", "gone"
 SCHEMA = pa.schema([("image_id", pa.string()), ("path", pa.string())])
 
 
@@ -44,6 +49,12 @@ class Plan(BaseModel):
         part_size: images of a part, a multiple of those of a shard.
         shard_size: images of a shard.
         planned: when they were listed, ISO 8601.
+        generation: 1 for the plan that a job begins with, one more for each update.
+        first: number of its first part, which is after those of the generation before.
+        removed: folder with a file for each earlier part that has images which are gone, or which are scored anew.
+        losing: numbers of those parts.
+        news: what an update found.
+        later: the plans of the updates since, oldest first; each lies in a file of its own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,25 +73,61 @@ class Plan(BaseModel):
     part_size: int
     shard_size: int
     planned: str
+    generation: int = 1
+    first: int = 0
+    removed: str = ""
+    losing: tuple[int, ...] = ()
+    news: Generation | None = None
+    later: tuple[Plan, ...] = ()
 
     @property
     def digest(self) -> str:
-        """Of all but the time, 16 hex digits: two plans that have it in common have the same parts."""
-        return hashlib.sha256(self.model_dump_json(exclude={"planned"}).encode()).hexdigest()[:16]
+        """Of all but times and counts, 16 hex digits: two plans that have it in common have the same parts."""
+        absent = {"generation", "first", "removed", "losing"} if self.generation == 1 else set()
+        content = self.model_dump_json(exclude={"planned", "news", "later", *absent})
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @property
+    def text(self) -> str:
+        """As it is written down: the later ones have files of their own."""
+        absent = {"generation", "first", "removed", "losing", "news"} if self.generation == 1 else set()
+        return self.model_dump_json(indent=2, exclude={"later", *absent}) + "\n"
+
+    @property
+    def generations(self) -> tuple[Plan, ...]:
+        """This plan and the later ones."""
+        return (self, *self.later)
+
+    @property
+    def numbers(self) -> range:
+        """The parts of all generations."""
+        last = self.generations[-1]
+        return range(self.first, last.first + last.parts)
+
+    @property
+    def all_inputs(self) -> str:
+        """Digest of the images of all generations."""
+        if not self.later:
+            return self.inputs
+        return hashlib.sha256("".join(one.digest for one in self.generations).encode()).hexdigest()[:16]
+
+    def of(self, number: int) -> Plan:
+        """The generation that a part belongs to."""
+        return self.generations[bisect_right([one.first for one in self.generations], number) - 1]
 
     @property
     def parts(self) -> int:
-        """How many parts there are."""
+        """How many parts this generation has."""
         return -(-self.images // self.part_size)
 
     @property
     def folder(self) -> str:
         """Where the lists of images are, of each plan in a folder of its own: two that are made at once do not mix."""
-        return f"plan-{self.inputs}"
+        return f"plan-{self.inputs}" if self.generation == 1 else f"plan-{self.generation:04d}-{self.inputs}"
 
     def size(self, number: int) -> int:
         """Images of a part."""
-        return min(self.part_size, self.images - number * self.part_size)
+        return min(self.part_size, self.images - (number - self.first) * self.part_size)
 
     def dataset(self, place: Place, number: int) -> Dataset:
         """The images of one part, without ground truth.
@@ -125,6 +172,15 @@ def file_of(number: int, ending: str = ".parquet") -> str:
     return f"part-{number:06d}{ending}"
 
 
+def update_file(generation: int) -> str:
+    """The file of an update's plan.
+
+    >>> update_file(2)
+    '000002.json'
+    """
+    return f"{generation:06d}.json"
+
+
 def numbers_of(names: Sequence[str]) -> set[int]:
     """The parts that files are of; what others keep there counts as none.
 
@@ -136,14 +192,24 @@ def numbers_of(names: Sequence[str]) -> set[int]:
 
 
 def read_plan(place: Place) -> Plan | None:
-    """The plan of a place, None where there is none.
+    """The plan of a place with those of its updates, None where there is none.
 
     Raises:
-        DataError: it is damaged or of another release.
+        DataError: one of them is damaged or of another release.
     """
+    plan = _read(place, PLAN)
+    if plan is None:
+        return None
+    updates = sorted(name for name in place.names(GENERATIONS) if re.fullmatch(r"\d{6}\.json", name))
+    with ThreadPool(ASKING if place.local is None else 1) as pool:
+        later = [one for one in pool.map(lambda name: _read(place, f"{GENERATIONS}/{name}"), updates) if one is not None]
+    return plan.model_copy(update={"later": tuple(later)})
+
+
+def _read(place: Place, name: str) -> Plan | None:
     try:
-        return Plan.model_validate_json(place.read(PLAN))
+        return Plan.model_validate_json(place.read(name))
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise DataError(f"{place}/{PLAN}: damaged or of another release; score with --fresh") from error
+        raise DataError(f"{place}/{name}: damaged or of another release; score with --fresh") from error

@@ -9,10 +9,12 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import count, islice
+from itertools import count, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ import pyarrow.parquet as pq
 from models.errors import DataError, EngineMissing
 from pipelines.data.readers.listing import Listing
 from pipelines.data.readers.opening import check_names
+from pipelines.data.remote import UNREADABLE, fingerprints, to_path
 from pipelines.files import replacing, write_text
 from scoring.parts.plan import SCHEMA, file_of
 
@@ -34,8 +37,10 @@ log = logging.getLogger(__name__)
 PIECE = 100_000
 # What sorting may take of the memory; more of it is on disk meanwhile.
 MEMORY = "256MB"
-LISTED, PARTS, COMPLETE = "listed", "parts", "complete"
-PIECE_SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("stem", pa.string())])
+LISTED, PARTS, REMOVED, COMPLETE = "listed", "parts", "removed", "complete"
+PIECE_SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("stem", pa.string()), ("mark", pa.string())])
+# Of the images that a part loses: whether they are gone, or scored anew in another part.
+REMOVED_SCHEMA = pa.schema([("image_id", pa.string()), ("gone", pa.bool_())])
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,33 @@ class Listed:
     digest: str
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What a list has that a job has not, cut into parts, and what it has no more.
+
+    Attributes:
+        listed: the images that are to be scored; ``listed.images`` may be 0.
+        removed: folder with a file for each part of the job that loses images, as REMOVED_SCHEMA.
+        losing: numbers of those parts.
+        digest: of what is removed, 16 hex digits.
+        total: images of the whole list.
+        new: of them, not known to the job.
+        changed: whose file, or name, was another one.
+        unreadable: files that cannot be looked at now; they count as unchanged.
+        gone: images of the job that are not in the list.
+    """
+
+    listed: Listed
+    removed: Path
+    losing: tuple[int, ...]
+    digest: str
+    total: int
+    new: int
+    changed: int
+    unreadable: int
+    gone: int
+
+
 def plan_images(listing: Listing, staging: Path, part_size: int) -> Listed:
     """List, sort and name images, and write them down part by part; memory holds a piece.
 
@@ -69,17 +101,77 @@ def plan_images(listing: Listing, staging: Path, part_size: int) -> Listed:
         DataError: no images, one of them twice, or names that are not unique.
         EngineMissing: DuckDB is not installed.
     """
-    origin = f"{listing.where}\n{listing.mark}\n{part_size}\n"
+    origin = f"{listing.where}\n{listing.mark}\n{part_size}\n{PIECE_SCHEMA.names}\n"
     if not (staging / "of").exists() or (staging / "of").read_text() != origin:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         write_text(staging / "of", origin)
     _list(listing, staging / LISTED)
-    return _arrange(listing, staging, part_size)
+    with _named(listing, staging) as database:
+        rows = _stream(database, f"SELECT image_id, path FROM named ORDER BY {_order(listing)}")
+        images, digest = _cut(rows, staging / PARTS, part_size)
+    return Listed(staging / PARTS, images, (staging / LISTED / COMPLETE).read_text(), digest)
 
 
-def _list(listing: Listing, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
+def plan_changes(listing: Listing, staging: Path, held: Sequence[Path], *, part_size: int, first: int) -> Changes:
+    """List images and find what a job has not scored of them, or otherwise than they are now; memory holds a piece.
+
+    An image is unchanged where its path, its name and the fingerprint of its file are those that the job has.
+
+    Args:
+        staging: folder to work in, emptied first: another night's list is not gone on with.
+        held: lists of the job's images, a file for each part, named as parts are.
+        first: number of the first new part.
+
+    Raises:
+        DataError: as `plan_images`.
+        EngineMissing: DuckDB is not installed.
+    """
+    shutil.rmtree(staging / LISTED, ignore_errors=True)
+    _list(listing, staging / LISTED, marked=True)
+    with _named(listing, staging) as database:
+        database.execute("CREATE TABLE held (image_id VARCHAR, path VARCHAR, digest VARCHAR, part INTEGER)")
+        if held:
+            part = r"CAST(regexp_extract(filename, 'part-(\d+)\.[a-z]+$', 1) AS INTEGER)"
+            source = f"read_parquet([{_quoted(held)}], filename = true)"
+            database.execute(f"INSERT INTO held SELECT image_id, path, digest, {part} FROM {source}")
+        database.execute(
+            "CREATE TABLE pending AS SELECT n.image_id, n.path, n.row, h.path IS NOT NULL AS known FROM named n "
+            "LEFT JOIN held h ON h.path = n.path WHERE h.path IS NULL OR h.image_id <> n.image_id "
+            f"OR (h.digest <> n.mark AND n.mark <> '{UNREADABLE}')"
+        )
+        database.execute(
+            "CREATE TABLE removed AS SELECT h.part, h.image_id, n.path IS NULL AS gone FROM held h "
+            "LEFT JOIN named n ON n.path = h.path LEFT JOIN pending p ON p.path = h.path "
+            "WHERE n.path IS NULL OR p.path IS NOT NULL"
+        )
+        rows = _stream(database, f"SELECT image_id, path FROM pending ORDER BY {_order(listing)}")
+        images, digest = _cut(rows, staging / PARTS, part_size, first)
+        losing, lost = _cut_removed(
+            _stream(database, "SELECT part, image_id, gone FROM removed ORDER BY part, image_id"), staging / REMOVED
+        )
+
+        def rows_of(query: str) -> int:
+            return int(database.sql(f"SELECT count(*) FROM {query}").fetchall()[0][0])
+
+        changed, at = rows_of("pending WHERE known"), (staging / LISTED / COMPLETE).read_text()
+        away = f"named n JOIN held h ON h.path = n.path WHERE n.mark = '{UNREADABLE}' AND h.digest <> n.mark"
+        return Changes(
+            Listed(staging / PARTS, images, at, digest),
+            staging / REMOVED,
+            losing,
+            lost,
+            total=rows_of("named"),
+            new=images - changed,
+            changed=changed,
+            unreadable=rows_of(away),
+            gone=rows_of("removed WHERE gone"),
+        )
+
+
+def _list(listing: Listing, folder: Path, *, marked: bool = False) -> None:
+    """Write down what is listed, a piece a file; ``marked``: with the fingerprint of each file."""
+    folder.mkdir(parents=True, exist_ok=True)
     if (folder / COMPLETE).exists():
         return
     pieces = sorted(folder.glob("*.parquet"))
@@ -91,14 +183,17 @@ def _list(listing: Listing, folder: Path) -> None:
     last = pq.read_table(pieces[-1], columns=["path"])["path"][-1].as_py() if pieces else ""
     if done:
         log.info(f"{listing.where}: {done:,} paths were listed before")
-    paths = listing.stream(done, last)
+    entries = listing.stream(done, last)
     for number in count(len(pieces)):
-        batch = list(islice(paths, PIECE))
-        if not batch:
+        some = list(islice(entries, PIECE))
+        if not some:
             break
+        batch, marks = [entry.path for entry in some], [entry.mark for entry in some]
         check_names(batch, listing.where)
+        if marked and not all(marks):
+            marks = fingerprints([to_path(path) for path in batch])
         stems = [os.path.splitext(path.rsplit("/", 1)[-1])[0] for path in batch]
-        table = pa.table([list(range(done, done + len(batch))), batch, stems], schema=PIECE_SCHEMA)
+        table = pa.table([list(range(done, done + len(batch))), batch, stems, marks], schema=PIECE_SCHEMA)
         with replacing(folder / f"{number:06d}.parquet", durable=True) as temporary:
             pq.write_table(table, temporary, compression="zstd")
         done += len(batch)
@@ -107,26 +202,32 @@ def _list(listing: Listing, folder: Path) -> None:
     write_text(folder / COMPLETE, datetime.now(UTC).isoformat(timespec="seconds"))
 
 
-def _arrange(listing: Listing, staging: Path, part_size: int) -> Listed:
-    """Sort, name and cut what is listed."""
+def _order(listing: Listing) -> str:
+    return "path" if listing.sort else "row"
+
+
+def _quoted(files: Sequence[Path]) -> str:
+    return ", ".join("'" + str(file).replace("'", "''") + "'" for file in files)
+
+
+@contextmanager
+def _named(listing: Listing, staging: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A database with the view ``named`` of what is listed: image_id, path, mark and row."""
     pieces = sorted((staging / LISTED).glob("*.parquet"))
     if not pieces:
         raise DataError(f"{listing.where}: no images there (PNG, JPEG, TIFF, BMP, WebP)")
-    order = "path" if listing.sort else "row"
     with _database(staging / "sorting") as database:
-        files = ", ".join("'" + str(piece).replace("'", "''") + "'" for piece in pieces)
-        database.execute(f"CREATE VIEW listed AS SELECT * FROM read_parquet([{files}])")
+        database.execute(f"CREATE VIEW listed AS SELECT * FROM read_parquet([{_quoted(pieces)}])")
         query = "SELECT path, count(*) FROM listed GROUP BY path HAVING count(*) > 1 LIMIT 1"
         for path, times in database.sql(query).fetchall():
             raise DataError(f"{listing.where}: image {path!r} appears {times} times; image names must be unique")
         database.execute("CREATE TABLE shared AS SELECT stem FROM listed GROUP BY stem HAVING count(*) > 1")
         _name_shared(database, listing.where)
-        query = (
-            "SELECT coalesce(renamed.image_id, stem) AS image_id, listed.path FROM listed "
-            f"LEFT JOIN renamed ON renamed.path = listed.path ORDER BY listed.{order}"
+        database.execute(
+            "CREATE VIEW named AS SELECT coalesce(renamed.image_id, stem) AS image_id, listed.path, mark, row FROM listed "
+            "LEFT JOIN renamed ON renamed.path = listed.path"
         )
-        images, digest = _cut(_stream(database, query), staging / PARTS, part_size)
-    return Listed(staging / PARTS, images, (staging / LISTED / COMPLETE).read_text(), digest)
+        yield database
 
 
 def _stream(database: duckdb.DuckDBPyConnection, query: str) -> Iterator[pa.RecordBatch]:
@@ -177,11 +278,11 @@ def _below(path: str, common: str) -> str:
     return Path(os.path.relpath(_absolute(path), common)).as_posix()
 
 
-def _cut(rows: Iterator[pa.RecordBatch], folder: Path, part_size: int) -> tuple[int, str]:
+def _cut(rows: Iterator[pa.RecordBatch], folder: Path, part_size: int, first: int = 0) -> tuple[int, str]:
     """Write the parts; return how many images they hold, and the digest of them."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    digest, images, number = hashlib.sha256(), 0, 0
+    digest, images, number = hashlib.sha256(), 0, first
     waiting = SCHEMA.empty_table()
     for batch in rows:
         waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch]).cast(SCHEMA)])
@@ -194,6 +295,21 @@ def _cut(rows: Iterator[pa.RecordBatch], folder: Path, part_size: int) -> tuple[
         _write_part(waiting, folder, number)
         images += waiting.num_rows
     return images, digest.hexdigest()[:16]
+
+
+def _cut_removed(rows: Iterator[pa.RecordBatch], folder: Path) -> tuple[tuple[int, ...], str]:
+    """Write what each part loses; return the numbers of these parts, and the digest of all."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    digest, numbers = hashlib.sha256(), []
+    pending = (row for batch in rows for row in zip(*(column.to_pylist() for column in batch.columns), strict=True))
+    for number, group in groupby(pending, key=itemgetter(0)):
+        columns = list(zip(*group, strict=True))[1:]
+        table = pa.table([pa.array(column) for column in columns], schema=REMOVED_SCHEMA)
+        _write_part(table, folder, number)
+        digest.update(f"{number}\0{columns}".encode())
+        numbers.append(number)
+    return tuple(numbers), digest.hexdigest()[:16]
 
 
 def _write_part(table: pa.Table, folder: Path, number: int) -> None:

@@ -396,7 +396,7 @@ def test_in_a_bucket_fresh_forgets_what_this_machine_has(tmp_path):
         raise DataError("stopped")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="stopped"):
-        patch.setattr(planning, "_arrange", stopping)
+        patch.setattr(planning, "_named", stopping)
         _run(other, tmp_path / "in", cache=cache)
     write_image(tmp_path / "in" / "8.png", 20, 30, 8)
     assert _run(other, tmp_path / "in", cache=cache, fresh=True).images == 9
@@ -531,13 +531,13 @@ def test_a_bucket_is_listed_page_by_page():
         after = request.get("ContinuationToken", request.get("StartAfter", ""))
         rest = [key for key in keys if key > after]
         more = {"IsTruncated": len(rest) > 2, "NextContinuationToken": rest[1] if len(rest) > 2 else None}
-        return {"Contents": [{"Key": key} for key in rest[:2]], **more}
+        return {"Contents": [{"Key": key, "Size": 3, "ETag": f'"{key}"'} for key in rest[:2]], **more}
 
     path = SimpleNamespace(fs=SimpleNamespace(call_s3=call_s3, isfile=lambda key: False), path="bucket/in")
-    assert list(_in_bucket(path, "")) == [f"s3://bucket/{key}" for key in keys]
+    assert list(_in_bucket(path, "")) == [(f"s3://bucket/{key}", f'3 "{key}"') for key in keys]
     assert asked == [{}, {"ContinuationToken": keys[1]}, {"ContinuationToken": keys[3]}]
     asked.clear()
-    assert list(_in_bucket(path, f"s3://bucket/{keys[1]}")) == [f"s3://bucket/{key}" for key in keys[2:]]
+    assert [e.path for e in _in_bucket(path, f"s3://bucket/{keys[1]}")] == [f"s3://bucket/{key}" for key in keys[2:]]
     assert asked == [{"StartAfter": keys[1]}, {"ContinuationToken": keys[3]}]
 
 
@@ -566,7 +566,7 @@ def test_a_name_that_is_not_utf8_is_told(tmp_path):
 
 
 def test_listings_are_what_data_sets_are_made_of(images, tmp_path):
-    assert [Path(p).name for p in sorted(open_listing(images).stream(0, ""))] == [
+    assert [Path(p).name for p in sorted(open_listing(images).paths())] == [
         s.path.name for s in open_dataset(images).samples
     ]
     assert open_listing(images).has_more_than(COUNT - 1)
@@ -575,7 +575,7 @@ def test_listings_are_what_data_sets_are_made_of(images, tmp_path):
     (tmp_path / "test" / "a.png").touch()
     (tmp_path / "test" / "b.txt").touch()
     (tmp_path / "test" / "c.png").mkdir()
-    assert list(open_listing(tmp_path, "test").stream(0, "")) == [str(tmp_path / "test" / "a.png")]
+    assert list(open_listing(tmp_path, "test").paths()) == [str(tmp_path / "test" / "a.png")]
     with pytest.raises(DataError, match="no split 'trian'"):
         open_listing(tmp_path, "trian")
     (tmp_path / "test_coco.json").write_text("{}")
@@ -658,7 +658,7 @@ def test_a_plan_is_of_the_time_when_its_images_were_listed(images, tmp_path, mon
     def stopping(*_):
         raise DataError("stopped")
 
-    monkeypatch.setattr(planning, "_arrange", stopping)
+    monkeypatch.setattr(planning, "_named", stopping)
     with pytest.raises(DataError, match="stopped"):
         _run(tmp_path / "out", images)
     monkeypatch.undo()
@@ -705,20 +705,20 @@ def test_into_a_bucket_and_from_it(images, whole, tmp_path):
         assert table["score"].to_pylist() == [row["score"] for row in whole[0]]
         glob = open_listing("s3://jobs/in/**/*.png")
         expected = sorted(f"s3://jobs/{p}" for p in ["in/deeper/one.png", *(f"in/{p.name}" for p in images.glob("*.png"))])
-        assert list(glob.stream(0, "")) == expected
-        assert list(glob.stream(5, expected[4])) == expected[5:]
-        assert list(open_listing("s3://jobs/in/deeper/one.png").stream(0, "")) == ["s3://jobs/in/deeper/one.png"]
+        assert list(glob.paths()) == expected
+        assert list(glob.paths(5, expected[4])) == expected[5:]
+        assert list(open_listing("s3://jobs/in/deeper/one.png").paths()) == ["s3://jobs/in/deeper/one.png"]
         # As fsspec takes it: without another sign it is a letter.
         store.pipe("jobs/in/odd?.png", b"")
         store.pipe("jobs/in/odd1.png", b"")
-        assert list(open_listing("s3://jobs/in/odd?.png").stream(0, "")) == ["s3://jobs/in/odd?.png"]
-        assert len(list(open_listing("s3://jobs/in/od*?.png").stream(0, ""))) == 2
+        assert list(open_listing("s3://jobs/in/odd?.png").paths()) == ["s3://jobs/in/odd?.png"]
+        assert len(list(open_listing("s3://jobs/in/od*?.png").paths())) == 2
         store.rm(["jobs/in/odd?.png", "jobs/in/odd1.png"])
         with pytest.raises(OutputError, match=r"s3://absent/out: cannot be used \(.*\); what is done is kept, call again"):
             _run(Place("s3://absent/out"), "s3://jobs/in", cache=tmp_path / "cache")
         for nothing in ("s3://jobs/nothing", "s3://absent/x"):
             with pytest.raises(DataError, match=f"{nothing}: no such file or folder"):
-                list(open_listing(nothing).stream(0, ""))
+                list(open_listing(nothing).paths())
         parts_job.clear(place, tmp_path / "cache")
         assert store.find("jobs/out") == ["jobs/out/m-1/new.json"]
 

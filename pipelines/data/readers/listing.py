@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from models.errors import DataError, one_line
 from models.images.decoding import IMAGE_SUFFIXES
 from pipelines.data.readers.opening import has_annotations, images_of, listed_path
-from pipelines.data.remote import AnyPath, absolute, fingerprints, list_remote, to_path
+from pipelines.data.remote import AnyPath, absolute, fingerprints, list_remote, mark_of_entry, to_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +26,13 @@ LISTS = (".csv", ".parquet")
 PIECE = 50_000
 
 
+class Entry(NamedTuple):
+    """An image of a list: its absolute path or URL, and the fingerprint of its file where the list came with it."""
+
+    path: str
+    mark: str = ""
+
+
 @dataclass(frozen=True)
 class Listing:
     """Images of a folder, a glob, a list or a URL, none of them annotated.
@@ -33,16 +40,20 @@ class Listing:
     Attributes:
         where: as it was given.
         sort: whether they are to be sorted by path; a list has an order of its own.
-        stream: absolute paths and URLs after the first ``done`` of them, of which ``last`` was the last; ``(0, "")``: all.
+        stream: images after the first ``done`` of them, of which ``last`` was the last's path; ``(0, "")``: all.
         resumes: whether a stream may begin later than at its start, since it comes in the same order every time.
         mark: of a list that is a file, by which a changed one is told.
     """
 
     where: str
     sort: bool
-    stream: Callable[[int, str], Iterator[str]]
+    stream: Callable[[int, str], Iterator[Entry]]
     resumes: bool = True
     mark: str = ""
+
+    def paths(self, done: int = 0, last: str = "") -> Iterator[str]:
+        """The paths of ``stream``."""
+        return (entry.path for entry in self.stream(done, last))
 
     def has_more_than(self, count: int) -> bool:
         """Whether there are more than ``count`` images; no more than those are listed.
@@ -67,20 +78,20 @@ def open_listing(where: str | Path, split: str = "all") -> Listing | None:
         return None
     if path.suffix.lower() in LISTS and (path.is_file() or not isinstance(path, Path)):
         (mark,) = fingerprints([path])
-        return Listing(text, sort=False, stream=lambda done, _: islice(_listed(path), done, None), mark=mark)
+        return Listing(text, sort=False, stream=lambda done, _: map(Entry, islice(_listed(path), done, None)), mark=mark)
     if not isinstance(path, Path):
         if "s3" in str(path.protocol):
             return Listing(text, sort=True, stream=lambda _, last: _in_bucket(path, last))
-        return Listing(text, sort=True, stream=lambda done, _: (str(p) for p in list_remote(path)[done:]))
+        return Listing(text, sort=True, stream=lambda done, _: (Entry(str(p)) for p in list_remote(path)[done:]))
     if path.is_dir():
         if "+" in split or has_annotations(path, split):
             return None
         folder = Path(os.path.abspath(images_of(path, split)))
-        return Listing(text, sort=True, stream=lambda *_: _in_folder(folder), resumes=False)
+        return Listing(text, sort=True, stream=lambda *_: map(Entry, _in_folder(folder)), resumes=False)
     if path.is_file() or not glob.has_magic(text):
         return None
     matching = partial(glob.iglob, os.path.abspath(text), recursive=True)
-    return Listing(text, sort=True, stream=lambda *_: filter(os.path.isfile, matching()), resumes=False)
+    return Listing(text, sort=True, stream=lambda *_: map(Entry, filter(os.path.isfile, matching())), resumes=False)
 
 
 def _in_folder(folder: Path) -> Iterator[str]:
@@ -121,10 +132,10 @@ def _tables(path: AnyPath, handle: BinaryIO) -> Iterator[pd.DataFrame]:
         yield batch.to_pandas()
 
 
-def _in_bucket(path: UPath, last: str) -> Iterator[str]:
+def _in_bucket(path: UPath, last: str) -> Iterator[Entry]:
     """The images directly in a folder of a bucket, or those that a glob matches, by key, after the key of ``last``.
 
-    Pages of ListObjectsV2 (Amazon S3 API reference), a thousand keys each.
+    They come with their fingerprints. Pages of ListObjectsV2 (Amazon S3 API reference), a thousand keys each.
 
     Raises:
         DataError: nothing there, or the store cannot be reached.
@@ -139,7 +150,7 @@ def _in_bucket(path: UPath, last: str) -> Iterator[str]:
     if magic:
         request["Prefix"] = key[: magic.start()]
     elif not last and fs.isfile(whole):
-        yield str(path)
+        yield Entry(str(path))
         return
     else:
         request |= {"Prefix": f"{key.rstrip('/')}/" if key else "", "Delimiter": "/"}
@@ -160,7 +171,7 @@ def _in_bucket(path: UPath, last: str) -> Iterator[str]:
         for entry in entries:
             name = f"{bucket}/{entry['Key']}"
             if name.lower().endswith(IMAGE_SUFFIXES) and wanted.match(name):
-                yield f"s3://{name}"
+                yield Entry(f"s3://{name}", mark_of_entry(entry["Size"], entry))
         if not page.get("IsTruncated"):
             break
         request["ContinuationToken"] = page["NextContinuationToken"]
