@@ -4,7 +4,8 @@ Two lists of generated names: a parquet file, and a bucket whose server (this fi
 Amazon's ListObjectsV2 does and holds no object. Each is planned in a process of its own, once undisturbed, and once
 killed with SIGKILL while it lists and called again: both must end in the same plan. The yardstick is what jobs that do
 not lie in parts do with a list: `open_dataset` of a tenth of it. Then the last thousand images of the long list, which
-exist, are scored where all parts before them are done, and as a list of their own.
+exist, are scored where all parts before them are done, and as a list of their own. At the end the bucket holds a
+thousand objects more, and its job, all of whose parts count as done, is to learn of them (`score --update`).
 """
 
 from __future__ import annotations
@@ -71,6 +72,23 @@ runner = LocalParts(LocalRunner(ByColour()), place, plan, JobSettings(), Path(at
 result = run_parts(place, plan, runner, lambda items, *_: items)
 told = {"seconds": time.monotonic() - started, "memory": peak_memory(), "images": result.images}
 print(json.dumps(told | {"failures": result.failures}))
+"""
+UPDATING = """
+import json, sys, time
+from pathlib import Path
+started = time.monotonic()
+from pipelines.data.readers.listing import open_listing
+from scoring.parts.place import Place
+from scoring.parts.plan import read_plan
+from scoring.parts.updates import updated
+from scoring.runners.local import peak_memory
+where, at = sys.argv[1:]
+plan = read_plan(Place(at))
+requested = plan.model_dump(include={"label", "model", "settings", "data", "source", "split", "category"})
+requested |= dict(part_size=plan.part_size, shard_size=plan.shard_size)
+news = updated(Place(at), plan, open_listing(where), requested, Path(at) / ".updating").later[-1].news
+told = {"seconds": time.monotonic() - started, "memory": peak_memory()}
+print(json.dumps(told | news.model_dump(include={"images", "new", "changed", "gone", "kept"})))
 """
 WHOLE = """
 import json, sys, time
@@ -162,37 +180,65 @@ def measure_last(folder: Path) -> None:
     print(f"   memory: {results[0]['memory'] / results[1]['memory']:.3f} of that of a list of 1,000")
 
 
+def measure_update(folder: Path, where: str) -> None:
+    """Bring a job over a bucket, whose parts are taken for done, up to date with a thousand new objects."""
+    (lists,) = folder.glob("plan-*")
+    (folder / "inputs").mkdir()
+    for file in sorted(lists.iterdir()):
+        table = pq.read_table(file)
+        marks = [f'1 "{int(path.rpartition("-")[2].partition("_")[0])}"' for path in table["path"].to_pylist()]
+        pq.write_table(table.append_column("digest", pa.array(marks)), folder / "inputs" / file.name, compression="zstd")
+    Bucket.count += 1000
+    result = run(UPDATING, where, str(folder))
+    kinds = ", ".join(f"{result[kind]:,} {kind}" for kind in ("new", "changed", "gone", "kept"))
+    print(f"   a thousand objects more, --update without their scoring: {told(result)}; {kinds}")
+    assert (result["new"], result["changed"], result["gone"]) == (1000, 0, 0)
+
+
 def main() -> None:
     """Plan both lists."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=10_000_000)
+    parser.add_argument("--images", type=int, default=10_000_000, help="0: the bucket alone")
     parser.add_argument("--objects", type=int, default=5_000_000)
     parser.add_argument("--out", default=None, help="where to work; a temporary folder without it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.out) as temporary:
         folder = Path(temporary)
-        real = [str(folder / "images" / f"last-{n:04d}.png") for n in range(1000)]
-        (folder / "images").mkdir()
-        for number, path in enumerate(real):
-            cv2.imwrite(path, np.full((64, 64, 3), number % 256, np.uint8))
-        schema = pa.schema([("path", pa.string())])
-        for name, count in (("list", options.images), ("tenth", options.images // 10), ("last", 1000)):
-            with pq.ParquetWriter(folder / f"{name}.parquet", schema) as writer:
-                for start in range(0, count - 1000, 100_000):
-                    paths = [f"/data/{name_of(n)}" for n in range(start, min(count - 1000, start + 100_000))]
-                    writer.write_table(pa.table([paths], schema=schema))
-                writer.write_table(pa.table([real], schema=schema))
-        tenth = run(WHOLE, str(folder / "tenth.parquet"))
-        print(f"not in parts: {tenth['images']:,} images listed in {told(tenth)}")
-        measure("list", str(folder / "list.parquet"), folder / "list", options.images)
-        measure_last(folder)
-        Bucket.count = options.objects
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-        os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.server_port}"
-        measure("bucket", "s3://survey/survey/**/*.tif", folder / "bucket", options.objects)
-        server.shutdown()
+        if options.images:
+            measure_lists(folder, options.images)
+        measure_bucket(folder, options.objects)
+
+
+def measure_lists(folder: Path, images: int) -> None:
+    """A list in a file."""
+    real = [str(folder / "images" / f"last-{n:04d}.png") for n in range(1000)]
+    (folder / "images").mkdir()
+    for number, path in enumerate(real):
+        cv2.imwrite(path, np.full((64, 64, 3), number % 256, np.uint8))
+    schema = pa.schema([("path", pa.string())])
+    for name, count in (("list", images), ("tenth", images // 10), ("last", 1000)):
+        with pq.ParquetWriter(folder / f"{name}.parquet", schema) as writer:
+            for start in range(0, count - 1000, 100_000):
+                paths = [f"/data/{name_of(n)}" for n in range(start, min(count - 1000, start + 100_000))]
+                writer.write_table(pa.table([paths], schema=schema))
+            writer.write_table(pa.table([real], schema=schema))
+    tenth = run(WHOLE, str(folder / "tenth.parquet"))
+    print(f"not in parts: {tenth['images']:,} images listed in {told(tenth)}")
+    measure("list", str(folder / "list.parquet"), folder / "list", images)
+    measure_last(folder)
+
+
+def measure_bucket(folder: Path, objects: int) -> None:
+    """Keys of a bucket."""
+    Bucket.count = objects
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.server_port}"
+    where = "s3://survey/survey/**/*.tif"
+    measure("bucket", where, folder / "bucket", objects)
+    measure_update(folder / "bucket" / "whole", where)
+    server.shutdown()
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def _score(
 
 
 def _announce(plan: Plan, *, begun: bool) -> None:
-    since = f" and {len(plan.later)} updates" if plan.later else ""
+    since = f", updated {len(plan.later)} times" if plan.later else ""
     when = f", listed {plan.generations[-1].planned}; --update takes what has come since" if begun else ""
     log.info(f"{plan.data}: {plan.images:,} images in {plan.parts:,} parts of {plan.part_size}{since}{when}")
 

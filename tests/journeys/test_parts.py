@@ -66,7 +66,7 @@ def test_parts_hold_the_rows_of_the_whole_and_the_run_says_where_they_are(projec
     again = project.score(*survey[:6], "--out", str(tmp_path / "out"))
     assert "listed 20" in again.stdout
     assert "7 of them scored before" in again.stdout
-    for wrong, code in ((("--update",), 1), (("--score-threshold", "0.5"), 1), (("--max-errors", "0.1"), 3)):
+    for wrong, code in ((("--score-threshold", "0.5"), 1), (("--max-errors", "0.1"), 3)):
         assert error_line(project.score(*survey, "--out", str(tmp_path / "out"), *wrong, code=code))
     # What fails before it begins leaves the job that is there.
     assert "no split" in error_line(
@@ -99,14 +99,41 @@ def test_long_lists_lie_in_parts_of_themselves(project, survey, tmp_path, monkey
     command = ("--model", "planes-det/1", "--data", str(tmp_path / "list.parquet"), "--out")
     done = project.score(*command, str(tmp_path / "out"))
     assert "7 images in 1 parts of 4096" in done.stdout
-    # A job that began whole goes on so, and so does one that is to be brought up to date.
+    # A job that began whole goes on so, and is brought up to date so.
     monkeypatch.setattr(in_parts, "MOST_WHOLE", 100)
     project.score(*command, str(tmp_path / "begun"))
     monkeypatch.setattr(in_parts, "MOST_WHOLE", 6)
     assert " parts of " not in project.score(*command, str(tmp_path / "begun")).stdout
-    assert " parts of " not in project.score(*command, str(tmp_path / "nightly"), "--update").stdout
+    assert " parts of " not in project.score(*command, str(tmp_path / "begun"), "--update").stdout
+    assert "1 parts of 4096" in project.score(*command, str(tmp_path / "nightly"), "--update").stdout
     monkeypatch.setattr(in_parts, "MOST_WHOLE", 7)
     assert " parts of " not in project.score(*command, str(tmp_path / "other")).stdout
+
+
+def test_updates_are_generations_with_a_run_each(project, survey, tmp_path):
+    nightly = (*survey, "--out", str(tmp_path / "out"), "--update")
+    place = Place(tmp_path / "out" / "planes-det-1")
+    project.score(*nightly)
+    before = _tables(place)
+    quiet = project.score(*nightly).stdout
+    assert "nothing new" in quiet
+    assert "run " not in quiet
+    write_image(tmp_path / "in" / "new.png", 96, 96, 40)
+    (tmp_path / "in" / "0.png").unlink()
+    # A call without --update scores no more than what was listed.
+    assert "--update takes what has come since" in project.score(*survey, "--out", str(tmp_path / "out")).stdout
+    assert _tables(place) == before
+    done = project.score(*nightly).stdout
+    assert "generation 2: 1 new, 0 changed, 0 retried, 0 returned, 6 kept, 1 gone" in done
+    assert "6 images, 1 failed" in done
+    run = project.client.get_run(re.search(r"run ([0-9a-f]{32})", done)[1])
+    assert run.data.tags["generation"] == "2"
+    assert (run.data.metrics["images"], run.data.metrics["generation_new"], run.data.metrics["generation_gone"]) == (6, 1, 1)
+    assert {row["image_id"] for row in _tables(place)["instances"]} <= {"1", "2", "3", "4", "5", "new"}
+    assert "nothing new" in project.score(*nightly).stdout
+    # Where the store was away, the next call logs.
+    (place.local / ".logged").unlink()
+    assert "run " in project.score(*nightly).stdout
 
 
 def test_killed_while_it_scores_into_a_bucket_it_ends_the_same(project, survey, tmp_path, monkeypatch):
