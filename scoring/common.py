@@ -41,6 +41,7 @@ def ray_settings(settings: JobSettings, device: str, dataset: Dataset, execution
         tiling=settings.changes,
         address=execution.address,
         actors=execution.actors,
+        most_actors=execution.most_actors,
     )
 
 

@@ -114,7 +114,16 @@ class Execution:
 
     runner: RunnerName = field(default="local", metadata={"help": "What runs the scoring."})
     address: str | None = field(default=None, metadata={"help": "A running Ray cluster; by default one in this machine."})
-    actors: int | None = field(default=None, metadata={"help": "Ray actors; by default one a GPU, or one for two CPUs."})
+    actors: int | None = field(
+        default=None,
+        metadata={
+            "help": "Ray actors; by default one a GPU, or one for two CPUs; 2-8: 2, and more while the cluster has room."
+        },
+    )
+    most_actors: int | None = field(
+        default=None,
+        metadata={"help": "Most Ray actors, started while the cluster has room for them; --actors 2-8 says both."},
+    )
 
 
 LOCAL = Execution()

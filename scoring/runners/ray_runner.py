@@ -48,6 +48,8 @@ class RaySettings:
         tiling: what to change of the version's tiling.
         address: of a running cluster; None for one in this machine that ends with the job.
         actors: how many; None for one a GPU, or on CPUs one for every two.
+        most_actors: with it ``actors`` are those at the beginning, and more are started while the cluster has room for
+            them, such as one that adds nodes by itself.
     """
 
     device: str = "cpu"
@@ -57,6 +59,7 @@ class RaySettings:
     tiling: Mapping[str, Any] = field(default_factory=dict)
     address: str | None = None
     actors: int | None = None
+    most_actors: int | None = None
 
 
 class RayRunner:
@@ -143,11 +146,18 @@ def pool(settings: RaySettings, most: int) -> dict[str, Any]:
         raise ModelError(f"device {settings.device!r}: the Ray cluster has no GPU; use --device cpu")
     actors = min(settings.actors or int(gpus if on_gpu else max(1, cpus // 2)), most)
     share = max(1, int(cpus / actors)) if cpus >= actors else cpus / actors
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, int(share)))
+    strategy = ray.data.ActorPoolStrategy(size=actors)
+    if settings.most_actors is not None:
+        # A share of the CPUs that are there now says nothing of those that come; a node must have room for an actor.
+        largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=1)
+        share = threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, min(2, largest)))
+        strategy = ray.data.ActorPoolStrategy(min_size=actors, max_size=max(actors, min(settings.most_actors, most)))
     return {
         # Said here, the number holds in the actors too: with another one results differ in the last bits.
-        "threads": int(os.environ.get("OMP_NUM_THREADS") or max(1, int(share))),
+        "threads": threads,
         "batch_size": 1,
-        "compute": ray.data.ActorPoolStrategy(size=actors),
+        "compute": strategy,
         "num_cpus": share if not on_gpu else 1,
         "num_gpus": 1 if on_gpu else None,
     }

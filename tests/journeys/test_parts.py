@@ -128,7 +128,11 @@ def test_updates_are_generations_with_a_run_each(project, survey, tmp_path):
     assert "6 images, 1 failed" in done
     run = project.client.get_run(re.search(r"run ([0-9a-f]{32})", done)[1])
     assert run.data.tags["generation"] == "2"
-    assert (run.data.metrics["images"], run.data.metrics["generation_new"], run.data.metrics["generation_gone"]) == (6, 1, 1)
+    assert (run.data.metrics["images"], run.data.metrics["generation_new"], run.data.metrics["generation_gone"]) == (
+        6,
+        1,
+        1,
+    )
     assert {row["image_id"] for row in _tables(place)["instances"]} <= {"1", "2", "3", "4", "5", "new"}
     assert "nothing new" in project.score(*nightly).stdout
     # Where the store was away, the next call logs.

@@ -94,3 +94,22 @@ def test_a_detection_without_area_takes_its_mask_with_it():
     instances = TorchvisionDetector._instances("a", np.zeros((50, 60, 3), np.uint8), output)
     assert instances.labels.tolist() == [1, 2]
     assert [bool(rle_decode(mask).any()) for mask in instances.masks] == [True, False]
+
+
+def test_masks_of_56_cells_are_learnt_and_pasted(tmp_path):
+    small = {"backbone": "resnet18", "norm": "batch", "levels": [3], "pooled_level": False, "anchor_sizes": [[64]]}
+    narrow = {"fpn_channels": 16, "head_channels": 16, "mask_channels": 8, "min_size": 64, "max_size": 64, "mask_size": 56}
+    torch.manual_seed(0)
+    architecture = MaskArchitecture(**small, **narrow, score_threshold=0.0)
+    network = build_detector(architecture, 1)
+    asked = []
+    network.roi_heads.mask_predictor.register_forward_hook(lambda _, __, logits: asked.append(tuple(logits.shape)[1:]))
+    target = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 44.0]]), "labels": torch.tensor([1])}
+    target["masks"] = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    target["masks"][0, 8:44, 20:24] = 1
+    losses = network.train()([torch.rand(3, 64, 64)], [target])
+    losses["loss_mask"].backward()
+    folder = save_model(tmp_path / "m", detector_spec(architecture, ["plane"]), network.state_dict())
+    loaded = load_model(folder)
+    assert loaded.predict([np.zeros((64, 64, 3), np.uint8)])[0].masks is not None
+    assert asked == [(2, 56, 56)]

@@ -127,12 +127,16 @@ class MaskArchitecture(DetectorArchitecture):
     """A detector with a mask head of four convolutions (Mask R-CNN)."""
 
     mask_channels: int = Field(default=256, ge=8, le=1024, description="Channels of the mask head.")
+    mask_size: Literal[28, 56] = Field(
+        default=28,
+        description="Side of a mask in cells before it is pasted; 56 takes four times the head's time of 28.",
+    )
 
 
 def build_detector(architecture: DetectorArchitecture, classes: int, weights: str = "none") -> FasterRCNN:
     """Build the network: a MaskRCNN for a MaskArchitecture, else a FasterRCNN.
 
-    In evaluation its masks are those of the boxes, float (N, 1, 28, 28), not pasted into images.
+    In evaluation its masks are those of the boxes, float (N, 1, mask_size, mask_size), not pasted into images.
 
     Args:
         classes: number of classes without the background.
@@ -194,7 +198,7 @@ def _mask_components(architecture: MaskArchitecture, classes: int) -> dict[str, 
     width = architecture.mask_channels
     norm = nn.BatchNorm2d if architecture.heads == "v2" else None
     return {
-        "mask_roi_pool": Pooling(_map_names(architecture), output_size=14, sampling_ratio=2),
+        "mask_roi_pool": Pooling(_map_names(architecture), output_size=architecture.mask_size // 2, sampling_ratio=2),
         "mask_head": MaskRCNNHeads(architecture.fpn_channels, [width] * 4, 1, norm_layer=norm),
         "mask_predictor": MaskRCNNPredictor(width, width, classes + 1),
     }
