@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.errors import DataError, EngineMissing
+from models.errors import DataError, EngineMissing, OutputError, one_line
 from pipelines.data.readers.listing import Listing
 from pipelines.data.readers.opening import check_names
 from pipelines.data.remote import UNREADABLE, fingerprints, to_path
@@ -212,11 +212,15 @@ def _quoted(files: Sequence[Path]) -> str:
 
 @contextmanager
 def _named(listing: Listing, staging: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A database with the view ``named`` of what is listed: image_id, path, mark and row."""
+    """A database with the view ``named`` of what is listed: image_id, path, mark and row.
+
+    Raises:
+        OutputError: the database cannot do what is asked of it: a file is damaged, the disk or the memory full.
+    """
     pieces = sorted((staging / LISTED).glob("*.parquet"))
     if not pieces:
         raise DataError(f"{listing.where}: no images there (PNG, JPEG, TIFF, BMP, WebP)")
-    with _database(staging / "sorting") as database:
+    with _database(staging / "sorting") as database, _told(staging):
         database.execute(f"CREATE VIEW listed AS SELECT * FROM read_parquet([{_quoted(pieces)}])")
         query = "SELECT path, count(*) FROM listed GROUP BY path HAVING count(*) > 1 LIMIT 1"
         for path, times in database.sql(query).fetchall():
@@ -314,6 +318,16 @@ def _cut_removed(rows: Iterator[pa.RecordBatch], folder: Path) -> tuple[tuple[in
 
 def _write_part(table: pa.Table, folder: Path, number: int) -> None:
     pq.write_table(table, folder / file_of(number), compression="zstd")
+
+
+@contextmanager
+def _told(staging: Path) -> Iterator[None]:
+    import duckdb
+
+    try:
+        yield
+    except duckdb.Error as error:
+        raise OutputError(f"{staging}: the list of images cannot be sorted ({one_line(error, 300)})") from error
 
 
 def _database(folder: Path) -> duckdb.DuckDBPyConnection:

@@ -42,6 +42,8 @@ pytestmark = [
     pytest.mark.xdist_group("ray"),
 ]
 
+# For a job that outlasts the start of a node and of an actor.
+GROWING = 800
 # Enough for a test; with PLANES_RAY_IMAGES=2000 PLANES_RAY_KILLS=20 it is a job of some minutes.
 IMAGES, KILLS = (int(os.environ.get(f"PLANES_RAY_{name}", few)) for name, few in (("IMAGES", 120), ("KILLS", 2)))
 
@@ -203,3 +205,39 @@ def test_two_nodes_fill_a_bucket_while_node_actor_and_driver_are_killed(model, t
             rows.append(pa.concat_tables(pq.read_table(pa.BufferReader(file)) for file in files).to_pylist())
         assert rows == expected
         assert "peak memory" in out
+
+
+@pytest.mark.soak
+def test_a_pool_grows_when_its_cluster_does(model, tmp_path, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    images = tmp_path / "in"
+    for i in range(GROWING):
+        write_image(images / f"{i:05}.png", 96, 96, i)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_store(tmp_path / "mlflow.db"))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        command = [sys.executable, "-m", "scoring.cli", "--model", str(model), "--data", str(images)]
+        command += ["--out", str(tmp_path / "out"), "--runner", "ray", "--ray-address", cluster.address]
+        command += ["--actors", "1-2", "--part-size", "8", "--shard", "4", "--score-threshold", "0"]
+        driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        place, deadline = Place(tmp_path / "out" / model.name), time.monotonic() + 300
+        while not place.names("done"):
+            assert driver.poll() is None, driver.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert len(_workers()) == 1
+        cluster.add_node(num_cpus=1)
+        most = 1
+        while driver.poll() is None and most < 2:
+            most = max(most, len(_workers()))
+            time.sleep(0.1)
+        out, _ = driver.communicate(timeout=600)
+        assert driver.returncode == 0, out
+        assert most == 2
+        assert f"{GROWING} images" in out
+    finally:
+        cluster.shutdown()

@@ -12,7 +12,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
-from models.errors import DataError
+from models.errors import DataError, OutputError
 from pipelines.data.readers.listing import open_listing
 from pipelines.data.readers.opening import open_dataset
 from scoring.jobs.job import run_job
@@ -77,6 +77,10 @@ def _whole(images, folder):
         sorted(({k: v for k, v in r.items() if k != "generation"} for r in rows), key=lambda r: r["image_id"])
         for rows in tables
     ]
+
+
+def _marks(result):
+    return [mark for _, mark in sorted(updates.read_marks(result.place, result.plan).items())]
 
 
 def _bytes(folder):
@@ -238,6 +242,15 @@ def test_an_image_that_could_not_be_had_is_tried_again_in_a_part_that_lost_other
     assert _sorted_rows(place) == _whole(listed, tmp_path / "whole")
 
 
+def test_an_image_that_could_not_be_had_and_goes_is_not_tried_again(images, tmp_path):
+    listed, place = tmp_path / "list.csv", tmp_path / "out"
+    names = [f"{images}/{p.name}" for p in sorted(images.iterdir())]
+    listed.write_text("\n".join(["path", *names, f"{images}/later.png"]) + "\n")
+    assert [mark.again for mark in _marks(_update(place, listed)[1])] == [0, 0, 1]
+    listed.write_text("\n".join(["path", *names]) + "\n")
+    assert [mark.again for mark in _marks(_update(place, listed)[1])] == [0, 0, 0]
+
+
 def test_a_file_that_cannot_be_looked_at_keeps_its_rows(images, tmp_path, monkeypatch):
     _update(tmp_path / "out", images)
     before = _sorted_rows(tmp_path / "out")
@@ -253,6 +266,26 @@ def test_a_file_that_cannot_be_looked_at_keeps_its_rows(images, tmp_path, monkey
     assert listed.where == str(images)
     assert (predictor.seen, result.plan.later[0].news.unreadable) == (1, 1)
     assert _sorted_rows(tmp_path / "out")[0][: len(before[0])] == before[0]
+
+
+def test_what_a_kill_has_left_is_not_in_the_way(images, tmp_path):
+    _update(tmp_path / "out", images)
+    left = tmp_path / "out" / UPDATING / "listed"
+    left.mkdir(parents=True)
+    (left / "000000.parquet").write_bytes(b"half")
+    (left / "complete").write_text("yesterday")
+    write_image(images / "new.png", 20, 30, 44)
+    assert _update(tmp_path / "out", images)[0].seen == 1
+    assert not (tmp_path / "out" / UPDATING).exists()
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"none")])
+def test_damaged_lists_say_so(images, tmp_path, damage):
+    _update(tmp_path / "out", images)
+    damage(tmp_path / "out" / "inputs" / "part-000001.parquet")
+    with pytest.raises((DataError, OutputError), match=r"part-000001\.parquet") as error:
+        _update(tmp_path / "out", images)
+    assert "\n" not in str(error.value)
 
 
 def test_names_that_become_shared_are_scored_under_their_new_ones(images, tmp_path):
