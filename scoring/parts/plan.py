@@ -83,15 +83,13 @@ class Plan(BaseModel):
     @property
     def digest(self) -> str:
         """Of all but times and counts, 16 hex digits: two plans that have it in common have the same parts."""
-        absent = {"generation", "first", "removed", "losing"} if self.generation == 1 else set()
-        content = self.model_dump_json(exclude={"planned", "news", "later", *absent})
+        content = self.model_dump_json(exclude={"planned", "news", "later"})
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
     def text(self) -> str:
         """As it is written down: the later ones have files of their own."""
-        absent = {"generation", "first", "removed", "losing", "news"} if self.generation == 1 else set()
-        return self.model_dump_json(indent=2, exclude={"later", *absent}) + "\n"
+        return self.model_dump_json(indent=2, exclude={"later"}) + "\n"
 
     @property
     def generations(self) -> tuple[Plan, ...]:
@@ -123,7 +121,7 @@ class Plan(BaseModel):
     @property
     def folder(self) -> str:
         """Where the lists of images are, of each plan in a folder of its own: two that are made at once do not mix."""
-        return f"plan-{self.inputs}" if self.generation == 1 else f"plan-{self.generation:04d}-{self.inputs}"
+        return f"plan-{self.inputs}"
 
     def size(self, number: int) -> int:
         """Images of a part."""

@@ -119,7 +119,7 @@ def plan_changes(listing: Listing, staging: Path, held: Sequence[Path], *, part_
     An image is unchanged where its path, its name and the fingerprint of its file are those that the job has.
 
     Args:
-        staging: folder to work in, emptied first: another night's list is not gone on with.
+        staging: folder to work in, an empty one: another night's list is not to be gone on with.
         held: lists of the job's images, a file for each part, named as parts are.
         first: number of the first new part.
 
@@ -127,7 +127,6 @@ def plan_changes(listing: Listing, staging: Path, held: Sequence[Path], *, part_
         DataError: as `plan_images`.
         EngineMissing: DuckDB is not installed.
     """
-    shutil.rmtree(staging / LISTED, ignore_errors=True)
     _list(listing, staging / LISTED, marked=True)
     with _named(listing, staging) as database:
         database.execute("CREATE TABLE held (image_id VARCHAR, path VARCHAR, digest VARCHAR, part INTEGER)")
