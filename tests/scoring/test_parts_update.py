@@ -16,6 +16,7 @@ from models.errors import DataError, OutputError
 from pipelines.data.readers.listing import open_listing
 from pipelines.data.readers.opening import open_dataset
 from scoring.jobs.job import run_job
+from scoring.jobs.manifest import LOGGED
 from scoring.parts import updates
 from scoring.parts.job import SCRATCH, UPDATING, LocalParts, held, planned, run_parts, working_folder
 from scoring.parts.place import Place
@@ -130,9 +131,24 @@ def test_where_nothing_is_new_nothing_is_written(images, tmp_path, monkeypatch):
     _update(tmp_path / "out", images)
     before = _bytes(tmp_path / "out")
     monkeypatch.setattr(updates, "publish_all", None)
+    monkeypatch.setattr(updates, "_amend_part", None)
     predictor, result = _update(tmp_path / "out", images)
     assert _bytes(tmp_path / "out") == before
     assert (predictor.seen, result.pending, len(result.plan.later)) == (0, 0, 1)
+
+
+def test_no_plane_is_there_twice_while_an_update_is_scored(images, tmp_path):
+    class Looking(Brightness):
+        def predict(self, batch):
+            held = [row["image_id"] for row in _sorted_rows(tmp_path / "out")[0]]
+            assert not {"03", "05", "06", "07"} & set(held)
+            assert len(held) == len(set(held))
+            return super().predict(batch)
+
+    _update(tmp_path / "out", images)
+    _change(images)
+    looking, _ = _update(tmp_path / "out", images, Looking())
+    assert looking.seen == 5
 
 
 def test_many_nights_end_where_one_night_does(images, tmp_path):
@@ -361,6 +377,7 @@ def test_fresh_leaves_nothing_of_the_generations(images, tmp_path):
     _change(images)
     _update(tmp_path / "out", images)
     (tmp_path / "out" / "mine.txt").write_text("kept")
+    (tmp_path / "out" / LOGGED).write_text("of the earlier job")
     with held(Place(tmp_path / "out")):
         plan = planned(Place(tmp_path / "out"), open_listing(images), _requested(images), fresh=True)
     names = {p.name for p in (tmp_path / "out").iterdir()}
