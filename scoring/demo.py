@@ -11,6 +11,7 @@ import click
 
 from pipelines.registry.model_versions import Registry
 from pipelines.steps.cli_support import TERMINAL, friendly, stage
+from pipelines.steps.commands import Command
 from pipelines.steps.options import AS_RECIPE
 from pipelines.steps.prepare_data import prepare
 from pipelines.steps.training import report
@@ -21,7 +22,7 @@ from pipelines.use_cases.training import Trained, train
 from scoring.cli import main as score
 
 
-@click.command()
+@click.command(cls=Command, env="PLANES_DEMO", examples=("planes demo --steps 4",))
 @click.option("--data", default="data/airfield", show_default=True, help="Data set; made where it does not exist.")
 @click.option("--out", default="predictions", show_default=True, help="Folder for the outputs of scoring.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")

@@ -50,6 +50,7 @@ class PartsResult:
         peaks: highest memory in MB by kind.
         megabytes: size of the saved model.
         unlogged: why the tracking store did not take it.
+        run_id: of the MLflow run that it was logged as.
     """
 
     place: Place
@@ -60,6 +61,23 @@ class PartsResult:
     peaks: dict[str, float] = field(default_factory=dict)
     megabytes: float = math.nan
     unlogged: str | None = None
+    run_id: str | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a script asks for, as plain values; the same keys as of a job in one piece."""
+        return {
+            "version": self.label,
+            "folder": self.place,
+            "run_id": self.run_id,
+            "images": self.images,
+            "planes": self.totals.instances,
+            "failed": self.failures,
+            "errors": f"{self.place}/{ERRORS}" if self.failures else None,
+            "seconds": self.totals.seconds,
+            "metrics": {},
+            "unchanged": self.rate is None,
+        }
 
     @property
     def label(self) -> str:
