@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from pipelines.steps.reporting import report_options, reporting
 
@@ -70,7 +71,13 @@ class Command(click.Command):
         """
         if self.env and not extra.get("resilient_parsing"):
             check_environment(self)
-        return super().make_context(info_name, args, parent, **extra)
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except click.BadParameter as error:
+            name, option = error.param and error.param.name, error.param
+            if error.ctx and option and name and error.ctx.get_parameter_source(name) is ParameterSource.ENVIRONMENT:
+                error.message = f"environment variable {option.envvar}: {error.message}"
+            raise
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The text, and the examples below it."""
@@ -142,7 +149,8 @@ class Group(Command, click.Group):
         known = self.list_commands(ctx)
         if ctx.resilient_parsing or name in known or name.startswith("-"):
             return super().resolve_command(ctx, args)
-        near = difflib.get_close_matches(name.replace("_", "-"), known, 3)
+        written = name.replace("_", "-")
+        near = [written] if written in known else difflib.get_close_matches(written, known, 3)
         hint = f"did you mean {' or '.join(near)}?" if near else self.elsewhere(name)
         raise click.UsageError(f"No such command {name!r}; {hint or 'there are: ' + ', '.join(known)}{self.alone}", ctx)
 
