@@ -5,9 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 
 import click
-from click.shell_completion import CompletionItem
 
-from pipelines.steps.commands import Command, Group
+from pipelines.steps.commands import Group
 
 # Name -> module of its command, and its help in a line; modules are imported when they are called.
 COMMANDS = {
@@ -44,11 +43,6 @@ class _Commands(Group):
             if isinstance(command, click.Group) and name in command.commands:
                 return f"did you mean {group} {name}?"
         return ""
-
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Names without importing any command."""
-        found = [CompletionItem(name, help=text) for name, (_, text) in COMMANDS.items() if name.startswith(incomplete)]
-        return [*found, *Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Without importing any."""

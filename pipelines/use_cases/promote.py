@@ -13,7 +13,7 @@ from typing import Any
 
 import mlflow
 
-from models.errors import DataError, PlanesError, RegistryError, one_line
+from models.errors import DataError, PlanesError, RegistryError, did_you_mean, one_line
 from models.loading import load_model
 from models.runtime.devices import pick_device
 from models.saved.allowed_files import WEIGHTS_FILE
@@ -39,7 +39,7 @@ from pipelines.registry.gates import (
 )
 from pipelines.registry.model_card import write_card
 from pipelines.registry.model_versions import GROUP, Registry, Resolved
-from pipelines.registry.promotion import AliasState, checked_alias, move, read_alias_state
+from pipelines.registry.promotion import CHALLENGER, PRODUCTION, AliasState, checked_alias, move, read_alias_state
 from pipelines.tables import text_table
 from pipelines.tracking import mlflow_runs
 from pipelines.use_cases.display import SILENT, Display
@@ -98,6 +98,10 @@ def promote(
     if at.version == candidate.version:
         log.info(f"{candidate.label} is {alias} already")
         return Verdict(candidate=candidate.label, alias=alias)
+    if at.version is None:
+        near = did_you_mean(alias, {PRODUCTION, CHALLENGER, *registry.aliases_of(name)} - {alias}, 0.8)
+        if near:
+            log.info(f"{name}: {alias} is a new alias{near}")
     file, source = (given, "options") if given else find_gates(name, request.gates)
     gates = file.of(alias)
     baseline = _held_against(registry, at, gates, candidate)

@@ -214,6 +214,9 @@ def test_scripts_read_one_object(scored):
     told = json.loads(project.registry(*call, code=2).stdout)
     assert (told["exit_code"], told["error"]) == (2, "a gate failed; the alias was not moved")
     assert [check["passed"] for check in told["checks"] if check["metric"]] == [False]
+    # A new alias with a name that is nearly another's is made, and the mistake told.
+    said = project.registry("promote", "planes-det/1", "--to", "prodution", "--dry-run", "--gates", str(gate), *data).stdout
+    assert "planes-det: prodution is a new alias; did you mean production?" in said
     told = json.loads(project.registry("verify", "planes-det/1", "--json").stdout)
     assert {one["passed"] for one in told["findings"]} <= {True, None}
 

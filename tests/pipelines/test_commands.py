@@ -214,6 +214,7 @@ def _work():
     import logging
 
     logging.getLogger("scoring.somewhere").info("a line of ours")
+    logging.getLogger("models.somewhere").warning("a warning")
     print("a line of a library")
     click.echo("a table")
     list(show_progress(range(2), 2, "images"))
@@ -233,7 +234,7 @@ def test_json_is_all_that_stdout_holds():
     for line in ("a line of ours", "a line of a library", "a table", "images: 2/2"):
         assert line in done.stderr
     plain = CliRunner().invoke(_command(_work), [])
-    assert plain.stderr == ""
+    assert plain.stderr == "a warning\n"
     assert "a line of ours" in plain.stdout
     assert "{" not in plain.stdout
 
@@ -369,6 +370,18 @@ def test_completion_imports_nothing_heavy():
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, ""), words
         assert done.stdout
+
+
+def test_no_help_loads_anything_heavy():
+    code = (
+        "import sys\nfrom scoring.planes import COMMANDS, main\n"
+        "for name in COMMANDS:\n"
+        "    try:\n        main([name, '--help'])\n    except SystemExit:\n        pass\n"
+        "    heavy = {'torch', 'mlflow', 'pandas', 'numpy', 'cv2', 'ray', 'pydantic', 'rich'} & set(sys.modules)\n"
+        "    assert not heavy, (name, heavy)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_completion_answers_at_once():
