@@ -11,6 +11,8 @@ PlanesError
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 
@@ -57,6 +59,16 @@ def one_line(error: BaseException, longest: int | None = None) -> str:
     """
     text = " ".join(str(error).split())
     return (text or type(error).__name__)[:longest]
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of a message: the nearest of the known words, empty where none is near.
+
+    >>> did_you_mean("planes-dte", ["planes-det", "planes-unet"]), did_you_mean("boats", ["planes-det"])
+    ('; did you mean planes-det?', '')
+    """
+    near = difflib.get_close_matches(word, list(known), 1, cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class _Invalid(Protocol):

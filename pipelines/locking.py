@@ -44,8 +44,10 @@ def held(path: Path, what: str, wait: bool = False) -> Iterator[None]:
             lock.acquire()
         path.write_text(f"{what} (process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')})")
     except Timeout as error:
-        remedy = "wait for it or stop it, or give another --name or --work-dir"
-        raise OutputError(f"{path.parent / _name(path)}: held by {_holder(path)}; {remedy}") from error
+        raise OutputError(
+            f"{path.parent / _name(path)}: held by {_holder(path)}; wait for it or stop it, "
+            "or give another --name or --work-dir"
+        ) from error
     except OSError as error:
         raise OutputError(f"{path}: cannot be locked ({one_line(error, 160)})") from error
     try:

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 
 import click
 
+from pipelines.steps.commands import Group, files
 from pipelines.steps.options import option
+from pipelines.steps.reporting import MANY_ERRORS, end, record
 from scoring.requests import DEFAULT_THRESHOLD, ComparisonRequest, Execution, JobSettings, LayerSettings, ScoreRequest
 
 N = TypeVar("N", int, float, str)
@@ -24,8 +26,30 @@ RLE = option(JobSettings, "rle")
 GEOJSON = option(JobSettings, "geojson")
 CATEGORY = option(ComparisonRequest, "category")
 
+HEADINGS = {
+    "Input": ("models", "data", "split", "scene_pattern", "value_range", "bands"),
+    "Output": ("out", "score_threshold", "overlays", "rle", "geojson", "max_errors"),
+    "Going on, and only what is new": ("update", "fresh", "shard", "part_size"),
+    "Model and speed": ("device", "runtime", "precision", "batch", "workers"),
+    "Tiles": ("tile", "tile_overlap", "merge", "match", "merge_threshold", "full_image"),
+    "Ray": ("runner", "ray_address", "actors"),
+}
 
-@click.group(invoke_without_command=True, context_settings={"max_content_width": 110})
+
+@click.group(
+    cls=Group,
+    invoke_without_command=True,
+    context_settings={"max_content_width": 110},
+    headings=HEADINGS,
+    env="PLANES_SCORE",
+    reports=True,
+    alone="; to score images: score --model NAME/VERSION --data IMAGES",
+    examples=(
+        "score --model planes-det/production --data data/airfield --out predictions",
+        "score --model planes-det/2 --model planes-det/3 --data test_coco.json --out both",
+        "score --model planes-det/production --data survey --out nightly --update",
+    ),
+)
 @option(ScoreRequest, "models", "--model")
 @option(ScoreRequest, "data")
 @option(ScoreRequest, "out")
@@ -86,14 +110,7 @@ CATEGORY = option(ComparisonRequest, "category")
 def main(context: click.Context, **options: Any) -> None:
     """Score images with registered models: instance table, COCO results, overlays, metrics, MLflow run.
 
-    \b
-    score --model planes-det/Production --data data/airfield --out predictions
-    score --model planes-det/2 --model planes-det/3 --data test_coco.json --out both
-    score --model planes-det/Production --data survey --out nightly --update
-    score compare planes-inst/latest planes-mask/latest --data data/airfield
-    score evaluate predictions/planes-inst-1/kaggle.csv --data data/airfield
-    score export predictions/planes-inst-1 --to geojson,overlays
-    score view predictions/planes-inst-1 --data data/airfield
+    Exit code 0: scored; 3: more images failed than --max-errors allows.
     """
     if context.invoked_subcommand:
         return
@@ -108,9 +125,9 @@ def main(context: click.Context, **options: Any) -> None:
     friendly(_score)(**options)
 
 
-@main.command()
-@click.argument("predictions")
-@click.option("--data", required=True, help="Data set with ground truth over the same images.")
+@main.command(reports=True, examples=("score evaluate predictions/planes-inst-1/kaggle.csv --data data/airfield",))
+@click.argument("predictions", shell_complete=files)
+@click.option("--data", required=True, shell_complete=files, help="Data set with ground truth over the same images.")
 @option(ScoreRequest, "split")
 @option(JobSettings, "score_threshold", type=click.FloatRange(0, 1), help="Least score that counts.")
 @RLE
@@ -122,8 +139,15 @@ def evaluate(predictions: str, data: str, **options: Any) -> None:
     friendly(_evaluate)(predictions, data, **options)
 
 
-@main.command()
-@click.argument("folder")
+@main.command(
+    headings={
+        "Output": ("formats", "out", "score_threshold", "overlays", "rle", "geojson"),
+        "Map layers": ("crs", "dedupe", "time_pattern"),
+    },
+    examples=("score export predictions/planes-inst-1 --to geojson,overlays",),
+    reports=True,
+)
+@click.argument("folder", shell_complete=files)
 @click.option(
     "--to",
     "formats",
@@ -131,7 +155,7 @@ def evaluate(predictions: str, data: str, **options: Any) -> None:
     show_default=True,
     help="coco, kaggle, geojson, overlays; or one map layer of all images: geopackage, geoparquet. Several with commas.",
 )
-@click.option("--out", default=None, help="Folder to write to; the scoring's own without it.")
+@click.option("--out", default=None, shell_complete=files, help="Folder to write to; the scoring's own without it.")
 @option(
     JobSettings,
     "score_threshold",
@@ -152,10 +176,13 @@ def export(folder: str, formats: str, out: str | None, **options: Any) -> None:
     friendly(_export)(folder, formats, out=out, **options)
 
 
-@main.command()
-@click.argument("folder")
+@main.command(examples=("score view predictions/planes-inst-1 --data data/airfield",))
+@click.argument("folder", shell_complete=files)
 @click.option(
-    "--data", default=None, help="Data set with ground truth over the same images: errors are shown, and come first."
+    "--data",
+    default=None,
+    shell_complete=files,
+    help="Data set with ground truth over the same images: errors are shown, and come first.",
 )
 @option(ScoreRequest, "split")
 @click.option("--port", default=0, show_default="any that is free", type=click.IntRange(0, 65_535), help="Of this machine.")
@@ -170,8 +197,8 @@ def view(folder: str, **options: Any) -> None:
     friendly(_view)(folder, **options)
 
 
-@main.command()
-@click.argument("targets", nargs=-1, required=True)
+@main.command(reports=True, examples=("score compare planes-inst/latest planes-mask/latest --data data/airfield",))
+@click.argument("targets", nargs=-1, required=True, shell_complete=files)
 @option(ComparisonRequest, "data")
 @option(ComparisonRequest, "split")
 @option(ComparisonRequest, "out")
@@ -206,7 +233,8 @@ def _score(models: tuple[str, ...], data: str, *, out: str, split: str, device: 
         from scoring.use_cases import score
 
     address = None if options["ray_address"] == "none" else options["ray_address"]
-    execution = Execution(runner=options["runner"], address=address, actors=_auto("actors", options))
+    actors, most = _actors(options)
+    execution = Execution(runner=options["runner"], address=address, actors=actors, most_actors=most)
     settings = JobSettings(
         batch_size=_auto("batch", options),
         score_threshold=DEFAULT_THRESHOLD if options["score_threshold"] == AUTO else _share(options["score_threshold"]),
@@ -236,10 +264,12 @@ def _score(models: tuple[str, ...], data: str, *, out: str, split: str, device: 
         runtime=options["runtime"],
     )
     jobs = score(Registry.connect(), request, _display())
+    record(jobs=[job.facts for job in jobs])
     worst = max(job.failures / (job.images + job.failures) for job in jobs)
     if worst > options["max_errors"]:
-        click.echo(f"Error: {worst:.1%} of the images failed, more than --max-errors allows", err=True)
-        raise SystemExit(3)
+        reason = f"{worst:.1%} of the images failed, more than --max-errors allows"
+        click.echo(f"Error: {reason}", err=True)
+        end(MANY_ERRORS, reason)
 
 
 def _tiling(options: Mapping[str, Any]) -> dict[str, object]:
@@ -264,6 +294,17 @@ def _share(text: str) -> float:
     if not 0 <= value <= 1:
         raise click.UsageError(f"--score-threshold {text}: expected a number from 0 to 1, or auto")
     return value
+
+
+def _actors(options: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """How many actors, and how many at most where their number may grow: ``4``, ``2-8`` or ``auto``."""
+    least, sign, most = options["actors"].partition("-")
+    if not (sign and least):
+        return _auto("actors", options), None
+    numbers = [_number("actors", text, int) for text in (least, most)]
+    if not 1 <= numbers[0] <= numbers[1]:
+        raise click.UsageError(f"--actors {options['actors']}: expected a range such as 2-8")
+    return numbers[0], numbers[1]
 
 
 def _auto(option: str, options: Mapping[str, Any]) -> int | None:
@@ -291,7 +332,8 @@ def _compare(names: tuple[str, ...], options: dict[str, Any]) -> None:
     from scoring.use_cases import compare_targets
 
     claim_folder(Path(options["out"]))
-    compare_targets(Registry.connect(), ComparisonRequest(targets=names, **options), _display())
+    found = compare_targets(Registry.connect(), ComparisonRequest(targets=names, **options), _display())
+    record(**found.facts)
 
 
 def _display() -> Any:
@@ -321,6 +363,7 @@ def _export(folder: str, formats: str, *, out: str | None, score_threshold: floa
         settings=LayerSettings(**{name: options[name] for name in ("crs", "dedupe", "time_pattern")}),
     )
     click.echo(f"{planes} planes to {target}: {', '.join(wanted)}")
+    record(folder=target, formats=wanted, planes=planes)
 
 
 def _view(folder: str, *, data: str | None, split: str, port: int, browser: bool) -> None:
@@ -355,8 +398,15 @@ def _evaluate(predictions: str, data: str, *, split: str, score_threshold: float
 
     known = category_of_file(Path(predictions)) or PLANE
     dataset = open_dataset(data, split, category=known if category == AUTO else category, keep=True)
-    for evaluation in evaluate_file(Path(predictions), dataset, score_threshold=score_threshold, convention=rle):
+    evaluations = evaluate_file(Path(predictions), dataset, score_threshold=score_threshold, convention=rle)
+    for evaluation in evaluations:
         click.echo(coco_tables(evaluation))
+    record(
+        predictions=predictions,
+        data=f"{dataset.name}/{dataset.split}",
+        images=len(dataset),
+        metrics={name: value for evaluation in evaluations for name, value in evaluation.finite().items()},
+    )
 
 
 if __name__ == "__main__":

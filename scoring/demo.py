@@ -1,4 +1,4 @@
-"""Entry point ``main``: the whole line once, from an empty folder to scored images."""
+"""Entry point ``main``: the whole line once, from an empty folder to scored images. ``--help`` loads no libraries."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from pipelines.registry.model_versions import Registry
+from pipelines.start_up import importing
 from pipelines.steps.cli_support import TERMINAL, friendly, stage
+from pipelines.steps.commands import Command
 from pipelines.steps.options import AS_RECIPE
 from pipelines.steps.prepare_data import prepare
-from pipelines.steps.training import report
-from pipelines.use_cases.compose import compose
-from pipelines.use_cases.promote import promote
 from pipelines.use_cases.requests import ComposeRequest, PromotionRequest, TrainingRequest
-from pipelines.use_cases.training import Trained, train
 from scoring.cli import main as score
 
+if TYPE_CHECKING:
+    from pipelines.registry.model_versions import Registry
+    from pipelines.use_cases.training import Trained
 
-@click.command()
+
+@click.command(cls=Command, env="PLANES_DEMO", examples=("planes demo --steps 4",))
 @click.option("--data", default="data/airfield", show_default=True, help="Data set; made where it does not exist.")
 @click.option("--out", default="predictions", show_default=True, help="Folder for the outputs of scoring.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -33,6 +35,10 @@ def main(*, data: str, out: str, device: str, steps: str) -> None:
     What a second run finds done (data, equal trainings, promotions) it reuses.
     """
     begin = time.monotonic()
+    with importing():
+        from pipelines.registry.model_versions import Registry
+        from pipelines.use_cases.compose import compose
+        from pipelines.use_cases.promote import promote
     # Under `mlflow run` the given run becomes the parent of the steps' runs.
     parent = os.environ.pop("MLFLOW_RUN_ID", None)
     if parent:
@@ -79,6 +85,9 @@ def main(*, data: str, out: str, device: str, steps: str) -> None:
 
 
 def _train(registry: Registry, request: TrainingRequest, title: str) -> Trained:
+    from pipelines.steps.training import report
+    from pipelines.use_cases.training import train
+
     with stage(title):
         trained = train(registry, request, TERMINAL)
         report(registry, trained)

@@ -200,9 +200,9 @@ def _brought_up_to_date(
 
 def _log(registry: Registry, result: PartsResult, version: Resolved, params: dict[str, Any]) -> None:
     try:
-        run_id = mlflow_log.log_parts(registry.client, result, version, params=params)
+        result.run_id = mlflow_log.log_parts(registry.client, result, version, params=params)
         result.place.write(LOGGED, _state(result.place, result.plan))
-        log.info(f"   outputs in {result.place}, run {run_id}")
+        log.info(f"   outputs in {result.place}, run {result.run_id}")
     except Exception as error:
         if os.environ.get("PLANES_TRACEBACK"):
             raise

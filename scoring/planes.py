@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 
 import click
+
+from pipelines.steps.commands import Group
 
 # Name -> module of its command, and its help in a line; modules are imported when they are called.
 COMMANDS = {
@@ -23,7 +24,7 @@ COMMANDS = {
 }
 
 
-class _Commands(click.Group):
+class _Commands(Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names, in the order of the work."""
         return list(COMMANDS)
@@ -35,12 +36,13 @@ class _Commands(click.Group):
         command: click.Command = import_module(COMMANDS[cmd_name][0]).main
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click does, and a hint for what was meant."""
-        near = difflib.get_close_matches(args[0].replace("_", "-"), COMMANDS, 1) if args[0] not in COMMANDS else []
-        if near:
-            raise click.UsageError(f"No such command {args[0]!r}; did you mean {near[0]}?", ctx)
-        return super().resolve_command(ctx, args)
+    def elsewhere(self, name: str) -> str:
+        """Commands of `score` and `registry` by their names alone."""
+        for group in ("score", "registry"):
+            command = self.get_command(click.Context(self), group)
+            if isinstance(command, click.Group) and name in command.commands:
+                return f"did you mean {group} {name}?"
+        return ""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Without importing any."""
@@ -48,16 +50,18 @@ class _Commands(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
-@click.command(cls=_Commands, context_settings={"max_content_width": 110})
+@click.command(
+    cls=_Commands,
+    context_settings={"max_content_width": 110},
+    examples=(
+        "planes doctor",
+        "planes train-detector --recipe detector_scratch --data path/to/yours",
+        'planes score --model planes-det/production --data "photos/*.jpg"',
+    ),
+)
 @click.version_option(package_name="planes")
 def main() -> None:
-    """Find and outline planes in aerial images, with models that MLflow tracks.
-
-    \b
-    planes doctor
-    planes train-detector --recipe detector_scratch --data path/to/yours
-    planes score --model planes-det/production --data "photos/*.jpg"
-    """
+    """Find and outline planes in aerial images, with models that MLflow tracks."""
 
 
 if __name__ == "__main__":

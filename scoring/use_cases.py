@@ -6,9 +6,12 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from models.errors import DataError, ModelError, RegistryError, one_line
 from models.images.rendering import parse_rendering
@@ -28,7 +31,7 @@ from pipelines.use_cases.display import SILENT, Display, pass_through
 from scoring import mlflow_log
 from scoring.common import folder_megabytes, ray_settings, scores_of, tell_generation, tell_work
 from scoring.comparison.candidates import data_of, file_of, from_job, gather, is_file_of_predictions, is_run
-from scoring.comparison.compare import Candidate, Comparison, Scored, compare, comparison_table, render
+from scoring.comparison.compare import Candidate, Comparison, Pair, Scored, compare, comparison_table, render
 from scoring.comparison.evaluate_file import category_of_file
 from scoring.in_parts import PartsResult, listing_in_parts, score_in_parts
 from scoring.jobs.job import JobResult, claim_folder, folder_name, run_job
@@ -57,7 +60,37 @@ SHOWN = (
 )
 
 
-def compare_targets(registry: Registry, request: ComparisonRequest, display: Display = SILENT) -> None:
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison left.
+
+    Attributes:
+        table: a row for each version, of the metrics that are held against each other.
+        pairs: each of the others against the first.
+        report: the page; None where none was written.
+        run_id: of the MLflow run; None where there is none.
+        views: label -> the command that shows its images one by one.
+    """
+
+    table: pd.DataFrame
+    pairs: Sequence[Pair] = ()
+    report: Path | None = None
+    run_id: str | None = None
+    views: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a script asks for, as plain values."""
+        return {
+            "report": self.report,
+            "run_id": self.run_id,
+            "versions": self.table.to_dict("records"),
+            "differences": [{**asdict(pair), "verdict": pair.verdict} for pair in self.pairs],
+            "views": self.views,
+        }
+
+
+def compare_targets(registry: Registry, request: ComparisonRequest, display: Display = SILENT) -> Compared:
     """Gather, compare, write and log; crop segmenters, which find nothing, end in a table of their runs.
 
     Raises:
@@ -73,10 +106,11 @@ def compare_targets(registry: Registry, request: ComparisonRequest, display: Dis
         if run.leaves_out:
             notice = "was scored by a release that left them out of its metrics; score it anew to have metrics of its own"
             log.info(f"{run.label}: {run.failed} images failed, and it {notice}")
-    if runs and len(runs) == len(request.targets):
-        log.info(render(comparison_table(list(runs.values()))) if _same(list(runs.values())) else "")
+    if runs and len(runs) == len(request.targets) and _same(list(runs.values())):
+        logged = comparison_table(list(runs.values()))
+        log.info(render(logged))
         if any("IoU" in r.metrics for r in runs.values()):
-            return
+            return Compared(logged)
     category = _category(registry, request, runs)
     opened = open_dataset(request.data, request.split, category=category, keep=True) if request.data else None
     dataset = opened or data_of(list(runs.values()))
@@ -108,8 +142,9 @@ def compare_targets(registry: Registry, request: ComparisonRequest, display: Dis
     labels = dict(zip(request.targets, (c.label for c in candidates), strict=True))
     groups = {text: [labels[one] for one in members] for text, members in named.items()}
     grouped = any(members != [text] for text, members in named.items())
-    finish(registry, candidates, dataset, Path(request.out), groups if grouped else {})
+    compared = finish(registry, candidates, dataset, Path(request.out), groups if grouped else {})
     log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client)}")
+    return compared
 
 
 def _members_once(named: Mapping[str, Sequence[str]], targets: Sequence[str]) -> list[str]:
@@ -298,7 +333,7 @@ def finish(
     dataset: Dataset,
     out: Path,
     groups: Mapping[str, Sequence[str]] | None = None,
-) -> None:
+) -> Compared:
     """Compare candidates; write report.html and comparison.csv; log them."""
     for earlier in ("comparison.csv", "report.html"):
         (out / earlier).unlink(missing_ok=True)
@@ -319,6 +354,10 @@ def finish(
         log.info(f"{group.label}, {what}: {spreads}" + (f"; against {comparison.groups[0].label}: {more}" if more else ""))
     run_id = mlflow_log.log_comparison(registry.client, out, comparison, dataset)
     log.info(f"report: {report or 'none, matplotlib is not installed'} (run {run_id})")
+    views = {c.label: view for c in candidates if (view := c.view(dataset)) is not None}
+    for label, view in views.items():
+        log.info(f"{label}, image by image: {view}")
+    return Compared(table, comparison.pairs, report, run_id, views)
 
 
 def _report(comparison: Comparison, candidates: Sequence[Candidate], dataset: Dataset, out: Path) -> Path | None:
@@ -398,8 +437,8 @@ def score_version(
         log.info(f"   nothing new: outputs in {job.folder} are as they were logged")
         return scored, job
     try:
-        run_id = mlflow_log.log_job(registry.client, job, version, dataset, params=params, megabytes=job.megabytes)
-        log.info(f"   outputs in {job.folder}, run {run_id}")
+        job.run_id = mlflow_log.log_job(registry.client, job, version, dataset, params=params, megabytes=job.megabytes)
+        log.info(f"   outputs in {job.folder}, run {job.run_id}")
     except Exception as error:
         if os.environ.get("PLANES_TRACEBACK"):
             raise

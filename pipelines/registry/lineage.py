@@ -38,7 +38,7 @@ def overview(registry: Registry, names: Iterable[str] | None = None) -> list[dic
     for name in names or registry.registered_names():
         versions = registry.versions_of(name)
         if not versions:
-            raise RegistryError(f"{name}: no such registered model; registered: {', '.join(registry.registered_names())}")
+            raise RegistryError(registry.no_such_model(name))
         aliases = _by_version(registry.aliases_of(name))
         for version in sorted(versions, key=lambda v: -int(v.version)):
             tags = version.tags

@@ -18,7 +18,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.tracking import MlflowClient
 from pydantic import BaseModel, ValidationError
 
-from models.errors import RegistryError
+from models.errors import RegistryError, did_you_mean
 from models.saved.allowed_files import SPEC_FILE, check_folder, check_names
 from models.saved.folder import folder_digest
 from pipelines.tracking.mlflow_runs import connect, store_errors
@@ -115,13 +115,14 @@ class Registry:
             )
         versions = self.versions_of(name)
         if not versions:
-            raise RegistryError(f"model {text!r}: no registered model {name!r}; {self._known_models()}")
+            raise RegistryError(f"model {text!r}: {self.no_such_model(name)}")
         version = self._pick(name, what, sign == "@", versions)
         if version is not None and JOURNAL_OF in version.tags:
             raise RegistryError(f"model {text!r}: is the journal of {version.tags[JOURNAL_OF]}, not a model")
         if version is None:
             raise RegistryError(
-                f"model {text!r}: {name} has no version, alias or stage {what!r}; {self.describe(name, versions)}"
+                f"model {text!r}: {name} has no version, alias or stage {what!r}"
+                f"{did_you_mean(what.lower(), ['latest', *self.aliases_of(name)]) or ';'} {self.describe(name, versions)}"
             )
         digest = version.tags.get(DIGEST)
         return Resolved(text, name, str(version.version), version.run_id, self.logged_model_id(version), digest=digest)
@@ -198,9 +199,18 @@ class Registry:
         return next(iter(same.values()), None)
 
     def aliases_of(self, name: str) -> dict[str, str]:
-        """Alias -> version number of a registered model."""
+        """Alias -> version number of a registered model.
+
+        Raises:
+            RegistryError: no such model, or the store refuses.
+        """
         with store_errors(f"{name}: cannot be read from the registry"):
-            return {k: str(v) for k, v in self.client.get_registered_model(name).aliases.items()}
+            try:
+                return {k: str(v) for k, v in self.client.get_registered_model(name).aliases.items()}
+            except mlflow.MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                raise RegistryError(self.no_such_model(name)) from error
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
         """Point an alias, in lower case, to a version; other spellings of it follow first and are removed at last.
@@ -294,6 +304,14 @@ class Registry:
             token = page.token
             if not token:
                 return sorted(names)
+
+    def no_such_model(self, name: str) -> str:
+        """The message for a name that nothing is registered by, with the nearest one and all."""
+        try:
+            near = did_you_mean(name, self.registered_names())
+        except mlflow.MlflowException:
+            near = ""
+        return f"no registered model {name!r}{near or ';'} {self._known_models()}"
 
     def _known_models(self) -> str:
         try:

@@ -7,11 +7,30 @@ from typing import Any
 import click
 
 from pipelines.steps.cli_support import TERMINAL, friendly
+from pipelines.steps.commands import Command
 from pipelines.steps.options import AS_RECIPE, ENGINES, option, split_words
 from pipelines.use_cases.requests import AblationRequest
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    headings={
+        "What to train": ("recipe", "data", "engine", "overrides"),
+        "Variants": ("grid", "variants", "search", "metric"),
+        "Folds, seeds": ("folds", "seeds"),
+        "Device": ("device", "num_gpus"),
+        "MLflow": ("name",),
+        "Going on": ("work_dir", "fresh"),
+    },
+    env="PLANES_ABLATE",
+    examples=(
+        'planes ablate --recipe demo_detector --grid "lr=0.0005,0.001"',
+        'planes ablate --recipe demo_detector --grid "lr=0.0001..0.003 batch_size=2,4,8" --search 20',
+        "planes ablate --recipe course_det_final \\",
+        '    --grid "SOLVER.MAX_ITER=1000,5000 SOLVER.BASE_LR=0.00025,0.0005,0.001"',
+    ),
+    reports=True,
+)
 @option(AblationRequest, "recipe", default="demo_detector")
 @option(AblationRequest, "data", default="data/airfield")
 @option(AblationRequest, "name", default="planes-ablation")
@@ -30,18 +49,13 @@ from pipelines.use_cases.requests import AblationRequest
 @click.argument("opts", nargs=-1, metavar="[KEY VALUE]...")
 @friendly
 def main(opts: tuple[str, ...], engine: str, overrides: tuple[str, ...], **options: Any) -> None:
-    """Train variants of a recipe and compare them; what is done is not done again.
-
-    \b
-    ablate --recipe demo_detector --grid "lr=0.0005,0.001"
-    ablate --recipe demo_detector --grid "lr=0.0001..0.003 batch_size=2,4,8" --search 20
-    ablate --recipe course_det_final --grid "SOLVER.MAX_ITER=1000,5000 SOLVER.BASE_LR=0.00025,0.0005,0.001"
-    """
+    """Train variants of a recipe and compare them; what is done is not done again."""
     from pipelines.recipes.reading import opts_overrides
 
     pairs = opts_overrides(split_words(opts))
     shared = (*split_words(overrides), *pairs)
     from pipelines.registry.model_versions import Registry
+    from pipelines.steps.training import record_trainings
     from pipelines.use_cases.ablate import ablate_planned, plan_ablation
 
     request = AblationRequest(overrides=shared, engine=None if engine == AS_RECIPE else engine, **options)
@@ -49,10 +63,10 @@ def main(opts: tuple[str, ...], engine: str, overrides: tuple[str, ...], **optio
         from pipelines.use_cases.search import plan_search, search_planned
 
         searched = plan_search(request, TERMINAL)
-        search_planned(Registry.connect(), searched, TERMINAL)
+        record_trainings(search_planned(Registry.connect(), searched, TERMINAL))
         return
     plan = plan_ablation(request, TERMINAL)
-    ablate_planned(Registry.connect(), plan, TERMINAL)
+    record_trainings(ablate_planned(Registry.connect(), plan, TERMINAL))
 
 
 if __name__ == "__main__":

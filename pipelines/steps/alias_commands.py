@@ -15,6 +15,7 @@ from models.runtime.devices import HalfPrecisionKind, TwinPrecision
 from pipelines.registry import journal, promotion
 from pipelines.registry.model_versions import Registry
 from pipelines.steps.cli_support import TERMINAL
+from pipelines.steps.reporting import record
 from pipelines.tables import text_table
 from pipelines.use_cases.requests import AccelerateRequest, PromotionRequest
 from pipelines.use_cases.rollback import rollback
@@ -42,7 +43,11 @@ def accelerate_version(
         split=split,
         calibration=calibration,
     )
-    return accelerate(Registry.connect(), request, TERMINAL).all_approved
+    result = accelerate(Registry.connect(), request, TERMINAL)
+    approved = {one.precision: one.model_dump(mode="json") for one in (*result.twins, *result.gpu_precisions)}
+    checks = {precision: [asdict(one) for one in found] for precision, found in result.checks.items()}
+    record(version=model, device=device, approved=approved, checks=checks)
+    return result.all_approved
 
 
 def promote_version(
@@ -82,12 +87,15 @@ def promote_version(
         force=force,
         reason=reason,
     )
-    return promote(registry, request, TERMINAL).passed or force
+    verdict = promote(registry, request, TERMINAL)
+    record(**verdict.facts)
+    return verdict.passed or force
 
 
 def roll_back(name: str, alias: str, *, version: str | None, reason: str, unchecked: bool) -> None:
     """Move an alias back, once the version that it goes to is seen to load."""
-    rollback(Registry.connect(), name, alias, version=version, reason=reason, unchecked=unchecked)
+    target = rollback(Registry.connect(), name, alias, version=version, reason=reason, unchecked=unchecked)
+    record(version=target.label, alias=alias)
 
 
 def tell_history(name: str, alias: str | None, as_json: bool) -> None:

@@ -14,6 +14,7 @@ import click
 
 from models.errors import PlanesError, one_line
 from pipelines.start_up import prepare_command
+from pipelines.steps.reporting import INTERRUPTED, end, is_quiet
 from pipelines.use_cases.display import Display
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ def friendly(command: Callable[..., T]) -> Callable[..., T]:
             raise click.ClickException(f"MLflow: {one_line(error, 400)}") from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
-            raise SystemExit(130) from None
+            end(INTERRUPTED, "interrupted")
 
     return wrapped
 
@@ -60,14 +61,14 @@ class _Print(logging.Handler):
 
 @contextmanager
 def printed_logs() -> Iterator[None]:
-    """Print what models, pipelines and scoring log from level INFO on."""
+    """Print what models, pipelines and scoring log from level INFO on, of a quiet command errors alone."""
     handler = _Print()
     loggers = [logging.getLogger(name) for name in ("models", "pipelines", "scoring")]
     levels = [logger.level for logger in loggers]
     nested = any(isinstance(h, _Print) for h in loggers[0].handlers)
     for logger in () if nested else loggers:
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.ERROR if is_quiet() else logging.INFO)
     try:
         yield
     finally:
@@ -146,7 +147,9 @@ class ProgressListener:
 
 
 def terminal_bar(*fields: str) -> Any:
-    """A rich progress bar on stderr, or None where stderr is no terminal; ``fields`` are shown beside it."""
+    """A rich progress bar on stderr, or None where stderr is no terminal or wants none; ``fields`` are shown beside it."""
+    if is_quiet():
+        return None
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

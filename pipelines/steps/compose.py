@@ -7,11 +7,23 @@ from typing import Any
 import click
 
 from pipelines.steps.cli_support import friendly
+from pipelines.steps.commands import Command
 from pipelines.steps.options import option
+from pipelines.steps.reporting import record
 from pipelines.use_cases.requests import ComposeRequest
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    headings={
+        "What": ("detector", "segmenter", "overlaps", "min_score"),
+        "Evaluation": ("data", "device"),
+        "MLflow": ("name", "reuse"),
+    },
+    env="PLANES_COMPOSE",
+    examples=("planes compose --detector planes-det/latest --segmenter planes-unet/latest --data path/to/yours",),
+    reports=True,
+)
 @option(ComposeRequest, "detector", default="planes-det/latest")
 @option(ComposeRequest, "segmenter", default="planes-unet/latest")
 @option(ComposeRequest, "name", default="planes-inst")
@@ -29,7 +41,7 @@ def main(**options: Any) -> None:
     from pipelines.registry.model_versions import Registry
     from pipelines.use_cases.compose import compose
 
-    compose(Registry.connect(), ComposeRequest(**options))
+    record(version=compose(Registry.connect(), ComposeRequest(**options)))
 
 
 if __name__ == "__main__":

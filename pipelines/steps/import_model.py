@@ -7,12 +7,28 @@ from typing import Any
 import click
 
 from pipelines.steps.cli_support import friendly
+from pipelines.steps.commands import Command, files
 from pipelines.steps.options import AS_RECIPE, ENGINES, option, split_words
 from pipelines.use_cases.requests import TrainingRequest
 
 
-@click.command()
-@click.option("--weights", required=True, help="A .pth, .pkl or .safetensors file of exactly the recipe's network.")
+@click.command(
+    cls=Command,
+    headings={
+        "What": ("weights", "recipe", "engine", "overrides"),
+        "Evaluation": ("data", "device"),
+        "MLflow": ("register_as",),
+    },
+    env="PLANES_IMPORT_MODEL",
+    examples=("planes import-model --weights model_final.pth --recipe course_det_final --data path/to/yours",),
+    reports=True,
+)
+@click.option(
+    "--weights",
+    required=True,
+    shell_complete=files,
+    help="A .pth, .pkl or .safetensors file of exactly the recipe's network.",
+)
 @click.option("--recipe", default="course_det_default", show_default=True, help="Recipe that describes the network.")
 @option(TrainingRequest, "data", default="data/airfield", help="Data to evaluate on; its test split is used.")
 @option(TrainingRequest, "register_as", "--name", default="planes-det")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ from pipelines.registry import copying, lineage
 from pipelines.registry.model_versions import Registry
 from pipelines.registry.twins import delete_left, unnamed_twins
 from pipelines.registry.verification import verify
+from pipelines.steps.reporting import record
 from pipelines.tables import text_table
 
 
@@ -74,6 +76,7 @@ def verify_version(text: str) -> bool:
     words = {True: "ok", False: "FAIL", None: "?"}
     rows = [[words[f.passed], f.what, f.result] for f in findings]
     click.echo(f"{version.label}:\n{text_table(rows)}")
+    record(version=version.label, findings=[asdict(one) for one in findings])
     return all(f.passed is not False for f in findings)
 
 
@@ -83,6 +86,11 @@ def copy(text: str, name: str, server: str | None) -> None:
     version = registry.resolve(text)
     copied = copying.copy_version(registry, version, name, Registry.connect(server) if server else None)
     click.echo(f"{version.label} is {copied.label}" + (f" on {server}" if server else ""))
+    record(version=version.label, copy=copied.label, server=server)
+
+
+def _mark_deleted(swept: Sequence[dict[str, Any]], name: str) -> None:
+    next(one for one in swept if one["name"] == name)["deleted"] = True
 
 
 def sweep(models: Sequence[str], *, keep: int, dry_run: bool, yes: bool) -> None:
@@ -91,6 +99,7 @@ def sweep(models: Sequence[str], *, keep: int, dry_run: bool, yes: bool) -> None
     names = models or registry.registered_names()
     if not names:
         click.echo("nothing is registered here yet")
+    swept: list[dict[str, Any]] = []
     for name in names:
         registry.aliases_of(name)
         kept = lineage.sweep(registry, name, keep)
@@ -99,6 +108,8 @@ def sweep(models: Sequence[str], *, keep: int, dry_run: bool, yes: bool) -> None
         left = unnamed_twins(registry, name)
         rows += [[f"{twin.name} {twin.model_id}", "delete", "a twin that no version names"] for twin in left]
         click.echo(text_table(rows))
+        swept += [{"name": what, "decision": decision, "why": why, "deleted": False} for what, decision, why in rows]
+        record(swept=swept)
         if dry_run or not (unnamed or left):
             continue
         what = " and ".join(f"{len(of)} {kind}" for of, kind in ((unnamed, "versions"), (left, "twins")) if of)
@@ -106,7 +117,9 @@ def sweep(models: Sequence[str], *, keep: int, dry_run: bool, yes: bool) -> None
             continue
         for twin in left:
             delete_left(registry, twin)
+            _mark_deleted(swept, f"{twin.name} {twin.model_id}")
             click.echo(f"{twin.name} {twin.model_id} deleted; its artefacts stay until `mlflow gc`")
         for version in unnamed:
             lineage.delete(registry, name, version, keep)
+            _mark_deleted(swept, f"{name}/{version}")
             click.echo(f"{name}/{version} deleted; its artefacts stay until `mlflow gc`")

@@ -9,10 +9,22 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
+from pipelines.steps.commands import files
 from pipelines.use_cases.requests import AblationRequest, TrainingRequest
 
 AS_RECIPE = "recipe"
 ENGINES = ("torchvision", "detectron2")
+
+HEADINGS = {
+    "What to train": ("recipe", "data", "weights", "engine", "overrides"),
+    "How long, and how": ("steps", "epochs", "batch_size", "lr", "seed"),
+    "Folds, seeds, scores": ("folds", "seeds", "scores_from"),
+    "Device": ("device", "num_gpus"),
+    "MLflow": ("register_as", "reuse"),
+    "Going on": ("work_dir", "fresh"),
+}
+# Fields of requests that name a file or folder, or may.
+PATHS = ("data", "out", "gates", "calibration", "recipe", "work_dir")
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -37,6 +49,8 @@ def option(request: type, name: str, *names: str, **more: Any) -> Decorator:
         settings |= {"multiple": True}
     elif kind is bool and not any("/" in text for text in names):
         settings["is_flag"] = True
+    if name in PATHS:
+        settings["shell_complete"] = files
     settings |= more
     shown = settings.get("default")
     settings.setdefault("show_default", not isinstance(shown, bool | tuple) and shown not in (None, ""))
@@ -58,7 +72,13 @@ def training_options(recipe: str, name: str, engines: Sequence[str] = ()) -> Dec
         click.option("--batch-size", default=AS_RECIPE, show_default=True, help="Examples per step."),
         click.option("--lr", default=AS_RECIPE, show_default=True, help="Learning rate."),
         click.option("--seed", default=AS_RECIPE, show_default=True, help="Seed of weights, data order and augmentation."),
-        click.option("--weights", default=AS_RECIPE, show_default=True, help="none, a library's weight name, or a path."),
+        click.option(
+            "--weights",
+            default=AS_RECIPE,
+            show_default=True,
+            shell_complete=files,
+            help="none, a library's weight name, or a path.",
+        ),
         option(TrainingRequest, "overrides", "--set"),
         option(AblationRequest, "folds", type=click.IntRange(0)),
         option(AblationRequest, "seeds", type=click.IntRange(1)),

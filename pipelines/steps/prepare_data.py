@@ -8,10 +8,17 @@ import click
 
 from models.errors import DataError
 from pipelines.steps.cli_support import friendly, show_progress
+from pipelines.steps.commands import Command, files
+from pipelines.steps.reporting import record
 
 
-@click.command()
-@click.option("--out", default="data/airfield", show_default=True, help="Folder to write.")
+@click.command(
+    cls=Command,
+    env="PLANES_PREPARE_DATA",
+    examples=("planes prepare-data --out data/airfield --train 60 --test 12",),
+    reports=True,
+)
+@click.option("--out", default="data/airfield", show_default=True, shell_complete=files, help="Folder to write.")
 @click.option("--train", default=60, show_default=True, type=click.IntRange(1), help="Training scenes.")
 @click.option("--test", default=12, show_default=True, type=click.IntRange(1), help="Test scenes.")
 @click.option("--size", default=1024, show_default=True, type=click.IntRange(256, 8192), help="Scene side in pixels.")
@@ -36,6 +43,7 @@ def prepare(out: str, *, train: int = 60, test: int = 12, size: int = 1024, seed
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror})") from error
     click.echo(f"{out}: {'made' if made else 'already there'}, {train} training and {test} test scenes")
+    record(folder=out, train=train, test=test, made=made)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,24 @@ import click
 from pipelines.registry.gates import parse_gates
 from pipelines.registry.model_versions import Registry
 from pipelines.steps.cli_support import TERMINAL, friendly
+from pipelines.steps.commands import Command
 from pipelines.steps.options import option
+from pipelines.steps.reporting import NOT_PASSED, end, record
 from pipelines.use_cases.promote import main_metric, promote, registered
 from pipelines.use_cases.requests import PromotionRequest
 
-NOT_PROMOTED = 2
 
-
-@click.command()
+@click.command(
+    cls=Command,
+    headings={
+        "What, and where to": ("model", "alias"),
+        "One metric": ("metric", "minimum", "min_gain"),
+        "Gates": ("gates", "data", "split", "device"),
+    },
+    env="PLANES_PROMOTE",
+    examples=("python -m pipelines.steps.promote --model planes-det/latest --data data/airfield --minimum 0.5",),
+    reports=True,
+)
 @option(PromotionRequest, "model", default="planes-det/latest")
 @option(PromotionRequest, "alias")
 @click.option("--data", default="data/airfield", show_default=True, help="Data set with ground truth.")
@@ -48,8 +58,9 @@ def main(*, model: str, alias: str, data: str, split: str, gates: str, device: s
         TERMINAL,
         given=given,
     )
+    record(**verdict.facts)
     if not verdict.passed:
-        raise SystemExit(NOT_PROMOTED)
+        end(NOT_PASSED, "a gate failed; the alias was not moved")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from pipelines.steps.commands import Group
 from pipelines.steps.options import option
+from pipelines.steps.reporting import NOT_PASSED, end
 from pipelines.use_cases.requests import AccelerateRequest, PromotionRequest
 
 DEVICE = option(PromotionRequest, "device")
@@ -15,16 +17,19 @@ JSON = click.option("--json", "as_json", is_flag=True, help="For programs.")
 ALIAS = click.option("--alias", default="production", show_default=True, help="Alias to move back.")
 
 
-@click.group(context_settings={"max_content_width": 110})
+@click.group(
+    cls=Group,
+    context_settings={"max_content_width": 110},
+    env="PLANES_REGISTRY",
+    examples=(
+        "planes-registry promote planes-det 7 --to production",
+        "planes-registry rollback planes-det",
+        "planes-registry show planes-det/production",
+    ),
+)
 @click.version_option(package_name="planes")
 def main() -> None:
-    """Look after registered models: what there is, where it comes from, what is in production, and the way back.
-
-    \b
-    planes-registry promote planes-det 7 --to production
-    planes-registry rollback planes-det
-    planes-registry show planes-det/production
-    """
+    """Look after registered models: what there is, where it comes from, what is in production, and the way back."""
 
 
 def _run(function: str, *arguments: Any, **options: Any) -> Any:
@@ -51,7 +56,15 @@ def _named(model: str, version: str | None) -> str:
     return model if "/" in model or "@" in model else f"{model}/latest"
 
 
-@main.command()
+@main.command(
+    headings={
+        "What, and where to": ("target",),
+        "Gates": ("gates", "data", "split", "device"),
+        "Deciding": ("dry_run", "force", "reason"),
+    },
+    examples=("planes-registry promote planes-det 7 --to production",),
+    reports=True,
+)
 @click.argument("model")
 @click.argument("version", required=False)
 @click.option("--to", "target", required=True, help="ALIAS, or NAME@ALIAS to copy the version to another model first.")
@@ -77,10 +90,14 @@ def promote(*, model: str, version: str | None, target: str, force: bool, reason
         reason=reason,
         **options,
     ):
-        raise SystemExit(2)
+        end(NOT_PASSED, "a gate failed; the alias was not moved")
 
 
-@main.command()
+@main.command(
+    headings={"What": ("precisions", "device"), "Gates": ("gates", "data", "split", "calibration")},
+    examples=("planes-registry accelerate planes-det/production --data data/airfield --calibration data/airfield",),
+    reports=True,
+)
 @click.argument("model")
 @click.argument("version", required=False)
 @option(
@@ -103,10 +120,10 @@ def accelerate(model: str, version: str | None, **options: Any) -> None:
     is measured on that GPU, and `score` takes what passed. Exit code 0: each precision was approved; 2: one was not.
     """
     if not _run("pipelines.steps.alias_commands:accelerate_version", _named(model, version), **options):
-        raise SystemExit(2)
+        end(NOT_PASSED, "a precision was not approved")
 
 
-@main.command()
+@main.command(reports=True, examples=('planes-registry rollback planes-det --reason "misses everything"',))
 @click.argument("model")
 @ALIAS
 @click.option("--version", default=None, help="Version to go to, instead of the one that was there before.")
@@ -117,7 +134,7 @@ def rollback(model: str, **options: Any) -> None:
     _run("pipelines.steps.alias_commands:roll_back", model, **options)
 
 
-@main.command()
+@main.command(examples=("planes-registry history planes-det",))
 @click.argument("model")
 @click.option("--alias", default=None, help="Moves of this alias alone.")
 @JSON
@@ -126,7 +143,7 @@ def history(model: str, alias: str | None, as_json: bool) -> None:
     _run("pipelines.steps.alias_commands:tell_history", model, alias, as_json)
 
 
-@main.command(name="list")
+@main.command(name="list", examples=("planes-registry list planes-det",))
 @click.argument("models", nargs=-1)
 @JSON
 def list_versions(models: tuple[str, ...], as_json: bool) -> None:
@@ -134,7 +151,7 @@ def list_versions(models: tuple[str, ...], as_json: bool) -> None:
     _run("pipelines.steps.inspect_commands:list_versions", models, as_json)
 
 
-@main.command()
+@main.command(examples=("planes-registry show planes-det/production",))
 @click.argument("model")
 @click.argument("version", required=False)
 @JSON
@@ -143,7 +160,7 @@ def show(model: str, version: str | None, as_json: bool) -> None:
     _run("pipelines.steps.inspect_commands:show_version", _named(model, version), as_json)
 
 
-@main.command()
+@main.command(examples=("planes-registry diff planes-det/6 planes-det/7",))
 @click.argument("first")
 @click.argument("second")
 @JSON
@@ -152,7 +169,7 @@ def diff(first: str, second: str, as_json: bool) -> None:
     _run("pipelines.steps.inspect_commands:show_difference", first, second, as_json)
 
 
-@main.command()
+@main.command(reports=True, examples=("planes-registry verify planes-det/production",))
 @click.argument("model")
 @click.argument("version", required=False)
 def verify(model: str, version: str | None) -> None:
@@ -161,10 +178,10 @@ def verify(model: str, version: str | None) -> None:
     Exit code 0: all is as it was; 1: it is not.
     """
     if not _run("pipelines.steps.inspect_commands:verify_version", _named(model, version)):
-        raise SystemExit(1)
+        end(1, "the version is not as it was registered")
 
 
-@main.command()
+@main.command(reports=True, examples=("planes-registry copy dev.planes-det/7 prod.planes-det",))
 @click.argument("version")
 @click.argument("name")
 @click.option("--to-server", default=None, help="Tracking URI of another server; without it the copy stays in this one.")
@@ -173,7 +190,7 @@ def copy(version: str, name: str, to_server: str | None) -> None:
     _run("pipelines.steps.inspect_commands:copy", version, name, to_server)
 
 
-@main.command()
+@main.command(reports=True, examples=("planes-registry gc --dry-run",))
 @click.argument("models", nargs=-1)
 @click.option("--keep", default=3, show_default=True, type=click.IntRange(1), help="Newest versions that always stay.")
 @click.option("--dry-run", is_flag=True, help="Only tell.")

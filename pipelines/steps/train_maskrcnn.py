@@ -7,10 +7,17 @@ from typing import Any
 import click
 
 from pipelines.steps.cli_support import friendly
-from pipelines.steps.options import request_from, training_options
+from pipelines.steps.commands import Command
+from pipelines.steps.options import HEADINGS, request_from, training_options
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    headings=HEADINGS,
+    env="PLANES_TRAIN_MASKRCNN",
+    examples=("planes train-maskrcnn --recipe demo_maskrcnn --data path/to/yours",),
+    reports=True,
+)
 @training_options("demo_maskrcnn", "planes-mask", ("torchvision", "detectron2"))
 @friendly
 def main(**options: Any) -> None:

@@ -7,10 +7,17 @@ from typing import Any
 import click
 
 from pipelines.steps.cli_support import friendly
-from pipelines.steps.options import request_from, training_options
+from pipelines.steps.commands import Command
+from pipelines.steps.options import HEADINGS, request_from, training_options
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    headings=HEADINGS,
+    env="PLANES_TRAIN_UNET",
+    examples=("planes train-unet --recipe unet_scratch --data path/to/yours",),
+    reports=True,
+)
 @training_options("demo_unet", "planes-unet")
 @friendly
 def main(**options: Any) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
 from models.errors import RecipeError
+from pipelines.ablation import Result
 from pipelines.evaluation.inference import MAIN_METRIC
 from pipelines.registry.model_versions import Registry
 from pipelines.steps.cli_support import TERMINAL
+from pipelines.steps.reporting import record
 from pipelines.tracking import mlflow_runs
 from pipelines.use_cases.requests import AblationRequest, TrainingRequest
 from pipelines.use_cases.training import KIND, Trained, plan_training, train_plan
@@ -49,7 +53,25 @@ def _run_repeated(request: TrainingRequest, folds: int, seeds: int) -> None:
         scores_from=request.scores_from,
     )
     plan = plan_ablation(repeated, TERMINAL)
-    ablate_planned(Registry.connect(), plan, TERMINAL)
+    record_trainings(ablate_planned(Registry.connect(), plan, TERMINAL))
+
+
+def record_trainings(results: Sequence[Result]) -> None:
+    """Keep what an ablation, folds, seeds or a search trained, for ``--json``."""
+    record(
+        trainings=[
+            {
+                "variant": one.variant.label,
+                "seed": one.member.seed,
+                "fold": one.member.fold,
+                "version": one.version,
+                "run_id": one.run.info.run_id if one.run else None,
+                "metrics": dict(one.run.data.metrics) if one.run else {},
+                "error": one.error or None,
+            }
+            for one in results
+        ]
+    )
 
 
 def report(registry: Registry, trained: Trained) -> None:
@@ -60,3 +82,9 @@ def report(registry: Registry, trained: Trained) -> None:
     version = f"version {trained.version}" if trained.version else "(not registered)"
     click.echo(f"{trained.name} {version}: {shown} (run {trained.run_id})")
     click.echo(f"MLflow UI: {mlflow_runs.ui_link(registry.client, trained.run_id)}")
+    record(
+        version=f"{trained.name}/{trained.version}" if trained.version else None,
+        run_id=trained.run_id,
+        metrics=trained.metrics,
+        reused=trained.reused,
+    )

@@ -7,12 +7,13 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlflow
 
-from models.errors import DataError, PlanesError, RegistryError, one_line
+from models.errors import DataError, PlanesError, RegistryError, did_you_mean, one_line
 from models.loading import load_model
 from models.runtime.devices import pick_device
 from models.saved.allowed_files import WEIGHTS_FILE
@@ -38,7 +39,7 @@ from pipelines.registry.gates import (
 )
 from pipelines.registry.model_card import write_card
 from pipelines.registry.model_versions import GROUP, Registry, Resolved
-from pipelines.registry.promotion import AliasState, checked_alias, move, read_alias_state
+from pipelines.registry.promotion import CHALLENGER, PRODUCTION, AliasState, checked_alias, move, read_alias_state
 from pipelines.tables import text_table
 from pipelines.tracking import mlflow_runs
 from pipelines.use_cases.display import SILENT, Display
@@ -49,14 +50,33 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Verdict:
-    """The gates' results; none where the alias was there already."""
+    """The gates' results; none where the alias was there already.
+
+    Attributes:
+        checks: every gate's result.
+        candidate: the version that was judged, such as ``planes-det/7``.
+        baseline: the one that it was held against; None where there was none.
+        alias: that was to move.
+        moved: whether it did.
+        run_id: of the MLflow run of the decision.
+    """
 
     checks: list[Check] = field(default_factory=list)
+    candidate: str = ""
+    baseline: str | None = None
+    alias: str = ""
+    moved: bool = False
+    run_id: str | None = None
 
     @property
     def passed(self) -> bool:
         """Whether every gate was passed."""
         return all(check.passed for check in self.checks)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a script asks for, as plain values."""
+        return {**asdict(self), "passed": self.passed}
 
 
 def promote(
@@ -77,7 +97,11 @@ def promote(
         raise RegistryError(f"{request.model}: holds {name}/{at.version}, which is {alias}; name those that are to beat it")
     if at.version == candidate.version:
         log.info(f"{candidate.label} is {alias} already")
-        return Verdict()
+        return Verdict(candidate=candidate.label, alias=alias)
+    if at.version is None:
+        near = did_you_mean(alias, {PRODUCTION, CHALLENGER, *registry.aliases_of(name)} - {alias}, 0.8)
+        if near:
+            log.info(f"{name}: {alias} is a new alias{near}")
     file, source = (given, "options") if given else find_gates(name, request.gates)
     gates = file.of(alias)
     baseline = _held_against(registry, at, gates, candidate)
@@ -106,9 +130,10 @@ def promote(
         log.info(f"gates of {source}, {candidate.label} against {against}:\n{table}")
         mlflow.log_text(table + "\n", "checks.txt")
         mlflow.log_dict({"checks": [c.__dict__ for c in checks]}, "checks.json")
-        verdict = _decide(registry, request, at, candidate=candidate, checks=checks, run=run.info.run_id)
+        moved = _decide(registry, request, at, candidate=candidate, checks=checks, run=run.info.run_id)
         log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client, run.info.run_id)}")
-    return verdict
+    held_against = baseline.label if baseline else None
+    return Verdict(checks, candidate.label, held_against, alias, moved, run.info.run_id)
 
 
 def registered(registry: Registry, model: str) -> Resolved:
@@ -295,8 +320,8 @@ def show_checks(checks: Sequence[Check]) -> str:
 
 def _decide(
     registry: Registry, request: PromotionRequest, at: AliasState, *, candidate: Resolved, checks: list[Check], run: str
-) -> Verdict:
-    """Move the alias if the gates, or the user, say so; tag the run with the decision."""
+) -> bool:
+    """Move the alias if the gates, or the user, say so; tag the run with the decision. Returns whether it moved."""
     failed = [c for c in checks if not c.passed]
     shown = failed or [c for c in checks if c.metric]
     listed = "; ".join(map(str, shown))
@@ -309,7 +334,7 @@ def _decide(
         would = "would be" if not failed or request.force else "would not be"
         verb = f"{would} promoted to {at.alias}" if request.dry_run else f"not promoted to {at.alias}"
         log.info(f"{candidate.label} {verb}: {reason}")
-        return Verdict(checks)
+        return False
     try:
         move(registry, at, str(candidate.version), "force" if failed else "promote", reason, run=run)
     except RegistryError as error:
@@ -317,4 +342,4 @@ def _decide(
         raise
     log.info(f"{candidate.label} is {at.alias} now: {reason}")
     _describe(registry, candidate, at.alias, checks)
-    return Verdict(checks)
+    return True

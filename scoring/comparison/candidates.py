@@ -17,6 +17,7 @@ from scoring.comparison.compare import Candidate, Scored, check_same_data
 from scoring.comparison.evaluate_file import checked_sizes, failed_images, read_predictions
 from scoring.comparison.logged_table import fetch_table
 from scoring.jobs.job import JobResult
+from scoring.jobs.manifest import MANIFEST
 from scoring.writers.parquet import read_instances
 
 RUN_ID = re.compile(r"^[0-9a-f]{32}$")
@@ -88,6 +89,7 @@ def from_job(job: JobResult) -> Candidate:
         images_per_second=job.images / job.seconds,
         megabytes=job.megabytes,
         failed=job.failures,
+        folder=job.folder,
     )
 
 
@@ -112,7 +114,8 @@ def from_file(target: str, dataset: Dataset) -> Candidate:
     predictions = read_predictions(path, dataset)
     failed = failed_images(path, dataset, predictions)
     label = path.parent.name if path.stem == "instances" else path.name
-    return Candidate(label, predictions, failed=None if failed is None else len(failed))
+    job = path.parent if path.stem == "instances" and (path.parent / MANIFEST).is_file() else None
+    return Candidate(label, predictions, failed=None if failed is None else len(failed), folder=job)
 
 
 def gather(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,6 +110,7 @@ class Candidate:
     """One set of predictions in a comparison; the score below which none were kept, speed and size where known.
 
     failed: how many images could not be read or predicted, None where that is not known.
+    folder: of the job that made them, on this machine; None where that is not known.
     """
 
     label: str
@@ -117,6 +120,14 @@ class Candidate:
     images_per_second: float = math.nan
     megabytes: float = math.nan
     failed: int | None = None
+    folder: Path | None = None
+
+    def view(self, dataset: Dataset) -> str | None:
+        """The command that shows them image by image; None where there is no job to show."""
+        if self.folder is None:
+            return None
+        words = ["score", "view", str(self.folder), "--data", str(dataset.source)]
+        return shlex.join(words if dataset.split in ("test", "all") else [*words, "--split", dataset.split])
 
 
 @dataclass(frozen=True)

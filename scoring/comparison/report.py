@@ -50,6 +50,7 @@ def write_report(comparison: Comparison, candidates: Sequence[Candidate], datase
         listed=comparison.images[:LISTED_IMAGES],
         shown=_pictures(comparison, candidates, dataset),
         shown_score=SHOWN_SCORE,
+        views=[(one.label, view) for one in candidates if (view := one.view(dataset)) is not None],
     )
     write_text(path, page)
     return path

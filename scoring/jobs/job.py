@@ -55,6 +55,7 @@ class JobResult:
         outputs: what they were made of: digest of the images in their order, and how they were written.
         generation: what the last update found, None for a job that never had one.
         unchanged: whether nothing was new, all outputs being written and logged already.
+        run_id: of the MLflow run that it was logged as by this call.
     """
 
     label: str
@@ -77,6 +78,23 @@ class JobResult:
     outputs: str = ""
     generation: Generation | None = None
     unchanged: bool = False
+    run_id: str | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a script asks for, as plain values."""
+        return {
+            "version": self.label,
+            "folder": self.folder,
+            "run_id": self.run_id,
+            "images": self.images,
+            "planes": self.instances,
+            "failed": self.failures,
+            "errors": self.folder / ERRORS if self.failures else None,
+            "seconds": self.seconds,
+            "metrics": self.metrics,
+            "unchanged": self.unchanged,
+        }
 
     @property
     def metrics(self) -> dict[str, float]:

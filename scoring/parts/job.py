@@ -64,6 +64,7 @@ class PartsResult:
         megabytes: size of the saved model.
         unlogged: why the tracking store did not take it.
         updated: whether this call has added a generation.
+        run_id: of the MLflow run that it was logged as.
     """
 
     place: Place
@@ -76,6 +77,23 @@ class PartsResult:
     megabytes: float = math.nan
     unlogged: str | None = None
     updated: bool = False
+    run_id: str | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a script asks for, as plain values; the same keys as of a job in one piece."""
+        return {
+            "version": self.label,
+            "folder": self.place,
+            "run_id": self.run_id,
+            "images": self.images,
+            "planes": self.totals.instances,
+            "failed": self.failures,
+            "errors": f"{self.place}/{ERRORS}" if self.failures else None,
+            "seconds": self.totals.seconds,
+            "metrics": {},
+            "unchanged": self.rate is None,
+        }
 
     @property
     def label(self) -> str:

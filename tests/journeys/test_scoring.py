@@ -156,8 +156,10 @@ def test_mistakes_are_one_line(scored, tmp_path):
     (tmp_path / "broken.json").write_text('{"a": ')
     (tmp_path / "file").write_text("")
     cases = [
-        (("--model", "planes-dett/1", *data), "no registered model 'planes-dett'; registered:"),
+        (("--model", "planes-dett/1", *data), "no registered model 'planes-dett'; did you mean planes-det? registered:"),
         (("--model", "planes-det/Staging", *data), "has no version, alias or stage 'Staging'; versions: 1"),
+        (("--model", "planes-det/prodution", *data), "alias or stage 'prodution'; did you mean production? versions: 1"),
+        (("--model", "planes-det/1", "--data", str(tmp_path / "emty")), "no such file or folder; did you mean empty?"),
         (("--model", "planes-det/1", "--data", str(tmp_path / "empty")), "no images there"),
         (("--model", "planes-det/1", "--data", str(tmp_path / "absent")), "no such file or folder"),
         (("--model", "planes-det/1", "--data", str(tmp_path / "wrong.json")), "neither COCO"),
@@ -169,6 +171,54 @@ def test_mistakes_are_one_line(scored, tmp_path):
         assert message in error_line(project.score(*arguments, code=1)), arguments
     assert "give at least one --model" in project.score(*data, code=2).stderr
     assert "give --data" in project.score("--model", "planes-det/1", code=2).stderr
+
+
+def test_scripts_read_one_object(scored):
+    project, _ = scored
+    data = ("--data", str(project.data))
+    # A program of its own: what libraries write past Python would be seen.
+    done = project.score("--model", "planes-det/1", *data, "--out", "json", "--json", real=True, timeout=200)
+    told = json.loads(done.stdout)
+    assert (told["command"], told["exit_code"], told["error"]) == ("score", 0, None)
+    (job,) = told["jobs"]
+    assert (job["version"], job["folder"], job["images"], job["failed"]) == ("planes-det/1", "json/planes-det-1", 2, 0)
+    assert project.client.get_run(job["run_id"]).data.metrics["test/AP"] == pytest.approx(job["metrics"]["AP"])
+    assert f"run {job['run_id']}" in done.stderr
+    assert project.score("--model", "planes-det/1", *data, "--out", "json", "--quiet").stdout == ""
+
+    done = project.score("compare", "json/planes-det-1", "planes-det/1", *data, "--out", "held", "--json")
+    told = json.loads(done.stdout)
+    assert (project.folder / told["report"]).is_file()
+    assert [one["model"] for one in told["versions"]] == ["planes-det-1", "planes-det/1"]
+    assert told["differences"][0]["difference"] == 0
+    # How to look at each job, on the page and on the terminal too.
+    for view in told["views"].values():
+        assert view.startswith("score view ")
+        assert view in done.stderr
+        assert view in (project.folder / told["report"]).read_text()
+    assert told["views"]["planes-det-1"] == f"score view json/planes-det-1 --data {project.data}/test_coco.json"
+
+    table = "json/planes-det-1/instances.parquet"
+    told = json.loads(project.score("evaluate", table, *data, "--json").stdout)
+    assert told["metrics"]["AP"] == pytest.approx(job["metrics"]["AP"])
+    told = json.loads(project.score("export", "json/planes-det-1", "--to", "geojson,coco", "--json").stdout)
+    assert told["planes"] == job["planes"]
+    told = json.loads(project.score("--model", "planes-dte/1", *data, "--json", code=1).stdout)
+    assert (told["exit_code"], "did you mean planes-det?" in told["error"]) == (1, True)
+
+    told = json.loads(project.registry("promote", "planes-det/1", "--to", "production", *data, "--json").stdout)
+    assert (told["exit_code"], told["passed"], told["candidate"], told["moved"]) == (0, True, "planes-det/1", False)
+    gate = project.folder / "strict.yaml"
+    gate.write_text("gates: {production: {}, strict: {metrics: {AP: {minimum: 0.999}}}}\n")
+    call = ("promote", "planes-det/1", "--to", "strict", "--gates", str(gate), *data, "--json")
+    told = json.loads(project.registry(*call, code=2).stdout)
+    assert (told["exit_code"], told["error"]) == (2, "a gate failed; the alias was not moved")
+    assert [check["passed"] for check in told["checks"] if check["metric"]] == [False]
+    # A new alias with a name that is nearly another's is made, and the mistake told.
+    said = project.registry("promote", "planes-det/1", "--to", "prodution", "--dry-run", "--gates", str(gate), *data).stdout
+    assert "planes-det: prodution is a new alias; did you mean production?" in said
+    told = json.loads(project.registry("verify", "planes-det/1", "--json").stdout)
+    assert {one["passed"] for one in told["findings"]} <= {True, None}
 
 
 def test_an_ap_carries_the_threshold_it_was_made_at(project):

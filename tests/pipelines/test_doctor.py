@@ -35,9 +35,10 @@ def test_this_environment_is_well(here):
     assert any(line.startswith("ok  PyTorch") for line in lines)
     # Looking makes no store.
     assert list(here.iterdir()) == []
-    listed = json.loads(CliRunner().invoke(command.main, ["--json"]).output)
-    assert {"state", "name", "found", "remedy"} == set(listed[0])
-    assert [one["name"] for one in listed] == list(_checks())
+    listed = json.loads(CliRunner().invoke(command.main, ["--json"]).stdout)
+    assert (listed["exit_code"], listed["error"]) == (0, None)
+    assert {"state", "name", "found", "remedy"} == set(listed["checks"][0])
+    assert [one["name"] for one in listed["checks"]] == list(_checks())
 
 
 def test_versions_that_are_not_of_one_release(here, monkeypatch):

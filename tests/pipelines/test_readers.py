@@ -114,7 +114,7 @@ def test_unreadable_images_and_wrong_sizes_are_counted(tmp_path):
         ('{"images": [], "annotations": [{"image_id": 1}]}', "no list of categories"),
         (
             '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "ship"}]}',
-            "no category 'plane'; it has: ship",
+            "no category 'plane'; it has: ship; rename it there, or train with --set data.category=NAME",
         ),
         (
             '{"images": [{"id": 1, "file_name": "a"}], "annotations": [4], "categories": [{"id": 1, "name": "plane"}]}',

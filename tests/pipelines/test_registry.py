@@ -102,7 +102,9 @@ def test_stages_are_read_where_no_alias_has_the_name(registry, client):
 
 
 def test_what_does_not_exist_lists_what_does(registry, client):
-    with pytest.raises(RegistryError, match=r"no registered model 'planes-y'; registered: planes-x"):
+    with pytest.raises(
+        RegistryError, match=r"no registered model 'planes-y'; did you mean planes-x\? registered: planes-x"
+    ):
         registry.resolve("planes-y/1")
     with pytest.raises(RegistryError, match=r"no version, alias or stage '9'; versions: 1, 2, 3; aliases: "):
         registry.resolve("planes-x/9")

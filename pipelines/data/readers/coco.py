@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from models.errors import DataError
@@ -79,6 +79,14 @@ def find_image(root: AnyPath, file_name: str, split: str, stem: str) -> AnyPath 
     return find_image(root.parent, file_name, split, stem) if root.name == "annotations" else None
 
 
+def no_category(path: AnyPath, category: str, names: Iterable[str]) -> DataError:
+    """The error for annotations that name the class otherwise."""
+    known = ", ".join(sorted(names)) or "none"
+    return DataError(
+        f"{path}: no category {category!r}; it has: {known}; rename it there, or train with --set data.category=NAME"
+    )
+
+
 def _category_ids(content: Mapping[str, Any], category: str, path: AnyPath) -> tuple[set[Any], set[Any]]:
     """(ids of the wanted category, all known ids)."""
     categories = content.get("categories")
@@ -89,7 +97,7 @@ def _category_ids(content: Mapping[str, Any], category: str, path: AnyPath) -> t
     names = {c.get("id"): str(c.get("name", "")) for c in categories if isinstance(c, dict)}
     ids = {i for i, name in names.items() if name.lower() == category.lower()}
     if not ids:
-        raise DataError(f"{path}: no category {category!r}; it has: {', '.join(sorted(names.values())) or 'none'}")
+        raise no_category(path, category, names.values())
     return ids, set(names)
 
 

@@ -9,7 +9,7 @@ from models.errors import DataError
 from models.images.decoding import IMAGE_SUFFIXES
 from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
 from pipelines.data.readers.annotations import look_at, make_sample, note_lost, read_json, read_plane
-from pipelines.data.readers.coco import find_image
+from pipelines.data.readers.coco import find_image, no_category
 from pipelines.data.readers.sizes import fitted, note_fit
 from pipelines.data.remote import AnyPath
 
@@ -37,7 +37,7 @@ def read_course(
     problems = Problems()
     names = {str(e.get("category_name", "")) for e in content}
     if content and category.lower() not in {n.lower() for n in names}:
-        raise DataError(f"{path}: no category {category!r}; it has: {', '.join(sorted(names))}")
+        raise no_category(path, category, names)
     grouped = _by_file(content, category, problems)
     folder = path.parent / path.stem
     # A file_name may have a folder; what counts is whether the file is named.

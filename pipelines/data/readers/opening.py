@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import glob
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.errors import DataError, one_line
+from models.errors import DataError, did_you_mean, one_line
 from pipelines.data.dataset import Dataset, Problems, scene_of, with_unique_ids
 from pipelines.data.readers.annotations import make_sample, read_json
 from pipelines.data.readers.coco import read_coco
@@ -77,7 +78,7 @@ def open_dataset(
     if glob.has_magic(str(where)):
         files = sorted(Path(p) for p in glob.glob(str(where), recursive=True) if Path(p).is_file())
         return _plain(files, path, split=split, category=category, scene_pattern=scene_pattern)
-    raise DataError(f"{where}: no such file or folder")
+    raise _missing(where, path)
 
 
 def has_annotations(folder: Path, split: str) -> bool:
@@ -115,10 +116,7 @@ def _check_split(folder: Path, split: str) -> None:
     """Raise DataError for a split that a data set folder has not; ``all`` and plain folders of images have none."""
     known = splits_of(folder)
     if known and split not in ("all", *known) and not (folder / split).is_dir():
-        hint = difflib.get_close_matches(split, known, 1)
-        raise DataError(
-            f"{folder}: no split {split!r}; it has: {', '.join(known)}" + (f"; did you mean {hint[0]}?" if hint else "")
-        )
+        raise DataError(f"{folder}: no split {split!r}; it has: {', '.join(known)}{did_you_mean(split, known)}")
 
 
 def check_exists(where: str | Path) -> None:
@@ -129,7 +127,15 @@ def check_exists(where: str | Path) -> None:
     """
     path = to_path(where)
     if isinstance(path, Path) and not path.exists() and not glob.has_magic(str(where)):
-        raise DataError(f"{where}: no such file or folder")
+        raise _missing(where, path)
+
+
+def _missing(where: str | Path, path: Path) -> DataError:
+    """That nothing is there, and the nearest of the first thousand names beside it."""
+    beside: list[str] = []
+    with contextlib.suppress(OSError):
+        beside = [one.name for one in itertools.islice(path.parent.iterdir(), 1000)]
+    return DataError(f"{where}: no such file or folder{did_you_mean(path.name, beside)}")
 
 
 def _open_remote(path: UPath, split: str, *, category: str, scene_pattern: str | None, keep: bool) -> Dataset:

@@ -92,7 +92,8 @@ def test_two_versions_differ_in_data_and_code(team, root):
     ("command", "message"),
     [
         (("show", "{name}/9"), "no version, alias or stage '9'"),
-        (("history", "nobody"), "nobody"),
+        (("history", "nobody"), "no registered model 'nobody'; registered: "),
+        (("rollback", "seed-god"), "no registered model 'seed-god'; did you mean seed-good? registered: "),
         (("promote", "{name}/3", "--to", "latest"), "alias 'latest': has a meaning of its own"),
         (("show", "planes-journal/1"), "is the journal of"),
         (("rollback", "{name}", "--version", "77"), "no version, alias or stage '77'"),
