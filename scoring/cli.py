@@ -301,7 +301,7 @@ def _actors(options: Mapping[str, Any]) -> tuple[int | None, int | None]:
     least, sign, most = options["actors"].partition("-")
     if not (sign and least):
         return _auto("actors", options), None
-    numbers = [_number("actors", text, int) for text in (least, most)]
+    numbers = [int(text) if text.isdecimal() else 0 for text in (least, most)]
     if not 1 <= numbers[0] <= numbers[1]:
         raise click.UsageError(f"--actors {options['actors']}: expected a range such as 2-8")
     return numbers[0], numbers[1]

@@ -71,6 +71,8 @@ def test_on_ray_the_command_leaves_the_same_files(project, photos, tmp_path):
     )
     assert "Ray at 127.0.0.1:1: cannot be started or reached" in error_line(absent)
     assert "expected 1 or more, or auto" in project.score(*arguments, "--actors", "0", code=2).stderr
+    for wrong in ("8-2", "2-", "0-3", "x-3"):
+        assert "expected a range such as 2-8" in project.score(*arguments, "--actors", wrong, code=2).stderr
 
 
 def test_a_list_of_paths_is_scored(project, photos, tmp_path):
