@@ -23,6 +23,7 @@ for _name in ("alembic", "mlflow"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 import mlflow  # noqa: E402
+import numpy as np  # noqa: E402
 from mlflow.data.meta_dataset import MetaDataset  # noqa: E402
 from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined]  # noqa: E402
 from mlflow.entities import LoggedModelInput, Metric  # noqa: E402
@@ -33,6 +34,7 @@ from pipelines.data.dataset import Dataset  # noqa: E402
 from pipelines.evaluation.metrics import Evaluation  # noqa: E402
 from pipelines.start_up import importing  # noqa: E402
 from pipelines.tracking.moved_store import follow_move  # noqa: E402
+from pipelines.tracking.pictures import PictureLog  # noqa: E402
 
 EXPERIMENT = "planes"
 STORE = "mlflow.db"
@@ -275,11 +277,15 @@ def _installed() -> list[str]:
 
 
 class MlflowListener:
-    """Logs the loop's records once they are safe in a checkpoint: none is lost, none is logged twice."""
+    """Logs the loop's records once they are safe in a checkpoint: none is lost, none is logged twice.
+
+    Pictures are logged at once: the same step, taken again, makes the same ones.
+    """
 
     def __init__(self, run_id: str, uri: str) -> None:
         self.run_id, self.uri = run_id, uri
         self._client = MlflowClient(uri)
+        self._pictures = PictureLog(self._client, run_id)
         self._logged = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -294,6 +300,10 @@ class MlflowListener:
 
     def on_step(self, record: dict[str, Any]) -> None:
         """Nothing: the step may still be lost."""
+
+    def on_pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Log pictures of a validation."""
+        self._pictures.log(pictures, step)
 
     def on_checkpoint(self, history: Sequence[dict[str, Any]]) -> None:
         """Log what is new in the history."""
