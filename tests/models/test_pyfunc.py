@@ -12,12 +12,17 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from models.engines.torchvision.network import build_detector
+from models.engines.torchvision.predictor import detector_spec
 from models.images.rendering import DEFAULT
 from models.instances import Instances
 from models.loading import load_model
 from models.pyfunc import MOST_PIXELS, MOST_ROWS, SERVERS, Params, PlanesModel, image_bytes, paths_allowed, together
-from tests.models.test_contract import MAKERS
+from models.saved.folder import save_model
+from models.tiling.settings import Tiling
+from tests.models.test_contract import MAKERS, SMALL
 
 
 @pytest.fixture(autouse=True)
@@ -103,14 +108,14 @@ def test_rows_that_are_predicted_together_give_what_each_gives_by_itself(served)
 
 
 class _Counting:
-    """Finds nothing, and notes how many images come at a time."""
+    """Finds one plane in each image, and notes how many images come at a time."""
 
     def __init__(self):
         self.calls = []
 
     def predict(self, images):
         self.calls.append(len(images))
-        return [Instances.make(str(i), *x.shape[:2], np.zeros((0, 4)), []) for i, x in enumerate(images)]
+        return [Instances.make(str(i), *x.shape[:2], [[1, 2, 3, 4]], [0.5]) for i, x in enumerate(images)]
 
 
 def test_few_rows_at_a_time_and_large_images_by_themselves():
@@ -125,8 +130,9 @@ def test_few_rows_at_a_time_and_large_images_by_themselves():
 def test_small_rows_of_a_request_reach_the_model_together(tmp_path):
     model = _served(MAKERS["detector"](tmp_path / "m"))
     model.predictor = _Counting()
-    model.predict(None, pd.concat([_rows()] * 2))
+    answer = model.predict(None, pd.concat([_rows()] * 2))
     assert model.predictor.calls == [MOST_ROWS, 2]
+    assert answer.image_id.tolist() == [str(i) for i in range(10)]
 
 
 def test_params_ask_for_less_or_for_other_tiles(tmp_path):
@@ -147,6 +153,18 @@ def test_params_ask_for_less_or_for_other_tiles(tmp_path):
     # The networks are the same: memory holds them once.
     assert model.retiled[1].segmenter is model.predictor.segmenter
     assert model.predict(None, rows).equals(plain)
+
+
+def test_other_tiles_take_the_place_of_those_that_a_version_has(tmp_path):
+    torch.manual_seed(0)
+    spec = detector_spec(SMALL, ["plane"], tiling=Tiling(size=64, overlap=0.5))
+    model = _served(save_model(tmp_path / "m", spec, build_detector(SMALL, 1).state_dict()))
+    rows = _rows(2)
+    images = list(model._images(rows.image))
+    for tile in (96, 0):
+        expected = load_model(model.folder, tiling={"size": tile}).predict(images)
+        answer = model.predict(None, rows, {"tile": tile})
+        np.testing.assert_allclose(answer.score, np.concatenate([e.scores for e in expected]), atol=1e-4)
 
 
 @pytest.mark.parametrize(
