@@ -167,8 +167,8 @@ def _score(
 
 def _log(registry: Registry, result: PartsResult, version: Resolved, params: dict[str, Any]) -> None:
     try:
-        run_id = mlflow_log.log_parts(registry.client, result, version, params=params)
-        log.info(f"   outputs in {result.place}, run {run_id}")
+        result.run_id = mlflow_log.log_parts(registry.client, result, version, params=params)
+        log.info(f"   outputs in {result.place}, run {result.run_id}")
     except Exception as error:
         if os.environ.get("PLANES_TRACEBACK"):
             raise

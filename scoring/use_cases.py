@@ -108,8 +108,8 @@ def compare_targets(registry: Registry, request: ComparisonRequest, display: Dis
     labels = dict(zip(request.targets, (c.label for c in candidates), strict=True))
     groups = {text: [labels[one] for one in members] for text, members in named.items()}
     grouped = any(members != [text] for text, members in named.items())
-    finish(registry, candidates, dataset, Path(request.out), groups if grouped else {})
-    log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client)}")
+    run_id = finish(registry, candidates, dataset, Path(request.out), groups if grouped else {})
+    log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client, run_id)}")
 
 
 def _members_once(named: Mapping[str, Sequence[str]], targets: Sequence[str]) -> list[str]:
@@ -207,7 +207,7 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
     if listing is not None:
         parts = score_in_parts(registry, request, versions, listing, device=device, thresholds=thresholds, display=display)
         check_logged(parts)
-        log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client)}")
+        _tell_link(registry, parts)
         return parts
     datasets = open_for(versions, request.data, split=request.split, scene_pattern=request.scene_pattern)
     for dataset in {id(d): d for d in datasets}.values():
@@ -250,9 +250,15 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
     _show([scored for scored, _ in runs], out)
     jobs = [job for _, job in runs]
     check_logged(jobs)
-    log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client)}")
+    _tell_link(registry, jobs)
     compare_jobs(registry, jobs, datasets, out)
     return jobs
+
+
+def _tell_link(registry: Registry, jobs: Sequence[JobResult | PartsResult]) -> None:
+    """Say where the run is seen; of several, or where nothing was new to be logged, the table of runs."""
+    runs = [job.run_id for job in jobs]
+    log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client, runs[0] if len(runs) == 1 else None)}")
 
 
 def _threshold(request: ScoreRequest, version: Resolved, folder: Path) -> float:
@@ -298,8 +304,8 @@ def finish(
     dataset: Dataset,
     out: Path,
     groups: Mapping[str, Sequence[str]] | None = None,
-) -> None:
-    """Compare candidates; write report.html and comparison.csv; log them."""
+) -> str:
+    """Compare candidates; write report.html and comparison.csv; log them in a run of their own, whose id is returned."""
     for earlier in ("comparison.csv", "report.html"):
         (out / earlier).unlink(missing_ok=True)
     comparison = compare(dataset, candidates, groups=groups)
@@ -319,6 +325,7 @@ def finish(
         log.info(f"{group.label}, {what}: {spreads}" + (f"; against {comparison.groups[0].label}: {more}" if more else ""))
     run_id = mlflow_log.log_comparison(registry.client, out, comparison, dataset)
     log.info(f"report: {report or 'none, matplotlib is not installed'} (run {run_id})")
+    return run_id
 
 
 def _report(comparison: Comparison, candidates: Sequence[Candidate], dataset: Dataset, out: Path) -> Path | None:
@@ -398,8 +405,8 @@ def score_version(
         log.info(f"   nothing new: outputs in {job.folder} are as they were logged")
         return scored, job
     try:
-        run_id = mlflow_log.log_job(registry.client, job, version, dataset, params=params, megabytes=job.megabytes)
-        log.info(f"   outputs in {job.folder}, run {run_id}")
+        job.run_id = mlflow_log.log_job(registry.client, job, version, dataset, params=params, megabytes=job.megabytes)
+        log.info(f"   outputs in {job.folder}, run {job.run_id}")
     except Exception as error:
         if os.environ.get("PLANES_TRACEBACK"):
             raise

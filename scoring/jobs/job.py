@@ -49,6 +49,7 @@ class JobResult:
         resumed: how many of the images had been scored by an earlier, interrupted call.
         timings: seconds by operation, of all threads together.
         peaks: highest memory in MB by kind.
+        run_id: of the MLflow run that this call logged.
         unlogged: why the tracking store did not take it.
         little: how many images fill little of the range that they are read with.
         first_little: id of the first of them.
@@ -71,6 +72,7 @@ class JobResult:
     resumed: int = 0
     timings: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
+    run_id: str | None = None
     unlogged: str | None = None
     little: int = 0
     first_little: str = ""

@@ -49,6 +49,7 @@ class PartsResult:
         rate: images a second of this call, by the clock; None where it scored no part.
         peaks: highest memory in MB by kind.
         megabytes: size of the saved model.
+        run_id: of the MLflow run that this call logged.
         unlogged: why the tracking store did not take it.
     """
 
@@ -59,6 +60,7 @@ class PartsResult:
     rate: float | None = None
     peaks: dict[str, float] = field(default_factory=dict)
     megabytes: float = math.nan
+    run_id: str | None = None
     unlogged: str | None = None
 
     @property

@@ -76,6 +76,9 @@ def test_a_large_image_is_shown_in_part_around_a_plane():
     whole = draw_window(np.zeros((height, width, 3), np.uint8), (2900, 10, 2990, 60), sample, found.above(1))
     assert (whole[0, 0] == TRUTH).all()
     assert not whole[25, 45].any()
+    part = draw_window(np.zeros((height, width, 3), np.uint8), (2800, 0, 3000, 200), sample, found.above(1))
+    rows, columns = np.nonzero((part == TRUTH).all(axis=2))
+    assert (rows.min(), columns.min(), rows.max(), columns.max()) == (10, 100, 59, 189)
 
 
 @pytest.mark.parametrize(("every", "total"), [(1, 5), (10, 1000), (7, 1000), (250, 20_000), (0, 30), (50, 30)])
