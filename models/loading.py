@@ -14,7 +14,7 @@ from models.predictor import Predictor
 from models.saved.allowed_files import check_folder
 from models.saved.folder import read_weights
 from models.saved.spec import ModelSpec, read_spec
-from models.tiling.predictor import by_tiles
+from models.tiling.predictor import Tiled, by_tiles
 from models.tiling.settings import Tiling
 
 # (kind, engine) -> function that builds a predictor from (spec, weights, device), imported on use;
@@ -70,6 +70,27 @@ def load_model(folder: str | Path, device: str = "cpu", tiling: Mapping[str, Any
             raise ModelError(f"{folder}: a twin for CPUs; use --device cpu, or --runtime torch")
         return by_tiles(build(spec, Path(folder), used.size if used else None), used, "cpu")
     return by_tiles(build(spec, read_weights(folder), device), used, pick_device(device))
+
+
+def load_retiled(predictor: Predictor, folder: str | Path, device: str, tiling: Mapping[str, Any]) -> Predictor:
+    """What `load_model` with ``tiling`` gives, with the networks of ``predictor``, which was loaded from the same folder.
+
+    A twin's network is converted for tiles of one size, and loaded anew.
+
+    Raises:
+        ModelError: settings that do not fit.
+    """
+    spec = read_spec(folder)
+    if spec.engine == "openvino":
+        return load_model(folder, device, tiling)
+    if spec.engine == "composed":
+        from models.engines.composed import DETECTOR, ComposedPredictor
+
+        assert isinstance(predictor, ComposedPredictor), "loaded from another folder"
+        detector = load_retiled(predictor.detector, Path(folder) / DETECTOR, device, tiling)
+        return ComposedPredictor(detector, predictor.segmenter, predictor.architecture)
+    network = predictor.predictor if isinstance(predictor, Tiled) else predictor
+    return by_tiles(network, retiled(spec, tiling), device)
 
 
 def retiled(spec: ModelSpec, changes: Mapping[str, Any]) -> Tiling | None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
 from mlflow.tracking import MlflowClient
 
-from models.errors import RegistryError, one_line
+from models.errors import DataError, RegistryError, one_line
+from models.images.decoding import read_image
+from models.images.windows import shrunk
 from pipelines.data.dataset import Dataset
 from pipelines.evaluation.categories import PLANE
 from pipelines.files import write_text
 from pipelines.registry.model_versions import Resolved
 from pipelines.tracking import mlflow_runs
+from pipelines.tracking.pictures import PictureLog
 from scoring.comparison.compare import Comparison, Scored
 from scoring.comparison.logged_table import LEFT
 from scoring.jobs.job import JobResult, folder_name
@@ -26,6 +30,8 @@ from scoring.parts.plan import SUMMARY
 
 # Files and folders of a job above one of these stay where they are.
 MOST_BYTES, MOST_FILES = 100_000_000, 1000
+# Overlays that are logged by key too, and their longer side in pixels.
+MOST_PICTURES, PICTURE_SIDE = 3, 768
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +78,7 @@ def log_job(
         for kind, evaluation in job.evaluations:
             mlflow_runs.log_evaluation(prefix + kind, evaluation, dataset, model_id=model_id)
         _log_outputs(job.folder)
+        _log_overlays(client, run.info.run_id, job.folder / "overlays")
     pending.unlink(missing_ok=True)
     write_text(job.folder / LOGGED, job.outputs)
     return run.info.run_id
@@ -135,6 +142,16 @@ def _log_outputs(folder: Path) -> None:
     if left:
         mlflow.log_dict({"folder": str(folder.resolve()), "left": left}, f"scoring/{LEFT}")
         log.info(f"   too large for the tracking store, left where they are: {', '.join(left)}")
+
+
+def _log_overlays(client: MlflowClient, run_id: str, folder: Path) -> None:
+    """Log the first overlays, which show the same images for every version of the same data, by key for MLflow's grid."""
+    pictures = {}
+    for number, file in enumerate(sorted(folder.glob("*.jpg"))[:MOST_PICTURES], start=1):
+        # One that somebody damaged meanwhile is missing among them.
+        with suppress(DataError):
+            pictures[f"overlay_{number}"] = shrunk(read_image(file), PICTURE_SIDE)
+    PictureLog(client, run_id).log(pictures)
 
 
 def load_scored(client: MlflowClient, run_id: str) -> Scored:

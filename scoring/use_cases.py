@@ -143,7 +143,7 @@ def compare_targets(registry: Registry, request: ComparisonRequest, display: Dis
     groups = {text: [labels[one] for one in members] for text, members in named.items()}
     grouped = any(members != [text] for text, members in named.items())
     compared = finish(registry, candidates, dataset, Path(request.out), groups if grouped else {})
-    log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client)}")
+    log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client, compared.run_id)}")
     return compared
 
 
@@ -242,7 +242,7 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
     if listing is not None:
         parts = score_in_parts(registry, request, versions, listing, device=device, thresholds=thresholds, display=display)
         check_logged(parts)
-        log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client)}")
+        _tell_link(registry, parts)
         return parts
     datasets = open_for(versions, request.data, split=request.split, scene_pattern=request.scene_pattern)
     for dataset in {id(d): d for d in datasets}.values():
@@ -285,9 +285,15 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
     _show([scored for scored, _ in runs], out)
     jobs = [job for _, job in runs]
     check_logged(jobs)
-    log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client)}")
+    _tell_link(registry, jobs)
     compare_jobs(registry, jobs, datasets, out)
     return jobs
+
+
+def _tell_link(registry: Registry, jobs: Sequence[JobResult | PartsResult]) -> None:
+    """Say where the run is seen; of several, or where nothing was new to be logged, the table of runs."""
+    runs = [job.run_id for job in jobs]
+    log.info(f"MLflow UI: {mlflow_runs.ui_link(registry.client, runs[0] if len(runs) == 1 else None)}")
 
 
 def _threshold(request: ScoreRequest, version: Resolved, folder: Path) -> float:

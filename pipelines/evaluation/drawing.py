@@ -12,6 +12,9 @@ from models.geometry.rle import rle_crop, rle_decode
 from models.instances import RLE, Instances
 from pipelines.data.dataset import Sample
 
+# x1, y1, x2, y2 in whole pixels.
+Window = tuple[int, int, int, int]
+
 TRUTH = (64, 220, 96)
 PREDICTED = (255, 176, 0)
 
@@ -54,6 +57,49 @@ def _outline(canvas: np.ndarray, mask: RLE, colour: tuple[int, int, int], thickn
         return
     contours, _ = cv2.findContours(cropped.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE, offset=(left, top))
     cv2.drawContours(canvas, contours, -1, colour, thickness)
+
+
+def draw_window(
+    image: np.ndarray, window: Window, sample: Sample, instances: Instances, side: int | None = None
+) -> np.ndarray:
+    """The window of an RGB uint8 image with truth and predictions drawn in, scores beside boxes without an outline.
+
+    Args:
+        side: longer side of the result in pixels; that of the window without it.
+    """
+    x1, y1, x2, y2 = window
+    scale = side / max(x2 - x1, y2 - y1) if side else 1.0
+    width, height = max(1, round((x2 - x1) * scale)), max(1, round((y2 - y1) * scale))
+    kind = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    canvas = cv2.resize(image[y1:y2, x1:x2], (width, height), interpolation=kind)
+    masks: Sequence[RLE | None] = instances.masks or [None] * len(instances)
+    labels = [f"{s:.2f}" if m is None else "" for s, m in zip(instances.scores, masks, strict=True)]
+    planes = [(b, m, TRUTH, "") for b, m in zip(sample.boxes, sample.masks, strict=True)]
+    planes += [(b, m, PREDICTED, t) for b, m, t in zip(instances.boxes, masks, labels, strict=True)]
+    for box, mask, colour, label in planes:
+        if not (box[0] < x2 and box[1] < y2 and box[2] > x1 and box[3] > y1):
+            continue
+        left, top, right, bottom = (round(float(v - o) * scale) for v, o in zip(box, (x1, y1, x1, y1), strict=True))
+        if mask is None:
+            cv2.rectangle(canvas, (left, top), (right, bottom), colour, 1)
+            cv2.putText(canvas, label, (left, max(top - 3, 10)), cv2.FONT_HERSHEY_SIMPLEX, 0.36, colour, 1)
+        else:
+            shown = cv2.resize(_mask_in(mask, window), (width, height), interpolation=cv2.INTER_NEAREST)
+            contours, _ = cv2.findContours(shown, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+            cv2.drawContours(canvas, contours, -1, colour, 1)
+    return canvas
+
+
+def _mask_in(mask: RLE, window: Window) -> np.ndarray:
+    """The part of a mask that a window shows, uint8 of the window's size; no mask of the whole image is made."""
+    x1, y1, x2, y2 = window
+    cropped, left, top = rle_crop(mask)
+    shown = np.zeros((y2 - y1, x2 - x1), np.uint8)
+    a, b = max(left, x1), max(top, y1)
+    c, d = min(left + cropped.shape[1], x2), min(top + cropped.shape[0], y2)
+    if a < c and b < d:
+        shown[b - y1 : d - y1, a - x1 : c - x1] = cropped[b - top : d - top, a - left : c - left]
+    return shown
 
 
 def image_sheet(rows: Sequence[tuple[np.ndarray, Sample, Instances]], width: int = 620) -> np.ndarray:

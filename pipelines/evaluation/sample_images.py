@@ -1,10 +1,11 @@
-"""A saved model over a data set: its evaluations, and a sheet of sample pictures."""
+"""A saved model over a data set: its evaluations, and sample pictures."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,19 +16,34 @@ from pipelines.data.dataset import Dataset, Sample
 from pipelines.evaluation.drawing import crop_sheet, image_sheet
 from pipelines.evaluation.inference import evaluate_predictions, is_segmenter, predict_dataset
 from pipelines.evaluation.metrics import Evaluation, instance_ious
+from pipelines.evaluation.sample_pictures import SamplePictures
 
 # Solutions of the course evaluate at this score, which cuts the precision-recall curve short.
 COURSE_THRESHOLD = 0.6
 
 
-def evaluate_with_sheet(
-    saved: Path, dataset: Dataset, device: str, samples: int = 3
-) -> tuple[list[tuple[str, Evaluation]], np.ndarray | None, list[Instances]]:
-    """Predict a data set with a saved folder: its evaluations, a sheet of the first samples, if any, the predictions.
+class Evaluated(NamedTuple):
+    """What came of a data set.
 
-    Detections are evaluated a second time at the course's score threshold, prefixed ``at_0.6_``.
+    Attributes:
+        evaluations: with the prefix of their metrics; detections a second time at the course's score threshold, prefixed
+            ``at_0.6_``.
+        sheet: of the first samples, RGB uint8 (H, W, 3), if there are any.
+        predictions: in the data set's order, of failed images none.
+        pictures: of samples spread over the data set, by name, see `SamplePictures`.
     """
+
+    evaluations: list[tuple[str, Evaluation]]
+    sheet: np.ndarray | None
+    predictions: list[Instances]
+    pictures: dict[str, np.ndarray]
+
+
+def evaluate_with_sheet(saved: Path, dataset: Dataset, device: str, *, name: str = "test", samples: int = 3) -> Evaluated:
+    """Predict a data set, which pictures call ``name``, with a saved folder; ``samples`` of its images are in the sheet."""
     predictor, dataset = load_model(saved, device), dataset.rendered(read_spec(saved).rendering)
+    segmenter = is_segmenter(predictor)
+    pictures = SamplePictures(dataset, crops=segmenter, name=f"{name}_sample")
     shown: list[tuple[np.ndarray, Sample, Instances]] = []
 
     def show(image: np.ndarray, sample: Sample, instances: Instances) -> None:
@@ -36,8 +52,9 @@ def evaluate_with_sheet(
             shown.clear()
         if not shown or (len(shown) < samples and len(sample.boxes)):
             shown.append((image, sample, instances))
+        pictures(image, sample, instances)
 
-    predictions, segmenter = predict_dataset(predictor, dataset, show), is_segmenter(predictor)
+    predictions = predict_dataset(predictor, dataset, show)
     evaluations = evaluate_predictions(predictions.instances, dataset, segmenter, failed=predictions.failed)
     for message in list(predictions.failed.values())[:1]:
         logging.getLogger(__name__).warning(
@@ -49,7 +66,7 @@ def evaluate_with_sheet(
         again = evaluate_predictions(predictions.instances, dataset, segmenter, score_threshold=COURSE_THRESHOLD)
         evaluations += [(f"at_{COURSE_THRESHOLD:g}_{prefix}", e) for prefix, e in again]
     sheet = _crops(shown) if segmenter else image_sheet(shown) if shown else None
-    return evaluations, sheet, predictions.instances
+    return Evaluated(evaluations, sheet, predictions.instances, pictures.take())
 
 
 def _crops(shown: Sequence[tuple[np.ndarray, Sample, Instances]], most: int = 12) -> np.ndarray | None:

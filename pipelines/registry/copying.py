@@ -88,4 +88,5 @@ def _into(to: Registry, registry: Registry, version: Resolved, *, name: str, tag
             to, folder, name, example=example.decoded(), tags=tags, run_id=run.info.run_id, trained_on=trained_on
         )
     assert made is not None
+    log.info(f"MLflow UI: {mlflow_runs.ui_link(to.client, run.info.run_id)}")
     return to.resolve(f"{name}/{made.version}")

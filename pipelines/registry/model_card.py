@@ -76,7 +76,7 @@ def card(
         how = ", though gates failed:" if any(not c.passed for c in checks) else ", by these gates:" if checks else ""
         lines += ["", f"**Promoted to {alias}**{how}", ""]
         rows = [f"| {c.gate} | {c.required} | {c.candidate} | {'passed' if c.passed else 'FAILED'} |" for c in checks]
-        lines += ["| gate | required | measured | |", "|---|---|---|---|", *rows] if rows else []
+        lines += ["| gate | required | measured | result |", "|---|---|---|---|", *rows] if rows else []
     commit = tags.get("git_commit", "unknown")[:12] + (" with changes" if tags.get("git_changed") == "true" else "")
     lines += ["", f"**Made by** run `{version.run_id}` at commit {commit}"]
     text = "\n".join(lines)
@@ -122,7 +122,7 @@ def _limits(tags: dict[str, str], spec: ModelSpec) -> list[str]:
     if small is not None and small < FEW:
         limits.append(f"planes below 32 x 32 pixels are hardly found (APs {small:.3f})")
     if spec.scores is not None:
-        limits.append(f"best F1 from a score of {spec.scores.threshold:.3f} on ({spec.scores.fitted_on})")
+        limits.append(f"best F1 from a score of {spec.scores.threshold:.3f} on {spec.scores.fitted_on}")
     elif spec.kind != "segmenter":
         limits.append("what its scores mean was not learnt: no validation scenes")
     return limits

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 
 import models
@@ -66,6 +66,8 @@ SIGNATURE = ModelSignature(
             ColSpec(DataType.string, "mask_counts", required=False),
         ]
     ),
+    # None is what the version does by itself (`models.pyfunc.Params`).
+    params=ParamSchema([ParamSpec("score_threshold", DataType.double, None), ParamSpec("tile", DataType.long, None)]),
 )
 
 

@@ -23,6 +23,7 @@ for _name in ("alembic", "mlflow"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 import mlflow  # noqa: E402
+import numpy as np  # noqa: E402
 from mlflow.data.meta_dataset import MetaDataset  # noqa: E402
 from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined]  # noqa: E402
 from mlflow.entities import LoggedModelInput, Metric  # noqa: E402
@@ -33,11 +34,15 @@ from pipelines.data.dataset import Dataset  # noqa: E402
 from pipelines.evaluation.metrics import Evaluation  # noqa: E402
 from pipelines.start_up import importing  # noqa: E402
 from pipelines.tracking.moved_store import follow_move  # noqa: E402
+from pipelines.tracking.pictures import PictureLog  # noqa: E402
 
 EXPERIMENT = "planes"
 STORE = "mlflow.db"
 # That of `mlflow ui` where none is given.
 UI_PORT = 5000
+# Tag of every run: the kind of work that it is of, "train" for trainings of all tasks, else the task itself.
+JOB_TYPE = "job_type"
+_TRAININGS = ("unet", "detector", "maskrcnn")
 _ADDRESS = threading.RLock()
 
 
@@ -117,6 +122,7 @@ def tracked_run(
 ) -> Iterator[mlflow.ActiveRun]:
     """An MLflow run: the one that ``mlflow run`` opened, else ``resume_id``, else a new one.
 
+    ``tags`` name its ``task``, from which the tag `JOB_TYPE` follows.
     Ctrl-C ends it as KILLED, an error as FAILED. MLflow's fluent calls go to it inside.
     """
     with addressed(client), _run(client, name, tags, resume_id=resume_id, system_metrics=system_metrics) as run:
@@ -139,7 +145,8 @@ def _run(
     with mlflow.start_run(run_id=run_id, experiment_id=experiment, **options) as run:
         if given:
             mlflow.set_tag("mlflow.runName", name)
-        mlflow.set_tags({**source_tags(), **tags})
+        task = tags.get("task", "other")
+        mlflow.set_tags({**source_tags(), JOB_TYPE: "train" if task in _TRAININGS else task, **tags})
         parent = os.environ.get("PLANES_PARENT_RUN_ID")
         if parent:
             mlflow.set_tag("mlflow.parentRunId", parent)
@@ -275,11 +282,15 @@ def _installed() -> list[str]:
 
 
 class MlflowListener:
-    """Logs the loop's records once they are safe in a checkpoint: none is lost, none is logged twice."""
+    """Logs the loop's records once they are safe in a checkpoint: none is lost, none is logged twice.
+
+    Pictures are logged at once: the same step, taken again, makes the same ones.
+    """
 
     def __init__(self, run_id: str, uri: str) -> None:
         self.run_id, self.uri = run_id, uri
         self._client = MlflowClient(uri)
+        self._pictures = PictureLog(self._client, run_id)
         self._logged = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -294,6 +305,10 @@ class MlflowListener:
 
     def on_step(self, record: dict[str, Any]) -> None:
         """Nothing: the step may still be lost."""
+
+    def on_pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Log pictures of a validation."""
+        self._pictures.log(pictures, step)
 
     def on_checkpoint(self, history: Sequence[dict[str, Any]]) -> None:
         """Log what is new in the history."""
@@ -310,24 +325,24 @@ class MlflowListener:
 def ui_link(client: MlflowClient, run_id: str | None = None) -> str:
     """Where the runs are seen in MLflow's UI: the command that starts it, where no server runs, and the address.
 
-    MLflow opens an experiment on its page for generative models; the address leads to the table of runs.
-
     Args:
-        run_id: a run of the experiment that is meant; that of this project without one.
+        run_id: the run whose page is meant; without one, or where it cannot be found, the table of this project's runs
+            (without the workflow type MLflow opens both among its pages for generative models).
     """
     uri = str(client.tracking_uri)
     base, first = uri, ""
     if not uri.startswith("http"):
         base = f"http://127.0.0.1:{UI_PORT}"
         first = f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri} --port {UI_PORT}, then "
-    return f"{first}{base.rstrip('/')}/#/experiments/{_experiment_of(client, run_id)}/runs?workflowType=machine_learning"
-
-
-def _experiment_of(client: MlflowClient, run_id: str | None) -> str:
+    place = f"{_experiment(client)}/runs"
     # A run that was deleted since, a server that went down: a link must not end what went well.
     with contextlib.suppress(mlflow.MlflowException):
         if run_id is not None:
-            return str(client.get_run(run_id).info.experiment_id)
+            place = f"{client.get_run(run_id).info.experiment_id}/runs/{run_id}"
+    return f"{first}{base.rstrip('/')}/#/experiments/{place}?workflowType=machine_learning"
+
+
+def _experiment(client: MlflowClient) -> str:
     if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
         return given
     with contextlib.suppress(mlflow.MlflowException):

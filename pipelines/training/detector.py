@@ -21,9 +21,11 @@ from pipelines.data.loading.batches import DetectorBatches, Example
 from pipelines.data.loading.unreadable import Unreadable
 from pipelines.evaluation.inference import Predictions, predict_dataset
 from pipelines.evaluation.metrics import evaluate_instances
+from pipelines.evaluation.sample_pictures import SamplePictures
 from pipelines.recipes.settings import DetectorRecipe, MaskRecipe
 from pipelines.training.group import Group
 from pipelines.training.loop import Job, Listener, Outcome, run
+from pipelines.training.pictures import VALIDATION_SAMPLE
 from pipelines.training.processes import train_in_processes
 from pipelines.training.shared_detector import SharedLoss
 
@@ -87,9 +89,13 @@ def _train(
         unreadable=Unreadable(folder),
     )
 
+    pictures = SamplePictures(val, crops=False, name=VALIDATION_SAMPLE) if val else None
+
     def validate(network: nn.Module) -> dict[str, float]:
         predictor = by_tiles(TorchvisionDetector(network, device), recipe.prediction, device)
-        return validation_metrics(predictor, val, masks=masks, unreadable=batches.unreadable) if val else {}
+        if not val:
+            return {}
+        return validation_metrics(predictor, val, masks=masks, unreadable=batches.unreadable, pictures=pictures)
 
     job = Job(
         model,
@@ -101,6 +107,7 @@ def _train(
         device=device,
         evaluate=validate if val and val.planes else None,
         metric="mask_AP" if masks and val and val.has_masks else "AP",
+        pictures=pictures.take if pictures else None,
         listeners=listeners,
         group=group,
     )
@@ -114,12 +121,14 @@ def _train(
     return outcome
 
 
-def validation_metrics(predictor: Predictor, val: Dataset, *, masks: bool, unreadable: Unreadable) -> dict[str, float]:
+def validation_metrics(
+    predictor: Predictor, val: Dataset, *, masks: bool, unreadable: Unreadable, pictures: SamplePictures | None = None
+) -> dict[str, float]:
     """COCO's numbers of the boxes, those of the masks prefixed ``mask_``, and how many images failed, if any.
 
-    Those count as images without detections, and are noted as ``unreadable``.
+    Those count as images without detections, and are noted as ``unreadable``. ``pictures`` are drawn meanwhile.
     """
-    predictions = predict_dataset(predictor, val)
+    predictions = predict_dataset(predictor, val, pictures)
     metrics = evaluate_instances(val, predictions.instances).finite()
     if masks and val.has_masks:
         metrics |= evaluate_instances(val, predictions.instances, "segm").finite("mask_")

@@ -24,6 +24,7 @@ from models.runtime.devices import Precision, pick_precision, precision
 from pipelines.recipes.settings import OptimizerSettings, TrainingSettings
 from pipelines.training.checkpoints import keep_best, read_best, save_best, write_atomically
 from pipelines.training.group import ALONE, Batches, Group, own_share
+from pipelines.training.pictures import Pictures, show
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -31,7 +32,11 @@ Record = dict[str, Any]
 
 
 class Listener(Protocol):
-    """Is notified of what happens; must not change the model."""
+    """Is notified of what happens; must not change the model.
+
+    One that has an ``on_interrupt`` is notified of Ctrl-C (`Interrupt`), one that has an ``on_pictures`` gets pictures of
+    validations (`pipelines.training.pictures`).
+    """
 
     def on_start(self, history: Sequence[Record], total: int) -> None:
         """Training begins or goes on after ``history``."""
@@ -51,6 +56,7 @@ class Stopped(PlanesError):
 class Job:
     """A training: model, batches, settings. ``evaluate`` returns metrics, of which ``metric`` is to be maximised.
 
+    ``pictures`` gives those of the last validation.
     In a ``group`` of several processes ``batches`` are `SharedBatches`, ``loss`` gives
     this process's parts of the losses of the whole batch, which add up to these, and process 0 alone has listeners.
     """
@@ -65,6 +71,7 @@ class Job:
     device: str
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None
     metric: str = ""
+    pictures: Pictures | None = None
     listeners: Sequence[Listener] = field(default_factory=tuple)
     group: Group = ALONE
 
@@ -174,8 +181,10 @@ def run(job: Job) -> Outcome:
             record["epoch"] = (step + 1) / epoch
             if average is not None:
                 average.update(job.model, step)
-            if group.rank == 0 and job.evaluate and _due(step + 1, job.training.evaluate_every or epoch, total):
+            every = job.training.evaluate_every or epoch
+            if group.rank == 0 and job.evaluate and _due(step + 1, every, total):
                 _evaluate(job, machine, state, record)
+                show(job.listeners, job.pictures, step + 1, every=every, total=total)
             state["history"].append(record)
             state["step"], whole = step + 1, True
             for listener in job.listeners:

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,6 +25,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed
 
@@ -224,10 +225,11 @@ class _Watch:
             self.history = list(rest[0])
         elif kind == "on_step":
             self.history.append(rest[0])
-        else:
+        elif kind == "on_checkpoint":
             rest = [self.history[: rest[0]]]
         for listener in self.listeners:
-            getattr(listener, kind)(*rest)
+            if kind != "on_pictures" or hasattr(listener, kind):
+                getattr(listener, kind)(*rest)
 
     def _failed(self, member: _Member, error: PlanesError | None, what: str, trace: str) -> PlanesError:
         """What to raise for the error of a process: that of another one which was lost, where it comes from that."""
@@ -364,6 +366,10 @@ class _Reporter:
     def on_checkpoint(self, history: Sequence[Record]) -> None:
         """Send how long the history is: it was sent step by step."""
         self._connection.send(("on_checkpoint", len(history)))
+
+    def on_pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Send them."""
+        self._connection.send(("on_pictures", step, dict(pictures)))
 
 
 class _Sender(logging.Handler):

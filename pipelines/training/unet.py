@@ -20,10 +20,12 @@ from pipelines.data.loading.batches import SegmenterBatches
 from pipelines.data.loading.unreadable import Unreadable
 from pipelines.evaluation.inference import predict_dataset
 from pipelines.evaluation.metrics import evaluate_masks
+from pipelines.evaluation.sample_pictures import SamplePictures
 from pipelines.recipes.settings import UNetRecipe
 from pipelines.training.detector import failures_of
 from pipelines.training.group import ALONE, Group, weighted
 from pipelines.training.loop import Job, Listener, Outcome, run
+from pipelines.training.pictures import VALIDATION_SAMPLE
 from pipelines.training.processes import train_in_processes
 
 
@@ -79,10 +81,12 @@ def _train(
         unreadable=Unreadable(folder),
     )
 
+    pictures = SamplePictures(val, crops=True, name=VALIDATION_SAMPLE) if val else None
+
     def validate(network: nn.Module) -> dict[str, float]:
         if not val:
             return {}
-        predictions = predict_dataset(TorchSegmenter(network, recipe.architecture, device), val)
+        predictions = predict_dataset(TorchSegmenter(network, recipe.architecture, device), val, pictures)
         masks = {f.image_id: f.masks or () for f in predictions.instances}
         metrics = evaluate_masks(val, [masks.get(s.image_id, ()) for s in val.samples]).finite()
         return metrics | failures_of(predictions, val, batches.unreadable)
@@ -97,6 +101,7 @@ def _train(
         device=device,
         evaluate=validate if val and val.planes else None,
         metric="IoU",
+        pictures=pictures.take if pictures else None,
         listeners=listeners,
         group=group,
     )

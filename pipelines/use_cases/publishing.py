@@ -28,6 +28,7 @@ from pipelines.registry.model_versions import Registry
 from pipelines.registry.registration import log_and_register
 from pipelines.registry.training_images import TrainingImages, images_of
 from pipelines.tracking import mlflow_runs
+from pipelines.tracking.pictures import PictureLog
 from pipelines.use_cases.score_meaning import fit_on, keep_scores, log_scores
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def publish(registry: Registry, what: Publication, run_id: str, *, device: str) 
     Raises:
         PlanesError: the store refuses; or, once the version is registered, its evaluation failed.
     """
-    results, failed = _evaluate(what, device)
+    results, failed = _evaluate(registry, what, run_id, device)
     tested = [(p.removeprefix("test/"), e) for p, e, d in results if d is what.test]
     metrics = {prefix + k: v for prefix, e in tested for k, v in e.finite().items()}
     tags = {**_tags(what, metrics), **what.tags, EVALUATION: failed or "not logged yet"}
@@ -114,7 +115,9 @@ def publish(registry: Registry, what: Publication, run_id: str, *, device: str) 
     return number, metrics
 
 
-def _evaluate(what: Publication, device: str) -> tuple[list[tuple[str, Evaluation, Dataset]], str]:
+def _evaluate(
+    registry: Registry, what: Publication, run_id: str, device: str
+) -> tuple[list[tuple[str, Evaluation, Dataset]], str]:
     """(metric prefix, evaluation, data set) of validation and test, and what went wrong, in a line."""
     results: list[tuple[str, Evaluation, Dataset]] = []
     failed = []
@@ -125,8 +128,10 @@ def _evaluate(what: Publication, device: str) -> tuple[list[tuple[str, Evaluatio
         if dataset is None:
             continue
         try:
-            evaluations, sheet, predictions = evaluate_with_sheet(what.saved, dataset, device)
+            evaluations, sheet, predictions, pictures = evaluate_with_sheet(what.saved, dataset, device)
             results += [(prefix + p, e, dataset) for p, e in evaluations]
+            if dataset is what.test:
+                PictureLog(registry.client, run_id).log(pictures)
             if sheet is not None:
                 mlflow.log_image(sheet, f"figures/{dataset.split}_samples.png")
             if dataset is what.val and scores is None:

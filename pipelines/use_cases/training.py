@@ -46,6 +46,8 @@ from pipelines.use_cases.requests import TrainingRequest
 log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+# Characters of the settings that were changed in the name of a run.
+MOST_SHOWN = 80
 DONE_FILE = "registered"
 
 # Kind of model that a task makes.
@@ -252,7 +254,10 @@ def _run_held(registry: Registry, plan: Plan, display: Display, listeners: Seque
     tags |= {"registered_as": request.register_as, "engine": plan.recipe.engine, "num_gpus": str(request.num_gpus)}
     tags |= {**({"variant": request.label} if request.label else {}), **request.tags}
     title = f"{request.register_as} {request.label or plan.recipe.name}"
-    with mlflow_runs.tracked_run(registry.client, title, tags, resume_id=earlier, system_metrics=True) as run:
+    # What tells two runs of one recipe apart.
+    changes = "" if request.label else " ".join(request.overrides)[:MOST_SHOWN]
+    name = f"{title} {changes}".rstrip()
+    with mlflow_runs.tracked_run(registry.client, name, tags, resume_id=earlier, system_metrics=True) as run:
         run_id = run.info.run_id
         if earlier and earlier != run_id:
             mlflow.set_tag("resumed_from", earlier)

@@ -49,13 +49,13 @@ class JobResult:
         resumed: how many of the images had been scored by an earlier, interrupted call.
         timings: seconds by operation, of all threads together.
         peaks: highest memory in MB by kind.
+        run_id: of the MLflow run that this call logged.
         unlogged: why the tracking store did not take it.
         little: how many images fill little of the range that they are read with.
         first_little: id of the first of them.
         outputs: what they were made of: digest of the images in their order, and how they were written.
         generation: what the last update found, None for a job that never had one.
         unchanged: whether nothing was new, all outputs being written and logged already.
-        run_id: of the MLflow run that it was logged as by this call.
     """
 
     label: str
@@ -72,13 +72,13 @@ class JobResult:
     resumed: int = 0
     timings: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
+    run_id: str | None = None
     unlogged: str | None = None
     little: int = 0
     first_little: str = ""
     outputs: str = ""
     generation: Generation | None = None
     unchanged: bool = False
-    run_id: str | None = None
 
     @property
     def facts(self) -> dict[str, Any]:

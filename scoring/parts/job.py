@@ -62,9 +62,9 @@ class PartsResult:
         rate: images a second of this call, by the clock; None where it scored no part.
         peaks: highest memory in MB by kind.
         megabytes: size of the saved model.
+        run_id: of the MLflow run that this call logged.
         unlogged: why the tracking store did not take it.
         updated: whether this call has added a generation.
-        run_id: of the MLflow run that it was logged as.
     """
 
     place: Place
@@ -75,9 +75,9 @@ class PartsResult:
     rate: float | None = None
     peaks: dict[str, float] = field(default_factory=dict)
     megabytes: float = math.nan
+    run_id: str | None = None
     unlogged: str | None = None
     updated: bool = False
-    run_id: str | None = None
 
     @property
     def facts(self) -> dict[str, Any]:

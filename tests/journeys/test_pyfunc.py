@@ -73,6 +73,10 @@ def test_the_version_has_signature_example_and_pinned_requirements(project, tmp_
         folder = Path(mlflow.artifacts.download_artifacts("models:/planes-unet/1", dst_path=str(tmp_path)))
     assert "'image': string" in str(described.signature.inputs)
     assert described.signature.outputs is not None
+    assert [(p.name, p.dtype.name, p.default) for p in described.signature.params] == [
+        ("score_threshold", "double", None),
+        ("tile", "long", None),
+    ]
     assert (folder / described.saved_input_example_info["artifact_path"]).exists()
     names = {p.name for p in folder.rglob("*")}
     assert {"model.json", "weights.safetensors", "requirements.txt"} <= names

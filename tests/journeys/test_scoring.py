@@ -43,6 +43,9 @@ def test_outputs_metrics_and_run(scored):
     assert run.data.metrics["test/AP"] == pytest.approx(metrics["metrics"]["AP"])
     assert [i.model_id for i in run.inputs.model_inputs] == [version.source.removeprefix("models:/")]
     assert run.inputs.dataset_inputs[0].dataset.digest == run.data.params["data_digest"]
+    # For MLflow's grid: the same number is the same image in other scorings of this data.
+    pictures = [f.path for f in project.client.list_artifacts(run_id, "images") if f.path.endswith(".png")]
+    assert sorted(p.partition("+")[0] for p in pictures) == ["images/overlay_1", "images/overlay_2"]
 
 
 def test_scoring_gives_the_metrics_that_training_logged(scored):

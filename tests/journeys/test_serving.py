@@ -55,8 +55,9 @@ def served(composed, tmp_path_factory):
         process.wait()
 
 
-def _ask(url, images):
-    body = json.dumps({"dataframe_split": {"columns": ["image"], "data": [[i] for i in images]}}).encode()
+def _ask(url, images, **params):
+    content = {"dataframe_split": {"columns": ["image"], "data": [[i] for i in images]}}
+    body = json.dumps({**content, "params": params} if params else content).encode()
     request = urllib.request.Request(f"{url}/invocations", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as answer:
         return pd.DataFrame(json.loads(answer.read())["predictions"])
@@ -92,3 +93,32 @@ def test_a_server_tells_nobody_which_files_it_has(served):
     assert "this server takes no paths" in messages[0]
     # But for the row itself, which the answer repeats, all the same.
     assert len(set(messages)) == 1
+
+
+def test_params_ask_for_a_score_and_for_tiles(served):
+    project, urls = served
+    path = project.data / "test" / "A0005.png"
+    images = [base64.b64encode(path.read_bytes()).decode()] * 2
+    url = urls["planes-inst/1"]
+    plain = _ask(url, images)
+    least = float(plain.score.astype(float).median())
+    fewer = _ask(url, images, score_threshold=least)
+    assert 0 < len(fewer) < len(plain)
+    assert fewer.score.astype(float).min() >= least - 1e-6
+    arguments = ("--model", "planes-inst/1", "--data", str(path), "--out", "tiled", "--score-threshold", "0.3")
+    project.score(*arguments, "--overlays", "0", "--tile", "256")
+    table = pd.read_parquet(project.folder / "tiled" / "planes-inst-1" / "instances.parquet")
+    tiled = _ask(url, images[:1], score_threshold=0.3, tile=256)
+    np.testing.assert_allclose(tiled.score.to_numpy(float), table.score.to_numpy(float), atol=1e-3)
+    for params, message in (
+        ({"score_threshold": 2}, "score_threshold 2: expected a number from 0 to 1"),
+        ({"tile": 5}, "tile 5: tiles: size: Input should be greater than or equal to 32"),
+        ({"tile": "large"}, "Invalid parameters found: "),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            _ask(url, images[:1], **params)
+        answer = json.loads(error.value.read())
+        assert (error.value.code, answer["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
+        # MLflow's server writes the request before it.
+        assert answer["message"].splitlines()[-1].startswith(f"Error: {message}")
+        assert not answer.get("stack_trace")

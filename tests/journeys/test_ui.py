@@ -91,8 +91,12 @@ def test_the_link_that_commands_print_leads_to_the_table_of_runs(project, server
 
     client = MlflowClient(server)
     link = mlflow_runs.ui_link(client)
-    assert link == mlflow_runs.ui_link(client, project.client.get_model_version("planes-unet", "1").run_id)
     experiment = project.client.get_experiment_by_name("planes").experiment_id
+    run_id = project.client.get_model_version("planes-unet", "1").run_id
+    assert (
+        mlflow_runs.ui_link(client, run_id)
+        == f"{server}/#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
+    )
     assert link == f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
     page.goto(link)
     page.get_by_text("planes-unet demo_unet").first.wait_for()

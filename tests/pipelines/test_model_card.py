@@ -43,7 +43,7 @@ def test_what_is_known_is_said():
         "trained on airfield/train (digest aa)",
         "predicts by tiles of 640 pixels at scales 0.5, 0.25",
         "planes below 32 x 32 pixels are hardly found (APs 0.020)",
-        "best F1 from a score of 0.410 on (validation, 9 images)",
+        "best F1 from a score of 0.410 on validation, 9 images",
         "**Promoted to production**, by these gates:",
         "| AP | >= 0.3 | 0.4371 | passed |",
         "at commit cccccccccccc",

@@ -190,6 +190,20 @@ def kill_9():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_pictures_of_validations_come_from_the_first_process(tmp_path):
+    class Gallery(Told):
+        def on_pictures(self, step, pictures):
+            self.shown = (*getattr(self, "shown", ()), (step, pictures["p"].tolist(), os.getpid()))
+
+    def change(job):
+        job.evaluate, job.pictures = lambda model: {"m": 1.0}, lambda: {"p": np.full((1, 1, 3), 7, np.uint8)}
+
+    listeners = Told(), Gallery()
+    train(tmp_path / "n", 2, listeners, change=change, evaluate_every=5)
+    assert listeners[1].shown == tuple((step, [[[7, 7, 7]]], os.getpid()) for step in (5, 10))
+    assert listeners[0].safe == 10
+
+
 @pytest.mark.parametrize("number", [2, 3])
 def test_several_processes_train_as_one_does(number, tmp_path):
     alone = train(tmp_path / "1", 1)

@@ -302,7 +302,7 @@ def test_a_sheet_and_an_example_are_made_of_what_can_be_read(tmp_path, monkeypat
     data = open_dataset(folder, "train")
     monkeypatch.setattr(sample_images, "load_model", lambda *_: _Blind())
     monkeypatch.setattr(sample_images, "read_spec", lambda _: type("Spec", (), {"rendering": data.rendering}))
-    evaluations, sheet, _ = sample_images.evaluate_with_sheet(tmp_path, data, "cpu")
+    evaluations, sheet, *_ = sample_images.evaluate_with_sheet(tmp_path, data, "cpu")
     assert evaluations[0][1].metrics["images_failed"] == 1
     assert [p for p, e in evaluations if "images_failed" in e.metrics] == [""]
     assert sheet.shape[0] > 600

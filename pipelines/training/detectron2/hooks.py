@@ -14,6 +14,7 @@ from detectron2.utils import comm
 
 from pipelines.training.checkpoints import keep_best, save_best
 from pipelines.training.loop import Interrupt, Listener, Record, is_better
+from pipelines.training.pictures import Pictures, show
 
 Evaluate = Callable[[torch.nn.Module], dict[str, float]]
 
@@ -31,11 +32,12 @@ class Recorder(HookBase):
         *,
         listeners: Sequence[Listener],
         evaluate: Evaluate | None,
+        pictures: Pictures | None,
         epoch: int,
         period: int,
         metric: str,
     ) -> None:
-        self.folder, self.listeners, self.evaluate = folder, listeners, evaluate
+        self.folder, self.listeners, self.evaluate, self.pictures = folder, listeners, evaluate, pictures
         self.epoch, self.period, self.metric = epoch, period, metric
         self.history: list[Record] = []
         self.best: float | None = None
@@ -58,6 +60,7 @@ class Recorder(HookBase):
             self.history.append(self._record(done))
             if self.evaluate and due:
                 self._validate(self.history[-1])
+                show(self.listeners, self.pictures, done, every=max(0, self.period), total=self.trainer.max_iter)
             for listener in self.listeners:
                 listener.on_step(self.history[-1])
         if due:
@@ -120,6 +123,7 @@ def make_hooks(
     *,
     listeners: Sequence[Listener],
     evaluate: Evaluate | None,
+    pictures: Pictures | None,
     epoch: int,
     interrupt: Interrupt | None,
 ) -> tuple[list[HookBase], Recorder]:
@@ -128,7 +132,13 @@ def make_hooks(
     period = cfg.SOLVER.CHECKPOINT_PERIOD
     metric = "mask_AP" if cfg.MODEL.MASK_ON else "AP"
     recorder = Recorder(
-        folder, listeners=listeners, evaluate=evaluate, epoch=epoch, period=cfg.TEST.EVAL_PERIOD, metric=metric
+        folder,
+        listeners=listeners,
+        evaluate=evaluate,
+        pictures=pictures,
+        epoch=epoch,
+        period=cfg.TEST.EVAL_PERIOD,
+        metric=metric,
     )
     made = [hooks.IterationTimer(), hooks.LRScheduler(), recorder]
     if comm.is_main_process():

@@ -22,11 +22,13 @@ from models.tiling.predictor import by_tiles
 from pipelines.data.dataset import Dataset
 from pipelines.data.loading.batches import DetectorBatches, Example
 from pipelines.data.loading.unreadable import Unreadable
+from pipelines.evaluation.sample_pictures import SamplePictures
 from pipelines.recipes.settings import Detectron2Recipe
 from pipelines.training.checkpoints import read_best
 from pipelines.training.detector import validation_metrics
 from pipelines.training.group import check_processes
 from pipelines.training.loop import Interrupt, Listener, Outcome, step_loader
+from pipelines.training.pictures import VALIDATION_SAMPLE, Pictures
 
 OUTCOME = "outcome.json"
 LOG = "detectron2.log"
@@ -145,11 +147,13 @@ def _work(  # noqa: PLR0917 - the launcher passes them so
     # Only one process logs and reports.
     listeners = listeners if comm.is_main_process() else ()
     interrupt = Interrupt(listeners) if comm.get_world_size() == 1 else None
+    pictures = SamplePictures(val, crops=False, name=VALIDATION_SAMPLE) if val else None
     try:
         trainer = _make_trainer(
             cfg,
             batches,
-            evaluate=_evaluation(recipe, cfg, val, batches.unreadable),
+            evaluate=_evaluation(recipe, cfg, val, batches.unreadable, pictures),
+            pictures=pictures.take if pictures else None,
             listeners=listeners,
             interrupt=interrupt,
         )
@@ -195,14 +199,14 @@ def _bare(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _evaluation(
-    recipe: Detectron2Recipe, cfg: Any, val: Dataset | None, unreadable: Unreadable
+    recipe: Detectron2Recipe, cfg: Any, val: Dataset | None, unreadable: Unreadable, pictures: SamplePictures | None
 ) -> Callable[[torch.nn.Module], dict[str, float]] | None:
     if val is None or not val.planes:
         return None
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         predictor = by_tiles(Detectron2Predictor(_bare(model), cfg), recipe.prediction, cfg.MODEL.DEVICE)
-        return validation_metrics(predictor, val, masks=has_masks(cfg), unreadable=unreadable)
+        return validation_metrics(predictor, val, masks=has_masks(cfg), unreadable=unreadable, pictures=pictures)
 
     return evaluate
 
@@ -284,6 +288,7 @@ def _make_trainer(
     batches: DetectorBatches,
     *,
     evaluate: Callable[[torch.nn.Module], dict[str, float]] | None,
+    pictures: Pictures | None,
     listeners: Sequence[Listener],
     interrupt: Interrupt | None,
 ) -> Any:
@@ -320,7 +325,13 @@ def _make_trainer(
             from pipelines.training.detectron2.hooks import make_hooks
 
             hooks, self.recorder = make_hooks(
-                self, Path(cfg.OUTPUT_DIR), listeners=listeners, evaluate=evaluate, epoch=len(batches), interrupt=interrupt
+                self,
+                Path(cfg.OUTPUT_DIR),
+                listeners=listeners,
+                evaluate=evaluate,
+                pictures=pictures,
+                epoch=len(batches),
+                interrupt=interrupt,
             )
             return hooks
 
