@@ -30,6 +30,7 @@ class Recording:
 
     def __init__(self, stop_at=None):
         self.steps, self.safe, self.begun, self.stop_at = [], 0, None, stop_at
+        self.shown = []
 
     def on_start(self, history, total):
         self.begun = (len(history), total)
@@ -41,6 +42,9 @@ class Recording:
 
     def on_checkpoint(self, history):
         self.safe = len(history)
+
+    def on_pictures(self, step, pictures):
+        self.shown.append((step, *pictures))
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +95,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(data, tmp_path):
     resumed, second = train_detectron2(recipe, train, val, folder=tmp_path / "parts", device="cpu", listeners=[listener])
     assert listener.begun == (3, 6)
     assert listener.safe == 6
+    assert listener.shown == [(6, "validation_sample_1", "validation_sample_2")]
     timeless = [[{k: v for k, v in r.items() if not k.startswith("seconds")} for r in o.history] for o in (first, second)]
     assert timeless[0] == timeless[1]
     a, b = read_weights(whole), read_weights(resumed)
