@@ -39,6 +39,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.tiles
 	$(BIN)/python -m benchmarks.field
 	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.viewer
 	$(BIN)/python -m benchmarks.actors
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.gpu --rounds 5 --batches 1,4 --crops 1,20

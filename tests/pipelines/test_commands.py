@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -299,8 +298,8 @@ def test_a_groups_own_option_is_not_that_of_its_commands(seen):
 # Completion.
 
 
-def _completed(program: str, words: str, shell: str = "bash") -> tuple[list[str], float]:
-    """What the real console script proposes for the last word, and in how many seconds."""
+def _completed(program: str, words: str, shell: str = "bash") -> list[str]:
+    """What the real console script proposes for the last word."""
     script = BIN / program
     if not script.exists():
         pytest.skip("the package is not installed, so there are no console scripts")
@@ -310,10 +309,9 @@ def _completed(program: str, words: str, shell: str = "bash") -> tuple[list[str]
     env["PYTHONPATH"] = str(ROOT)
     if shell == "fish":
         env["COMP_CWORD"] = given[-1]
-    started = time.perf_counter()
     done = subprocess.run([script], env=env, capture_output=True, text=True, check=False)
     assert done.stderr == ""
-    return done.stdout.split(), time.perf_counter() - started
+    return done.stdout.split()
 
 
 @pytest.mark.parametrize(
@@ -333,14 +331,14 @@ def _completed(program: str, words: str, shell: str = "bash") -> tuple[list[str]
     ],
 )
 def test_commands_options_and_files_are_completed(program, words, proposed):
-    found, _ = _completed(program, words)
+    found = _completed(program, words)
     assert [line for line in found if line in proposed] == proposed
     assert bool(found) == bool(proposed)
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_other_shells(shell):
-    found, _ = _completed("score", "score com", shell)
+    found = _completed("score", "score com", shell)
     assert "compare" in "\n".join(found)
 
 
@@ -382,9 +380,3 @@ def test_no_help_loads_anything_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_completion_answers_at_once():
-    seconds = [_completed("planes", "planes score --ti")[1] for _ in range(3)]
-    # 0.15 s on an idle machine; here others run beside it.
-    assert min(seconds) < 0.6, seconds
