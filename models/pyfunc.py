@@ -181,7 +181,7 @@ class PlanesModel(PythonModel):
         for number, value in enumerate(values):
             try:
                 yield read_image(image_bytes(value, paths), self.rendering)
-            except DataError as error:
+            except (DataError, mlflow.MlflowException) as error:
                 raise refusal(f"row {number}: {one_line(error, 300)}") from error
 
     def _predictor(self, tile: int | None) -> Any:

@@ -230,7 +230,7 @@ def _score(models: tuple[str, ...], data: str, *, out: str, split: str, device: 
             claim_folder(Path(out))
 
         from pipelines.registry.model_versions import Registry
-        from scoring.use_cases import score
+        from scoring.use_cases import NotLogged, score
 
     address = None if options["ray_address"] == "none" else options["ray_address"]
     actors, most = _actors(options)
@@ -263,7 +263,11 @@ def _score(models: tuple[str, ...], data: str, *, out: str, split: str, device: 
         execution=execution,
         runtime=options["runtime"],
     )
-    jobs = score(Registry.connect(), request, _display())
+    try:
+        jobs = score(Registry.connect(), request, _display())
+    except NotLogged as error:
+        record(jobs=[job.facts for job in error.jobs])
+        raise
     record(jobs=[job.facts for job in jobs])
     worst = max(job.failures / (job.images + job.failures) for job in jobs)
     if worst > options["max_errors"]:
@@ -405,7 +409,8 @@ def _evaluate(predictions: str, data: str, *, split: str, score_threshold: float
         predictions=predictions,
         data=f"{dataset.name}/{dataset.split}",
         images=len(dataset),
-        metrics={name: value for evaluation in evaluations for name, value in evaluation.finite().items()},
+        images_failed=evaluations[0].settings["images_failed"],
+        metrics={k: v for e in evaluations for k, v in e.finite("mask_" * (e.settings["kind"] == "segm")).items()},
     )
 
 

@@ -33,6 +33,7 @@ from scoring.parts.job import (
     LocalParts,
     PartRunner,
     PartsResult,
+    check_any,
     held,
     planned,
     run_parts,
@@ -172,14 +173,21 @@ def _score(
         if there and settings.update:
             result = _brought_up_to_date(result, listing, requested, working_folder(place, UPDATING, cache), run)
     result.megabytes = folder_megabytes(chosen.folder)
-    _tell(result)
-    if _is_logged(place, result.plan):
-        log.info(f"   nothing new; outputs in {result.place}")
-        return result
     params = {k: v for k, v in settings.__dict__.items() if k != "scores"} | request.execution.__dict__
     params |= {"batch_size": how.batch_size, "device": device, "data": plan.source, "part_size": plan.part_size}
     params |= {"range": rendering.range, "bands": rendering.bands or "auto"}
-    _log(registry, result, version, params)
+    return _finished(registry, result, version, params)
+
+
+def _finished(registry: Registry, result: PartsResult, version: Resolved, params: dict[str, Any]) -> PartsResult:
+    """The result, said and logged, unless it was logged before."""
+    check_any(result)
+    _tell(result)
+    result.unchanged = _is_logged(result.place, result.plan)
+    if result.unchanged:
+        log.info(f"   nothing new; outputs in {result.place}")
+    else:
+        _log(registry, result, version, params)
     return result
 
 

@@ -21,7 +21,7 @@ from models.saved.folder import folder_digest
 from models.saved.spec import read_spec
 from models.tiling.predictor import tiling_of
 from pipelines.data.dataset import Dataset
-from pipelines.data.readers.opening import open_dataset
+from pipelines.data.readers.opening import check_names, open_dataset
 from pipelines.data.remote import is_url
 from pipelines.evaluation.categories import category_of, common_category
 from pipelines.evaluation.metrics import coco_tables
@@ -227,6 +227,7 @@ def score(registry: Registry, request: ScoreRequest, display: Display = SILENT) 
         PlanesError: versions or data that cannot be used, outputs of another job in the folder, or scorings that
             the store did not take (they are kept, and the same call logs them).
     """
+    check_names([request.out], "--out")
     out = Path(request.out)
     if not is_url(request.out):
         claim_folder(out)
@@ -454,20 +455,29 @@ def score_version(
     return scored, job
 
 
+class NotLogged(RegistryError):
+    """The store did not take some of the scorings ``jobs``, whose outputs are there."""
+
+    def __init__(self, message: str, jobs: Sequence[JobResult | PartsResult]) -> None:
+        super().__init__(message)
+        self.jobs = jobs
+
+
 def check_logged(jobs: Sequence[JobResult | PartsResult]) -> None:
     """Say which scorings the store did not take.
 
     Raises:
-        RegistryError: there are some.
+        NotLogged: there are some.
     """
     lost = [job for job in jobs if job.unlogged]
     if lost:
         what = ", ".join(job.label for job in lost)
         denied = "permission denied" in str(lost[0].unlogged).lower()
         hint = " with MLFLOW_EXPERIMENT_NAME set to an experiment of your own" if denied else ""
-        raise RegistryError(
+        raise NotLogged(
             f"{what}: scored, but not logged ({lost[0].unlogged}); the outputs are kept, and the same command{hint} "
-            "logs them without scoring again"
+            "logs them without scoring again",
+            jobs,
         )
 
 

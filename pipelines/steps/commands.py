@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from pipelines.steps.reporting import report_options, reporting
 
 # Said on the command line alone: what throws work away, overrules a check, or ends the command.
-COMMAND_LINE_ALONE = ("fresh", "force", "yes", "unchecked", "version", "help")
+COMMAND_LINE_ALONE = ("fresh", "force", "yes", "unchecked")
 FOR_SCRIPTS, OTHER = "For scripts", "Other"
 
 Headings = Mapping[str, Sequence[str]]
@@ -53,7 +53,7 @@ class Command(click.Command):
         """Let options be given by environment variables that begin with ``env``."""
         self.env = env
         for option in self._options():
-            if option_name(option) not in COMMAND_LINE_ALONE:
+            if option.expose_value and option_name(option) not in COMMAND_LINE_ALONE:
                 option.envvar = variable(env, option)
 
     def _options(self) -> list[click.Option]:
@@ -78,6 +78,17 @@ class Command(click.Command):
             if error.ctx and option and name and error.ctx.get_parameter_source(name) is ParameterSource.ENVIRONMENT:
                 error.message = f"environment variable {option.envvar}: {error.message}"
             raise
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does; says what came from the environment, which nobody sees on the command line."""
+        given = [
+            f"{option.opts[0]} from {option.envvar}"
+            for option in self._options()
+            if option.name and ctx.get_parameter_source(option.name) is ParameterSource.ENVIRONMENT
+        ]
+        if given and not ctx.params.get("quiet"):
+            click.echo(f"{ctx.command_path}: {', '.join(given)}", err=True)
+        return super().invoke(ctx)
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The text, and the examples below it."""

@@ -129,5 +129,13 @@ def request_from(task: str, options: dict[str, Any]) -> TrainingRequest:
 
 
 def split_words(values: Sequence[str]) -> list[str]:
-    """Values of ``--set`` or trailing ``KEY VALUE``, each of which may hold several separated by spaces."""
-    return [part for value in values for part in shlex.split(value)]
+    """Values of ``--set`` or trailing ``KEY VALUE``, each of which may hold several separated by spaces.
+
+    Raises:
+        click.UsageError: a quote is not closed.
+    """
+    try:
+        # Together: click parts what an environment variable holds at each space, also between quotes.
+        return shlex.split(" ".join(values))
+    except ValueError as error:
+        raise click.UsageError(f"--set {' '.join(values)}: a quote is not closed") from error

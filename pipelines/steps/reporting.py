@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from models.errors import one_line
 
@@ -62,6 +63,8 @@ def reporting(callback: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(callback)
     def run(*arguments: Any, as_json: bool, quiet: bool, **options: Any) -> Any:
         context = click.get_current_context()
+        if context.invoked_subcommand:
+            _refuse_before(context, context.invoked_subcommand)
         if context.invoked_subcommand or not (as_json or quiet):
             return callback(*arguments, **options)
         context.meta[QUIET] = quiet
@@ -73,6 +76,10 @@ def reporting(callback: Callable[..., Any]) -> Callable[..., Any]:
         except SystemExit as error:
             outcome["exit_code"] = error.code or 0
             raise
+        except KeyboardInterrupt:
+            outcome |= {"exit_code": INTERRUPTED, "error": "interrupted"}
+            click.echo("Interrupted.", err=True)
+            raise SystemExit(INTERRUPTED) from None
         except Exception as error:
             # What is no click error is a mistake of ours, and goes on as a traceback.
             said = error.format_message() if isinstance(error, click.ClickException) else one_line(error)
@@ -81,9 +88,21 @@ def reporting(callback: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             if as_json:
                 found = outcome | context.meta.get(FACTS, {})
-                click.echo(json.dumps(_plain(found), indent=2, ensure_ascii=False), file=stdout)
+                click.echo(json.dumps(_plain(found), indent=2), file=stdout)
 
     return run
+
+
+def _refuse_before(context: click.Context, command: str) -> None:
+    """Options of a group say nothing of its commands; in the environment they are meant for the group alone.
+
+    Raises:
+        click.UsageError: one stands on the command line.
+    """
+    for name in ("as_json", "quiet"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            said = "--json" if name == "as_json" else "--quiet"
+            raise click.UsageError(f"{said} stands after the command: {context.command_path} {command} {said}", context)
 
 
 def _plain(value: Any) -> Any:

@@ -78,7 +78,7 @@ def report(registry: Registry, trained: Trained) -> None:
     """Say in one line what came out."""
     metric = MAIN_METRIC[KIND[trained.task]]
     value = trained.metrics.get(metric)
-    shown = f"test {metric} {value:.3f}" if value is not None else "no test set"
+    shown = f"test {metric} {value:.3f}" if value is not None else "no test metrics"
     version = f"version {trained.version}" if trained.version else "(not registered)"
     click.echo(f"{trained.name} {version}: {shown} (run {trained.run_id})")
     click.echo(f"MLflow UI: {mlflow_runs.ui_link(registry.client, trained.run_id)}")

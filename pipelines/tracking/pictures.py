@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 class PictureLog:
     """Logs pictures of one run, each key and step once, though the process that logged it was killed and began again.
 
+    A picture is a file and a small one, which MLflow's pages show: a kill between the two leaves the first one, unused.
+
     MLflow's log_image may only queue a picture (MLFLOW_ENABLE_ASYNC_LOGGING), and what is queued is lost with the process.
     Here a picture is stored when `log` returns.
     """

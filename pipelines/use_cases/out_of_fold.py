@@ -101,7 +101,7 @@ def _table(results: Sequence[ablation.Result], dataset: Dataset) -> pa.Table:
             path = mlflow.artifacts.download_artifacts(
                 run_id=result.run.info.run_id, artifact_path=PREDICTIONS_FILE, dst_path=work
             )
-            table = pq.read_table(path)
+            table = pq.read_table(path, partitioning=None)
         more: dict[str, Any] = {"fold": result.member.fold, "seed": result.member.seed}
         for name, value in more.items():
             table = table.append_column(name, pa.array([value] * table.num_rows, pa.int32()))

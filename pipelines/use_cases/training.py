@@ -273,9 +273,10 @@ def _run_held(registry: Registry, plan: Plan, display: Display, listeners: Seque
             raise
         finally:
             progress.close()
-        mlflow.log_metrics({"wall_seconds": time.monotonic() - started, "best_step": outcome.step})
-        _tell_unreadable(folder)
-        mlflow.log_figure(figures.loss_figure(outcome.history, title), "figures/loss.png")
+        with mlflow_runs.store_errors(f"{title}: trained, but the run cannot be logged", OSError):
+            mlflow.log_metrics({"wall_seconds": time.monotonic() - started, "best_step": outcome.step})
+            _tell_unreadable(folder)
+            mlflow.log_figure(figures.loss_figure(outcome.history, title), "figures/loss.png")
         trained = _publish(registry, plan, saved, run_id)
     (folder / DONE_FILE).write_text(str(trained.version))
     for left in (*folder.glob("checkpoint.pt"), *folder.glob("model_*.pth"), folder / "last_checkpoint"):

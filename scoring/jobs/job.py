@@ -87,6 +87,7 @@ class JobResult:
             "version": self.label,
             "folder": self.folder,
             "run_id": self.run_id,
+            "unlogged": self.unlogged,
             "images": self.images,
             "planes": self.instances,
             "failed": self.failures,

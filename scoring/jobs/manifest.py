@@ -317,7 +317,7 @@ def read_inputs(folder: Path, manifest: Manifest) -> Dataset:
         DataError: the list is absent or damaged.
     """
     try:
-        rows = pq.read_table(folder / INPUTS).to_pylist()
+        rows = pq.read_table(folder / INPUTS, partitioning=None).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{folder / INPUTS}: absent or damaged; score with --fresh") from error
     rendering = Rendering.model_validate(manifest.settings["rendering"])
@@ -368,7 +368,9 @@ def _exactly(folder: Path, held: Manifest, requested: Manifest, dataset: Dataset
         return True
     sizes = ["height", "width"]
     try:
-        return bool(pq.read_table(folder / INPUTS, columns=sizes).equals(input_rows(dataset).select(sizes)))
+        return bool(
+            pq.read_table(folder / INPUTS, partitioning=None, columns=sizes).equals(input_rows(dataset).select(sizes))
+        )
     except (OSError, pa.ArrowException):
         return False
 
@@ -400,7 +402,7 @@ def _but_for_fingerprints(folder: Path, held: Manifest, requested: Manifest, dat
         return False
     if digest_in_order(dataset, as_in_060=True) == held.inputs:
         return True
-    then = pq.read_table(folder / INPUTS, columns=["digest"])["digest"].to_pylist()
+    then = pq.read_table(folder / INPUTS, partitioning=None, columns=["digest"])["digest"].to_pylist()
     now = dataset.file_digests()
     if len(then) != len(now) or UNREADABLE not in {*then, *now}:
         return False
@@ -409,7 +411,7 @@ def _but_for_fingerprints(folder: Path, held: Manifest, requested: Manifest, dat
 
 
 def _other_inputs(folder: Path, dataset: Dataset) -> str:
-    held = {r["image_id"]: r["digest"] for r in pq.read_table(folder / INPUTS).to_pylist()}
+    held = {r["image_id"]: r["digest"] for r in pq.read_table(folder / INPUTS, partitioning=None).to_pylist()}
     requested = dict(zip((s.image_id for s in dataset.samples), dataset.file_digests(), strict=True))
     kinds = {
         "new": sorted(requested.keys() - held.keys()),

@@ -99,7 +99,7 @@ class _Source:
     def __init__(self, folder: Path, *, joined: bool, shard_size: int) -> None:
         self.folder = folder
         try:
-            table = pq.read_table(folder / INPUTS)
+            table = pq.read_table(folder / INPUTS, partitioning=None)
             self.inputs = table.to_pydict()
             numbers = sorted(finished(folder))
             parts = [folder] if joined else [shard_folder(folder, n) for n in numbers]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,16 +29,18 @@ from scoring.parts.place import Place
 from scoring.parts.plan import (
     DONE,
     ERRORS,
+    FIRST_LISTS,
     GENERATIONS,
     GONE,
     INPUTS,
     INSTANCES,
+    LISTS,
     SUMMARY,
+    UPDATE_FILE,
     Plan,
     file_of,
     numbers_of,
     read_plan,
-    update_file,
 )
 from scoring.parts.planning import plan_images
 from scoring.parts.updates import amend, publish_all, read_marks
@@ -65,6 +68,7 @@ class PartsResult:
         run_id: of the MLflow run that this call logged.
         unlogged: why the tracking store did not take it.
         updated: whether this call has added a generation.
+        unchanged: whether nothing was new, and the run of these outputs is there.
     """
 
     place: Place
@@ -78,6 +82,7 @@ class PartsResult:
     run_id: str | None = None
     unlogged: str | None = None
     updated: bool = False
+    unchanged: bool = False
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -86,13 +91,14 @@ class PartsResult:
             "version": self.label,
             "folder": self.place,
             "run_id": self.run_id,
+            "unlogged": self.unlogged,
             "images": self.images,
             "planes": self.totals.instances,
             "failed": self.failures,
             "errors": f"{self.place}/{ERRORS}" if self.failures else None,
             "seconds": self.totals.seconds,
             "metrics": {},
-            "unchanged": self.rate is None,
+            "unchanged": self.unchanged,
         }
 
     @property
@@ -213,7 +219,7 @@ def planned(
     if held is None:
         _refuse_others(place)
         # What a removal that was stopped has left is not to be read beside the new tables.
-        clear(place, cache)
+        clear(place, cache, keep_lists=True)
         listed = plan_images(listing, staging, requested["part_size"])
         plan = Plan(**requested, inputs=listed.digest, images=listed.images, planned=listed.at)
         publish_all(place, plan.folder, listed.folder)
@@ -240,11 +246,11 @@ def run_parts(place: Place, plan: Plan, runner: PartRunner, progress: Progress) 
     """Score the parts that are not done, and try images again that could not be had; return the sums.
 
     Raises:
-        DataError: no image could be scored.
         OutputError: the place cannot be written.
     """
     marks = read_marks(place, plan)
-    for folder in (DONE, INSTANCES, ERRORS, INPUTS):
+    made = [name for one in plan.generations for name in (one.folder, one.removed) if name]
+    for folder in (DONE, INSTANCES, ERRORS, INPUTS, GENERATIONS, *made):
         place.sweep(folder)
     marks = amend(place, plan, marks)
     pending: dict[int, Mark | None] = {n: None for n in plan.numbers if n not in marks}
@@ -255,10 +261,9 @@ def run_parts(place: Place, plan: Plan, runner: PartRunner, progress: Progress) 
         bar = Bar(progress if left else pass_through, left, f"scoring with {plan.label}")
         with closing(runner.run({**again, **pending}, bar)) as results:
             for number, mark in results:
-                marks[number] = mark
+                # Of a part that had lost its mark, all images of its list were scored.
+                marks |= amend(place, plan, {number: mark})
         bar.close()
-        # Of a part that had lost its mark, all images of its list were scored.
-        marks = amend(place, plan, marks)
     except OSError as error:
         raise OutputError(
             f"{place}: cannot be written ({error.strerror or one_line(error)}); what is done is kept, call again"
@@ -267,13 +272,29 @@ def run_parts(place: Place, plan: Plan, runner: PartRunner, progress: Progress) 
     if not set(marks) <= numbers_of(place.names(DONE)):
         raise OutputError(f"{place}: somebody has removed parts of it meanwhile; call again")
     totals = sums(marks[n].totals for n in plan.numbers)
-    if totals.failures and not totals.images:
-        raise DataError(f"none of {totals.failures} images could be scored; see {place}/{ERRORS}")
     parts = {"parts": len(plan.numbers), "generations": len(plan.generations)}
-    place.write(SUMMARY, (json.dumps({**parts, **asdict(totals)}, indent=2) + "\n").encode())
+    _write_summary(place, (json.dumps({**parts, **asdict(totals)}, indent=2) + "\n").encode())
     rate = now / max(seconds, 1e-9) if pending else None
-    resumed = totals.images + totals.failures - left
+    # A part that had lost its mark may have fewer images than its plan says.
+    resumed = max(0, totals.images + totals.failures - left)
     return PartsResult(place, plan, totals, resumed, left, rate=rate, peaks=runner.peak_megabytes())
+
+
+def check_any(result: PartsResult) -> None:
+    """Refuse a job of which no image could be scored; what failed stands in its tables.
+
+    Raises:
+        DataError: it is one.
+    """
+    if result.failures and not result.images:
+        raise DataError(f"none of {result.failures} images could be scored; see {result.place}/{ERRORS}")
+
+
+def _write_summary(place: Place, content: bytes) -> None:
+    with suppress(FileNotFoundError):
+        if place.read(SUMMARY) == content:
+            return
+    place.write(SUMMARY, content)
 
 
 @contextmanager
@@ -298,25 +319,32 @@ def held(place: Place, cache: Path | None = None) -> Iterator[None]:
         lock.release()
 
 
-def clear(place: Place, cache: Path | None = None) -> None:
+def clear(place: Place, cache: Path | None = None, *, keep_lists: bool = False) -> None:
     """Remove what a job in parts left there and nothing else, the plan first: what a stop leaves is taken for no job.
+
+    Args:
+        keep_lists: leave the lists of a plan that was never updated: planning goes on with them.
 
     Raises:
         OutputError: something of it cannot be removed.
     """
-    plan = read_plan_or_none(place)
     place.remove("", [PLAN])
     if place.local is not None and (place.local / MANIFEST).exists():
         place.remove("", [MANIFEST])
         clear_job(place.local)
-    made = [name for one in (plan.generations if plan else ()) for name in (one.folder, one.removed) if name]
-    for one in plan.later if plan else ():
-        made += [f"{GONE}/{one.generation:04d}/{name}" for name in (INPUTS, INSTANCES)]
-        place.remove(GENERATIONS, [update_file(one.generation)])
+    # Also those that no plan names: of updates that were stopped, or whose plan is damaged. Updates take images from lists.
+    updates = [name for name in place.names(GENERATIONS) if UPDATE_FILE.fullmatch(name)]
+    kept = FIRST_LISTS if keep_lists and not updates else None
+    made = [name for name in place.folders() if LISTS.fullmatch(name) and not (kept and kept.fullmatch(name))]
+    gone = [name for name in place.folders(GONE) if re.fullmatch(r"\d{4,}", name)]
+    made += [f"{GONE}/{number}/{name}" for number in gone for name in (INPUTS, INSTANCES)]
     for folder in (*made, DONE, INSTANCES, ERRORS, INPUTS):
         place.remove(folder, [name for name in place.names(folder) if numbers_of([name])])
+    # Last: where they are, no list is kept.
+    place.remove(GENERATIONS, updates)
     place.remove("", [SUMMARY, LOGGED])
-    shutil.rmtree(working_folder(place, SCRATCH, cache), ignore_errors=True)
+    for name in (SCRATCH, UPDATING):
+        shutil.rmtree(working_folder(place, name, cache), ignore_errors=True)
 
 
 def clear_parts(folder: Path) -> None:
@@ -330,14 +358,6 @@ def clear_parts(folder: Path) -> None:
         with held(place):
             clear(place)
             shutil.rmtree(folder / PLANNING, ignore_errors=True)
-
-
-def read_plan_or_none(place: Place) -> Plan | None:
-    """The plan of a place, None also where it is damaged."""
-    try:
-        return read_plan(place)
-    except DataError:
-        return None
 
 
 def _refuse_others(place: Place) -> None:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.errors import DataError, one_line
 from pipelines.data.dataset import Dataset
 from pipelines.files import write_text
 from pipelines.progress import Progress
 from scoring.jobs.completing import complete
 from scoring.jobs.manifest import DONE as DONE_MARK
 from scoring.jobs.manifest import INPUTS as INPUT_TABLE
-from scoring.jobs.manifest import MANIFEST, input_rows
+from scoring.jobs.manifest import MANIFEST, Manifest, input_rows
 from scoring.jobs.retry import FOR_NOW, failed_before
 from scoring.jobs.shards import ERRORS as ERROR_TABLE
 from scoring.jobs.shards import INSTANCES as INSTANCE_TABLE
@@ -29,6 +30,8 @@ from scoring.requests import JobSettings
 from scoring.runners.runner import Runner
 from scoring.writers import parquet
 
+# Ids of the images of a part that are tried again.
+TRIED = "tried.json"
 # What is published of a part, by the folder that it goes to; the mark in DONE comes last.
 TABLES = {INSTANCES: INSTANCE_TABLE, ERRORS: ERROR_TABLE, INPUTS: INPUT_TABLE}
 
@@ -94,7 +97,8 @@ def score_part(
     dataset = plan.dataset(place, number)
     manifest = plan.manifest(dataset)
     text = manifest.model_dump_json()
-    if not (scratch / MANIFEST).exists() or (scratch / MANIFEST).read_text() != text:
+    begun = (scratch / MANIFEST).exists() and (scratch / MANIFEST).read_text() == text
+    if not begun:
         # Another part, or files that have changed since: what is there is of no use.
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
@@ -103,20 +107,60 @@ def score_part(
                 (scratch / name).write_bytes(place.read(f"{folder}/{file_of(number)}"))
             write_totals(scratch / DONE_MARK, again.totals)
         write_text(scratch / MANIFEST, text)
-    before = parquet.read_failures(scratch / ERROR_TABLE) if again is not None else []
-    if again is not None and not failed_before(scratch, manifest, dataset):
+    tried = None if again is None else _tried(scratch, manifest, dataset)
+    # Where a stop has left a retry that is scored, its tables are to be published still.
+    if again is not None and not tried and not begun:
+        mark = recounted(again, **_tables_of(place, number))
+        if mark != again:
+            write_mark(place, plan, number, mark)
         shutil.rmtree(scratch, ignore_errors=True)
-        return again
+        return mark
     _, totals = complete(runner, manifest, scratch, dataset, settings=settings, progress=progress, held=None)
-    tried = None if again is None else {f.image_id for f in before}
     _write_inputs(place, number, scratch, dataset, generation=plan.generation, again=tried)
     failures = parquet.read_failures(scratch / ERROR_TABLE)
     mark = Mark(totals, sum(f.kind in FOR_NOW for f in failures), again.amended if again else 0)
+    there = read_mark(place, plan, number)
+    if there is not None and there != again:
+        # Another machine was first, and may have brought the job up to date since.
+        shutil.rmtree(scratch, ignore_errors=True)
+        return there
     for folder, name in TABLES.items():
         place.publish(f"{folder}/{file_of(number)}", scratch / name)
     write_mark(place, plan, number, mark)
     shutil.rmtree(scratch, ignore_errors=True)
     return mark
+
+
+def recounted(mark: Mark, *, inputs: pa.Table, instances: pa.Table, errors: pa.Table) -> Mark:
+    """The mark with the sums that its part's tables have."""
+    failures = errors.num_rows
+    totals = replace(mark.totals, images=inputs.num_rows - failures, instances=instances.num_rows, failures=failures)
+    return mark._replace(totals=totals, again=sum(kind in FOR_NOW for kind in errors["kind"].to_pylist()))
+
+
+def _tables_of(place: Place, number: int) -> dict[str, pa.Table]:
+    return {name: read_table(place, f"{name}/{file_of(number)}") for name in (INPUTS, INSTANCES, ERRORS)}
+
+
+def read_table(place: Place, name: str) -> pa.Table:
+    """A parquet file of a place.
+
+    Raises:
+        DataError: it is absent or damaged.
+    """
+    try:
+        return pq.read_table(io.BytesIO(place.read(name)))
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{place}/{name}: absent or damaged ({one_line(error, 120)}); score with --fresh") from error
+
+
+def _tried(scratch: Path, manifest: Manifest, dataset: Dataset) -> set[str]:
+    """Ids of the images that are tried again, those that a stopped call has tried included; kept for the next one."""
+    known = set(json.loads((scratch / TRIED).read_text())) if (scratch / TRIED).exists() else set()
+    for shard, positions in failed_before(scratch, manifest, dataset).items():
+        known |= {dataset.samples[shard * manifest.shard_size + one].image_id for one in positions}
+    write_text(scratch / TRIED, json.dumps(sorted(known)))
+    return known
 
 
 def _write_inputs(

@@ -47,6 +47,22 @@ class Place:
                 entries = self._fs.ls(self._key(folder), detail=True)
         return sorted(e["name"].rsplit("/", 1)[-1] for e in entries if e["type"] == "file")
 
+    def folders(self, folder: str = "") -> list[str]:
+        """Names of the folders directly in one, sorted; none where it does not exist.
+
+        Raises:
+            OutputError: the store cannot be reached.
+        """
+        with self._reached():
+            if self.local is not None:
+                inside = self.local / folder
+                return sorted(entry.name for entry in os.scandir(inside) if entry.is_dir()) if inside.is_dir() else []
+            try:
+                entries = self._fs.ls(self._key(folder).rstrip("/"), detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory")
+
     def read(self, name: str) -> bytes:
         """A file's content.
 

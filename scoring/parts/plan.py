@@ -7,6 +7,7 @@ import io
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from typing import Any, Literal
 
@@ -28,6 +29,10 @@ SUMMARY = "summary.json"
 INPUTS, INSTANCES, ERRORS, DONE = "inputs", "instances", "errors", "done"
 # The plans of updates, a file each, and what they have taken from the tables.
 GENERATIONS, GONE = "generations", "gone"
+UPDATE_FILE = re.compile(r"\d{6}\.json")
+# Folders of lists of images: those of a plan, and those that an update takes away.
+FIRST_LISTS = re.compile(r"plan-[0-9a-f]{16}")
+LISTS = re.compile(r"(plan-|plan-\d{4,}-|removed-\d{4,}-)[0-9a-f]{16}")
 SCHEMA = pa.schema([("image_id", pa.string()), ("path", pa.string())])
 
 
@@ -53,6 +58,7 @@ class Plan(BaseModel):
         first: number of its first part, which is after those of the generation before.
         removed: folder with a file for each earlier part that has images which are gone, or which are scored anew.
         losing: numbers of those parts.
+        follows: digest of the plan of the generation before.
         news: what an update found.
         later: the plans of the updates since, oldest first; each lies in a file of its own.
     """
@@ -77,6 +83,7 @@ class Plan(BaseModel):
     first: int = 0
     removed: str = ""
     losing: tuple[int, ...] = ()
+    follows: str = ""
     news: Generation | None = None
     later: tuple[Plan, ...] = ()
 
@@ -121,7 +128,9 @@ class Plan(BaseModel):
     @property
     def folder(self) -> str:
         """Where the lists of images are, of each plan in a folder of its own: two that are made at once do not mix."""
-        return f"plan-{self.inputs}"
+        cut = hashlib.sha256(f"{self.inputs} {self.part_size}".encode()).hexdigest()[:16]
+        # The same images may be news twice, in parts of other numbers.
+        return f"plan-{cut}" if self.generation == 1 else f"plan-{self.generation:04d}-{cut}"
 
     def size(self, number: int) -> int:
         """Images of a part."""
@@ -198,9 +207,13 @@ def read_plan(place: Place) -> Plan | None:
     plan = _read(place, PLAN)
     if plan is None:
         return None
-    updates = sorted(name for name in place.names(GENERATIONS) if re.fullmatch(r"\d{6}\.json", name))
+    updates = sorted(name for name in place.names(GENERATIONS) if UPDATE_FILE.fullmatch(name))
     with ThreadPool(ASKING if place.local is None else 1) as pool:
         later = [one for one in pool.map(lambda name: _read(place, f"{GENERATIONS}/{name}"), updates) if one is not None]
+    for before, one in pairwise((plan, *later)):
+        if (one.generation, one.follows) != (before.generation + 1, before.digest):
+            name = f"{GENERATIONS}/{update_file(one.generation)}"
+            raise DataError(f"{place}/{name}: is no update of the plan before it; score with --fresh")
     return plan.model_copy(update={"later": tuple(later)})
 
 

@@ -100,17 +100,19 @@ def plan_images(listing: Listing, staging: Path, part_size: int) -> Listed:
     Raises:
         DataError: no images, one of them twice, or names that are not unique.
         EngineMissing: DuckDB is not installed.
+        OutputError: the folder cannot be written, a file of it is damaged, or the disk is full.
     """
-    origin = f"{listing.where}\n{listing.mark}\n{part_size}\n{PIECE_SCHEMA.names}\n"
-    if not (staging / "of").exists() or (staging / "of").read_text() != origin:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        write_text(staging / "of", origin)
-    _list(listing, staging / LISTED)
-    with _named(listing, staging) as database:
-        rows = _stream(database, f"SELECT image_id, path FROM named ORDER BY {_order(listing)}")
-        images, digest = _cut(rows, staging / PARTS, part_size)
-    return Listed(staging / PARTS, images, (staging / LISTED / COMPLETE).read_text(), digest)
+    with _told(listing, staging):
+        origin = f"{listing.where}\n{listing.mark}\n{part_size}\n{PIECE_SCHEMA.names}\n"
+        if not (staging / "of").exists() or (staging / "of").read_text() != origin:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            write_text(staging / "of", origin)
+        _list(listing, staging / LISTED)
+        with _named(listing, staging) as database:
+            rows = _stream(database, f"SELECT image_id, path FROM named ORDER BY {_order(listing)}")
+            images, digest = _cut(rows, staging / PARTS, part_size)
+        return Listed(staging / PARTS, images, (staging / LISTED / COMPLETE).read_text(), digest)
 
 
 def plan_changes(listing: Listing, staging: Path, held: Sequence[Path], *, part_size: int, first: int) -> Changes:
@@ -127,12 +129,13 @@ def plan_changes(listing: Listing, staging: Path, held: Sequence[Path], *, part_
         DataError: as `plan_images`.
         EngineMissing: DuckDB is not installed.
     """
-    _list(listing, staging / LISTED, marked=True)
-    with _named(listing, staging) as database:
+    with _told(listing, staging):
+        _list(listing, staging / LISTED, marked=True)
+    with _told(listing, staging), _named(listing, staging) as database:
         database.execute("CREATE TABLE held (image_id VARCHAR, path VARCHAR, digest VARCHAR, part INTEGER)")
         if held:
             part = r"CAST(regexp_extract(filename, 'part-(\d+)\.[a-z]+$', 1) AS INTEGER)"
-            source = f"read_parquet([{_quoted(held)}], filename = true)"
+            source = f"read_parquet([{_quoted(held)}], filename = true, hive_partitioning = false)"
             database.execute(f"INSERT INTO held SELECT image_id, path, digest, {part} FROM {source}")
         database.execute(
             "CREATE TABLE pending AS SELECT n.image_id, n.path, n.row, h.path IS NOT NULL AS known FROM named n "
@@ -179,7 +182,7 @@ def _list(listing: Listing, folder: Path, *, marked: bool = False) -> None:
             piece.unlink()
         pieces = []
     done = sum(pq.read_metadata(piece).num_rows for piece in pieces)
-    last = pq.read_table(pieces[-1], columns=["path"])["path"][-1].as_py() if pieces else ""
+    last = pq.read_table(pieces[-1], partitioning=None, columns=["path"])["path"][-1].as_py() if pieces else ""
     if done:
         log.info(f"{listing.where}: {done:,} paths were listed before")
     entries = listing.stream(done, last)
@@ -211,16 +214,14 @@ def _quoted(files: Sequence[Path]) -> str:
 
 @contextmanager
 def _named(listing: Listing, staging: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A database with the view ``named`` of what is listed: image_id, path, mark and row.
-
-    Raises:
-        OutputError: the database cannot do what is asked of it: a file is damaged, the disk or the memory full.
-    """
+    """A database with the view ``named`` of what is listed: image_id, path, mark and row."""
     pieces = sorted((staging / LISTED).glob("*.parquet"))
     if not pieces:
         raise DataError(f"{listing.where}: no images there (PNG, JPEG, TIFF, BMP, WebP)")
-    with _database(staging / "sorting") as database, _told(staging):
-        database.execute(f"CREATE VIEW listed AS SELECT * FROM read_parquet([{_quoted(pieces)}])")
+    with _database(staging / "sorting") as database:
+        database.execute(
+            f"CREATE VIEW listed AS SELECT * FROM read_parquet([{_quoted(pieces)}], hive_partitioning = false)"
+        )
         query = "SELECT path, count(*) FROM listed GROUP BY path HAVING count(*) > 1 LIMIT 1"
         for path, times in database.sql(query).fetchall():
             raise DataError(f"{listing.where}: image {path!r} appears {times} times; image names must be unique")
@@ -320,13 +321,16 @@ def _write_part(table: pa.Table, folder: Path, number: int) -> None:
 
 
 @contextmanager
-def _told(staging: Path) -> Iterator[None]:
-    import duckdb
-
+def _told(listing: Listing, staging: Path) -> Iterator[None]:
     try:
         yield
-    except duckdb.Error as error:
-        raise OutputError(f"{staging}: the list of images cannot be sorted ({one_line(error, 300)})") from error
+    except Exception as error:
+        # DuckDB's errors have their own root, and it is imported on use.
+        if not isinstance(error, OSError) and "duckdb" not in type(error).__module__:
+            raise
+        raise OutputError(
+            f"{listing.where}: cannot be listed and sorted in {staging} ({one_line(error, 300)}); call again"
+        ) from error
 
 
 def _database(folder: Path) -> duckdb.DuckDBPyConnection:

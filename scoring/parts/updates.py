@@ -18,12 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from models.errors import DataError, one_line
+from models.errors import DataError, OutputError, one_line
 from pipelines.data.readers.listing import Listing
 from pipelines.data.remote import ASKING
 from scoring.jobs.manifest import Generation
-from scoring.jobs.retry import FOR_NOW
-from scoring.parts.part import Mark, read_mark, write_mark
+from scoring.parts.part import Mark, read_mark, read_table, recounted, write_mark
 from scoring.parts.place import Place
 from scoring.parts.plan import (
     DONE,
@@ -56,8 +55,8 @@ def updated(place: Place, plan: Plan, listing: Listing, requested: dict[str, Any
         OutputError: the place cannot be read or written.
     """
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
+        staging.mkdir(parents=True)
         held = _lists_of_images(place, plan, staging / "held")
         changes = plan_changes(listing, staging, held, part_size=plan.part_size, first=plan.numbers.stop)
         if not changes.listed.images and not changes.losing:
@@ -75,6 +74,7 @@ def updated(place: Place, plan: Plan, listing: Listing, requested: dict[str, Any
             first=plan.numbers.stop,
             removed=f"removed-{number:04d}-{changes.digest}" if changes.losing else "",
             losing=changes.losing,
+            follows=plan.generations[-1].digest,
             news=Generation(number=number, at=at, images=changes.total, kept=kept, **counts),
         )
         publish_all(place, one.folder, changes.listed.folder)
@@ -82,6 +82,9 @@ def updated(place: Place, plan: Plan, listing: Listing, requested: dict[str, Any
             publish_all(place, one.removed, changes.removed)
         # Whoever was first decides, where two update at once.
         place.create(f"{GENERATIONS}/{update_file(number)}", one.text.encode())
+    except OSError as error:
+        why = error.strerror or one_line(error)
+        raise OutputError(f"{staging}: cannot be used ({why}); what is done is kept, call again") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return read_plan(place) or plan
@@ -117,6 +120,8 @@ def amend(place: Place, plan: Plan, marks: dict[int, Mark]) -> dict[int, Mark]:
     for update in plan.later:
         # In their order: a part that one has amended was amended by those before it.
         waiting = [n for n in update.losing if n in amended and amended[n].amended < update.generation]
+        if not waiting:
+            continue
         with ThreadPool(_asking(place)) as pool:
             results = pool.starmap(_amend_part, [(place, plan, update, n, amended[n]) for n in waiting])
         amended |= dict(zip(waiting, results, strict=True))
@@ -125,10 +130,10 @@ def amend(place: Place, plan: Plan, marks: dict[int, Mark]) -> dict[int, Mark]:
 
 def _amend_part(place: Place, plan: Plan, update: Plan, number: int, mark: Mark) -> Mark:
     file = file_of(number)
-    removed = _read(place, f"{update.removed}/{file}")
+    removed = read_table(place, f"{update.removed}/{file}")
     lost = pc.field("image_id").isin(removed["image_id"].combine_chunks())
     gone = removed.filter(removed["gone"])["image_id"].combine_chunks()
-    tables = {name: _read(place, f"{name}/{file}") for name in (INPUTS, INSTANCES, ERRORS)}
+    tables = {name: read_table(place, f"{name}/{file}") for name in (INPUTS, INSTANCES, ERRORS)}
     for name in (INPUTS, INSTANCES):
         target = f"{GONE}/{update.generation:04d}/{name}"
         # Only whoever comes first sees all rows: a stop may have left the tables without some.
@@ -137,16 +142,14 @@ def _amend_part(place: Place, plan: Plan, update: Plan, number: int, mark: Mark)
     listed = f"{plan.of(number).folder}/{file}"
     left = {}
     for name, path in ((listed, listed), *((name, f"{name}/{file}") for name in tables)):
-        table = _read(place, path) if name == listed else tables[name]
+        table = read_table(place, path) if name == listed else tables[name]
         left[name] = table.filter(~lost)
         if left[name].num_rows < table.num_rows:
             _write(place, path, left[name])
-    failures = left[ERRORS].num_rows
-    totals = replace(
-        mark.totals, images=left[INPUTS].num_rows - failures, instances=left[INSTANCES].num_rows, failures=failures
-    )
-    again = sum(kind in FOR_NOW for kind in left[ERRORS]["kind"].to_pylist())
-    now = Mark(totals, again, update.generation)
+    now = recounted(mark, inputs=left[INPUTS], instances=left[INSTANCES], errors=left[ERRORS])
+    # Which images were too dark or pale is not known any more, only how many.
+    totals = replace(now.totals, little=0, first_little="")
+    now = now._replace(totals=totals, amended=update.generation)
     write_mark(place, plan.of(number), number, now)
     return now
 
@@ -154,6 +157,8 @@ def _amend_part(place: Place, plan: Plan, update: Plan, number: int, mark: Mark)
 def _lists_of_images(place: Place, plan: Plan, folder: Path) -> Sequence[Path]:
     """The job's lists of images as files of this machine."""
     names = [file_of(number) for number in plan.numbers]
+    for name in sorted(set(names) - set(place.names(INPUTS))):
+        raise DataError(f"{place}/{INPUTS}/{name}: absent; score with --fresh")
     if place.local is not None:
         return [place.local / INPUTS / name for name in names]
     folder.mkdir(parents=True)
@@ -161,13 +166,6 @@ def _lists_of_images(place: Place, plan: Plan, folder: Path) -> Sequence[Path]:
         for _ in pool.imap_unordered(lambda name: (folder / name).write_bytes(place.read(f"{INPUTS}/{name}")), names):
             pass
     return [folder / name for name in names]
-
-
-def _read(place: Place, name: str) -> pa.Table:
-    try:
-        return pq.read_table(io.BytesIO(place.read(name)))
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{place}/{name}: absent or damaged ({one_line(error, 120)}); score with --fresh") from error
 
 
 def _write(place: Place, name: str, table: pa.Table) -> None:

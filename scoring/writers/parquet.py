@@ -80,7 +80,7 @@ def _check_masks(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def join_tables(tables: Sequence[Path], path: Path, schema: pa.Schema, scores: Scores | None = None) -> None:
     """Write the rows of several files into one; see `write_joined`."""
-    write_joined((pq.read_table(source, schema=schema) for source in tables), path, schema, scores)
+    write_joined((pq.read_table(source, schema=schema, partitioning=None) for source in tables), path, schema, scores)
 
 
 def write_joined(tables: Iterable[pa.Table], path: Path, schema: pa.Schema, scores: Scores | None = None) -> int:
@@ -114,7 +114,7 @@ def write_failures(failures: Sequence[Failure], path: Path) -> None:
 
 def read_failures(path: Path) -> list[Failure]:
     """Read back the images that could not be scored."""
-    return [Failure(**row) for row in pq.read_table(path).to_pylist()]
+    return [Failure(**row) for row in pq.read_table(path, partitioning=None).to_pylist()]
 
 
 def _opened(path: Path) -> pq.ParquetFile:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -190,7 +191,7 @@ def test_a_variable_that_would_do_nothing_is_refused(seen, monkeypatch, name, sa
 
 def test_what_overrules_is_said_on_the_command_line_alone():
     options = {option_name(o) for c in ALL.values() for o in c.params if isinstance(o, click.Option)}
-    assert {"fresh", "force", "yes", "unchecked", "version"} <= options & set(COMMAND_LINE_ALONE)
+    assert {"fresh", "force", "yes", "unchecked"} <= options & set(COMMAND_LINE_ALONE)
     for command in ALL.values():
         for option in command.params:
             if isinstance(option, click.Option) and option_name(option) in COMMAND_LINE_ALONE:
@@ -290,7 +291,7 @@ def test_errors_are_in_the_object_too(body, code, said):
 
 
 def test_a_groups_own_option_is_not_that_of_its_commands(seen):
-    done = CliRunner().invoke(score, ["--json", "compare", "a"])
+    done = CliRunner().invoke(score, ["compare", "a"])
     assert (done.exit_code, done.stdout) == (0, "")
     assert len(seen) == 1
 
@@ -380,3 +381,77 @@ def test_no_help_loads_anything_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_is_told_to_scripts(monkeypatch):
+    @click.command(cls=Command, reports=True)
+    def stopped():
+        raise KeyboardInterrupt
+
+    done = CliRunner().invoke(stopped, ["--json"])
+    assert done.exit_code == 130
+    found = json.loads(done.stdout)
+    assert (found["exit_code"], found["error"]) == (130, "interrupted")
+
+
+def test_json_is_readable_whatever_the_stream_can_write():
+    @click.command(cls=Command, reports=True)
+    def told():
+        record(folder="o\udce9 ü")
+
+    done = CliRunner(charset="ascii").invoke(told, ["--json"])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["folder"] == "o\udce9 ü"
+
+
+def test_options_for_scripts_do_not_stand_before_the_command():
+    from scoring.cli import main
+
+    for option in ("--json", "--quiet"):
+        done = CliRunner().invoke(main, [option, "evaluate", "a.csv", "--data", "b"])
+        assert done.exit_code == 2
+        assert f"{option} stands after the command: main evaluate {option}" in done.stderr
+
+
+def test_what_comes_from_the_environment_is_said(monkeypatch):
+    @click.command(cls=Command, env="PLANES_TRIED", reports=True)
+    @click.option("--tile")
+    @click.option("--version", "which")
+    def tried(tile, which):
+        click.echo(f"{tile} {which}")
+
+    monkeypatch.setenv("PLANES_TRIED_TILE", "256")
+    monkeypatch.setenv("PLANES_TRIED_VERSION", "3")
+    done = CliRunner().invoke(tried, [])
+    assert (done.stdout, done.stderr) == (
+        "256 3\n",
+        "tried: --tile from PLANES_TRIED_TILE, --version from PLANES_TRIED_VERSION\n",
+    )
+    assert CliRunner().invoke(tried, ["--quiet"]).stderr == ""
+    assert CliRunner().invoke(tried, ["--tile", "8", "--version", "1"]).stderr == ""
+
+
+def test_quotes_hold_what_belongs_together_also_in_variables():
+    from pipelines.steps.options import split_words
+
+    # As click hands over what a variable holds.
+    assert split_words(("data.category='my", "plane'", "steps=3")) == ["data.category=my plane", "steps=3"]
+    assert split_words(("a=1 b=2", "c=3")) == ["a=1", "b=2", "c=3"]
+    with pytest.raises(click.UsageError, match="a quote is not closed"):
+        split_words(("data.category='my",))
+
+
+def test_what_a_store_did_not_take_is_told_to_scripts(tmp_path, monkeypatch):
+    from scoring import use_cases
+
+    def lost(*_):
+        raise use_cases.NotLogged(
+            "m/1: scored, but not logged", [SimpleNamespace(facts={"folder": tmp_path, "unlogged": "away"})]
+        )
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setattr(use_cases, "score", lost)
+    done = CliRunner().invoke(score, ["--model", "m/1", "--data", str(tmp_path), "--json"])
+    found = json.loads(done.stdout)
+    assert (done.exit_code, found["jobs"]) == (1, [{"folder": str(tmp_path), "unlogged": "away"}])
+    assert "scored, but not logged" in found["error"]

@@ -6,12 +6,14 @@ import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from models.errors import DataError
 from models.geometry.rle import rle_encode
 from models.instances import Instances
 from pipelines.data.readers.opening import open_dataset
 from pipelines.evaluation.side_by_side import measure
+from scoring import cli
 from scoring.comparison.candidates import from_file, from_job
 from scoring.comparison.compare import Candidate, compare
 from scoring.comparison.evaluate_file import evaluate_file
@@ -83,6 +85,11 @@ def _everywhere(folder, out, predictor):
     job, dataset = _score(folder, out, predictor), _open(folder)
     file = evaluate_file(job.folder / "instances.parquet", dataset, score_threshold=0.05, convention="course")
     csv = evaluate_file(job.folder / "kaggle.csv", dataset, score_threshold=0.05, convention="course")
+    told = CliRunner().invoke(
+        cli.main, ["evaluate", str(job.folder / "instances.parquet"), "--data", str(folder), "--json"]
+    )
+    metrics = json.loads(told.stdout)["metrics"]
+    assert (metrics["AP"], metrics["mask_AP"]) == (file[0].metrics["AP"], file[1].metrics["AP"])
     other = Candidate("other", [], failed=0)
     by_job, by_file = (compare(dataset, [one, other]) for one in (from_job(job), from_file(str(job.folder), dataset)))
     measured = measure({"m": predictor}, dataset, lambda items, *_: items)["m"]
@@ -234,7 +241,11 @@ def test_every_evaluation_opens_its_data_with_the_lost_images(tmp_path, monkeypa
     assert "5 images" in done.output
 
     opened = []
-    monkeypatch.setattr(use_cases, "finish", lambda registry, candidates, dataset, out, groups: opened.append(dataset))
+    monkeypatch.setattr(
+        use_cases,
+        "finish",
+        lambda registry, candidates, dataset, out, groups: opened.append(dataset) or use_cases.Compared(None),
+    )
     targets = tuple(str(job.folder) for job in jobs)
     registry = Registry.connect(new_store(tmp_path / "mlflow.db"))
     request = use_cases.ComparisonRequest(targets=targets, data=str(folder), out=str(tmp_path / "c"), device="cpu")

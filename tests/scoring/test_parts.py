@@ -30,7 +30,7 @@ from scoring.jobs.job import decisive_settings, run_job
 from scoring.jobs.manifest import LOCK, PLAN, read_manifest
 from scoring.parts import job as parts_job
 from scoring.parts import planning
-from scoring.parts.job import SCRATCH, LocalParts, clear_parts, held, planned, run_parts, working_folder
+from scoring.parts.job import SCRATCH, LocalParts, check_any, clear_parts, held, planned, run_parts, working_folder
 from scoring.parts.place import Place
 from scoring.parts.plan import read_plan
 from scoring.parts.planning import plan_images
@@ -77,7 +77,9 @@ def _run(place, images, predictor=None, progress=lambda r, *_: r, fresh=False, c
         plan = planned(place, open_listing(images), _requested(images, **more), fresh=fresh, cache=cache)
         runner = LocalRunner(predictor or Brightness())
         local = LocalParts(runner, place, plan, SETTINGS, working_folder(place, SCRATCH, cache))
-        return run_parts(place, plan, local, progress)
+        result = run_parts(place, plan, local, progress)
+        check_any(result)
+        return result
 
 
 def _rows(place):

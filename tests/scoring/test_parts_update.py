@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pandas as pd
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
@@ -18,7 +22,7 @@ from pipelines.data.readers.opening import open_dataset
 from scoring.jobs.job import run_job
 from scoring.jobs.manifest import LOGGED
 from scoring.parts import updates
-from scoring.parts.job import SCRATCH, UPDATING, LocalParts, held, planned, run_parts, working_folder
+from scoring.parts.job import SCRATCH, UPDATING, LocalParts, check_any, held, planned, run_parts, working_folder
 from scoring.parts.place import Place
 from scoring.parts.plan import GENERATIONS, GONE, read_plan
 from scoring.parts.updates import updated
@@ -73,7 +77,8 @@ def _sorted_rows(place):
 def _whole(images, folder):
     """The same rows of a job that scores all images at once, not in parts."""
     run_job(Brightness(), "m/1", open_dataset(images), folder, settings=SETTINGS, progress=lambda r, *_: r)
-    tables = [pq.read_table(folder / "m-1" / f"{name}.parquet").to_pylist() for name in ("instances", "errors", "inputs")]
+    names = ("instances", "errors", "inputs")
+    tables = [pq.read_table(folder / "m-1" / f"{name}.parquet", partitioning=None).to_pylist() for name in names]
     return [
         sorted(({k: v for k, v in r.items() if k != "generation"} for r in rows), key=lambda r: r["image_id"])
         for rows in tables
@@ -305,6 +310,186 @@ def test_damaged_lists_say_so(images, tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
+def test_a_mended_image_beside_one_that_is_tried_again_is_scored(images, tmp_path):
+    listed, place = tmp_path / "list.csv", tmp_path / "out"
+    names = [f"{images}/{name}.png" for name in ("04b", "later", "00")]
+    listed.write_text("\n".join(["path", *names]) + "\n")
+    assert _update(place, listed)[1].failures == 2
+    for name in ("04b", "later"):
+        write_image(images / f"{name}.png", 20, 30, 60)
+    predictor, result = _update(place, listed)
+    assert (predictor.seen, result.failures) == (2, 0)
+    assert _sorted_rows(place) == _whole(listed, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["write", "publish"])
+def test_stopped_while_it_tries_again_the_sums_are_those_of_the_tables(images, tmp_path, monkeypatch, method):
+    listed, original = tmp_path / "list.csv", getattr(Place, method)
+    listed.write_text("\n".join(["path", *(f"{images}/{name}.png" for name in ("00", "later", "04b"))]) + "\n")
+    _update(tmp_path / "first", listed)
+    write_image(images / "later.png", 20, 30, 60)
+    for here in (True, False):
+        for stop in range(4):
+            place, calls = tmp_path / f"at{here}{stop}", [0]
+            shutil.copytree(tmp_path / "first", place)
+
+            def stopping(self, *more, calls=calls, stop=stop):
+                calls[0] += 1
+                if calls[0] == stop + 1:
+                    raise OutputError("stopped")
+                return original(self, *more)
+
+            monkeypatch.setattr(Place, method, stopping)
+            with suppress(OutputError):
+                _plain(place, listed)
+            monkeypatch.setattr(Place, method, original)
+            if not here:
+                # Another machine goes on, which has nothing of that.
+                shutil.rmtree(place / SCRATCH, ignore_errors=True)
+            result = _plain(place, listed)
+            rows = _sorted_rows(place)
+            assert (result.images, result.failures) == (len(rows[0]), len(rows[1])) == (2, 1)
+            summary = json.loads((place / "summary.json").read_text())
+            assert (summary["images"], summary["failures"]) == (2, 1)
+
+
+def _plain(place, images):
+    place = Place(place)
+    with held(place):
+        plan = planned(place, open_listing(images), _requested(images))
+        local = LocalParts(LocalRunner(Brightness()), place, plan, SETTINGS, working_folder(place, SCRATCH, None))
+        return run_parts(place, plan, local, lambda r, *_: r)
+
+
+@pytest.mark.parametrize("how", ["stopped", "plan deleted", "plan damaged", "update damaged"])
+def test_no_update_of_an_earlier_job_is_taken_for_one_of_this(images, tmp_path, how):
+    place = tmp_path / "out"
+    _update(place, images)
+    _change(images)
+    _update(place, images)
+    if how == "update damaged":
+        (place / GENERATIONS / "000002.json").write_text("none")
+        with pytest.raises(DataError, match="score with --fresh"):
+            _update(place, images)
+    if how == "plan damaged":
+        (place / "plan.json").write_text("none")
+        with pytest.raises(DataError, match="score with --fresh"):
+            _update(place, images)
+    if how in ("stopped", "plan deleted"):
+        (place / "plan.json").unlink()
+    else:
+        with held(Place(place)):
+            plan = planned(Place(place), open_listing(images), _requested(images), fresh=True)
+        assert plan.later == ()
+    _, result = _update(place, images)
+    assert _sorted_rows(place) == _whole(images, tmp_path / "whole")
+    assert (result.plan.later, result.resumed) == ((), 0 if how in ("stopped", "plan deleted") else result.resumed)
+    assert not (place / GENERATIONS).exists()
+    assert not (place / GONE).exists()
+    assert [p.name for p in place.glob("plan-*")] == [result.plan.folder]
+
+
+def test_updates_that_do_not_follow_one_another_are_refused(images, tmp_path):
+    place = tmp_path / "out"
+    _update(place, images)
+    for number in range(2):
+        write_image(images / f"new{number}.png", 20, 30, 44)
+        _update(place, images)
+    (place / GENERATIONS / "000002.json").unlink()
+    with pytest.raises(DataError, match="is no update of the plan before it; score with --fresh"):
+        _update(place, images)
+
+
+def test_lists_that_a_stop_has_left_are_not_taken_for_those_of_another_update(images, tmp_path, monkeypatch):
+    place, original = tmp_path / "out", Place.create
+    _update(place, images)
+    ten = [images / f"x{number}.png" for number in range(10)]
+
+    def arrive():
+        for number, path in enumerate(ten):
+            write_image(path, 20, 30, 60 + number)
+
+    def stopped(*_):
+        raise DataError("stopped")
+
+    arrive()
+    monkeypatch.setattr(Place, "create", stopped)
+    with pytest.raises(DataError, match="stopped"):
+        _update(place, images)
+    monkeypatch.setattr(Place, "create", original)
+    for path in ten:
+        path.unlink()
+    write_image(images / "other.png", 20, 30, 50)
+    _update(place, images)
+    arrive()
+    _update(place, images)
+    assert _sorted_rows(place) == _whole(images, tmp_path / "whole")
+
+
+def test_dark_images_that_an_update_has_taken_are_not_counted(tmp_path):
+    class Dark(Brightness):
+        pass
+
+    for name in "abc":
+        write_image(tmp_path / "in" / f"{name}.png", 20, 30, 1)
+    _update(tmp_path / "out", tmp_path / "in")
+    for name in "abc":
+        (tmp_path / "in" / f"{name}.png").unlink()
+    cv2.imwrite(str(tmp_path / "in" / "d.png"), np.tile(np.arange(0, 240, 8, dtype=np.uint8), (20, 1)))
+    _, result = _update(tmp_path / "out", tmp_path / "in")
+    assert (result.totals.little, result.totals.first_little) == (0, "")
+
+
+def test_where_every_image_fails_the_next_ones_are_taken_still(tmp_path):
+    images, place = tmp_path / "in", tmp_path / "out"
+    images.mkdir()
+    for name in "ab":
+        (images / f"{name}.png").write_bytes(b"none")
+    with pytest.raises(DataError, match="none of 2 images could be scored"):
+        check_any(_update(place, images)[1])
+    write_image(images / "c.png", 20, 30, 44)
+    _, result = _update(place, images)
+    assert (result.images, result.failures) == (1, 2)
+    assert json.loads((place / "summary.json").read_text())["images"] == 1
+
+
+def test_another_machine_that_was_first_is_not_overwritten(images, tmp_path):
+    out = tmp_path / "out"
+    place = Place(out)
+    plan = planned(place, open_listing(images), _requested(images))
+
+    class Slow(Brightness):
+        def predict(self, batch):
+            if not self.seen:
+                # Another machine scores all of it and brings it up to date, while this one is at its first image.
+                other = LocalParts(LocalRunner(Brightness()), place, plan, SETTINGS, tmp_path / "other")
+                run_parts(place, plan, other, lambda r, *_: r)
+                _change(images)
+                _update(out, images)
+            return super().predict(batch)
+
+    slow = LocalParts(LocalRunner(Slow()), place, plan, SETTINGS, tmp_path / "slow")
+    run_parts(place, plan, slow, lambda r, *_: r)
+    assert _sorted_rows(place) == _whole(images, tmp_path / "whole")
+
+
+def test_folders_whose_names_are_like_columns(images, tmp_path):
+    place = tmp_path / "date=2026-11-28" / "digest=x" / "path=1" / "mark=1"
+    _update(place, images)
+    predictor, _ = _update(place, images)
+    assert predictor.seen == 0
+    # Those of a job in one piece too.
+    for _ in range(2):
+        assert _whole(images, tmp_path / "date=2026-11-28" / "path=1")[:2] == _sorted_rows(place)[:2]
+
+
+def test_a_folder_that_cannot_be_worked_in_is_a_line(images, tmp_path):
+    _update(tmp_path / "out", images)
+    (tmp_path / "out" / UPDATING).write_text("in the way")
+    with pytest.raises(OutputError, match="what is done is kept, call again"):
+        _update(tmp_path / "out", images)
+
+
 def test_names_that_become_shared_are_scored_under_their_new_ones(images, tmp_path):
     _update(tmp_path / "out", images)
     shutil.copy(images / "09.png", images / "09.PNG")
@@ -394,3 +579,25 @@ def test_a_list_file_of_another_night_is_compared_with_the_first(images, tmp_pat
     news = result.plan.later[0].news
     assert (news.new, news.changed, news.gone, news.kept) == (6, 0, 4, 6)
     assert _sorted_rows(tmp_path / "out") == _whole(tmp_path / "list.parquet", tmp_path / "whole")
+
+
+def test_lists_that_a_stopped_planning_has_left_are_those_of_its_parts(images, tmp_path, monkeypatch):
+    place, original = Place(tmp_path / "out"), Place.create
+    monkeypatch.setattr(Place, "create", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        planned(place, open_listing(images), _requested(images, part_size=3))
+    monkeypatch.setattr(Place, "create", original)
+    _update(tmp_path / "out", images)
+    assert _sorted_rows(place) == _whole(images, tmp_path / "whole")
+
+
+def test_lists_that_an_update_has_made_shorter_are_not_taken_for_whole_ones(images, tmp_path):
+    place = tmp_path / "out"
+    _update(place, images)
+    kept = (images / "05.png").read_bytes()
+    (images / "05.png").unlink()
+    _update(place, images)
+    (images / "05.png").write_bytes(kept)
+    (place / "plan.json").unlink()
+    _update(place, images)
+    assert _sorted_rows(place) == _whole(images, tmp_path / "whole")
