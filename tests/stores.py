@@ -59,13 +59,21 @@ def s3_server(bucket: str) -> Iterator[s3fs.S3FileSystem]:
     import s3fs
     from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+    # Seen once in thousands of starts on a busy machine: a server that had said it was ready refused to be connected to.
+    for attempt in range(3):
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        try:
+            # Buckets belong to the process, not to the server.
+            urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
+            break
+        except OSError:
+            server.stop()
+            if attempt == 2:
+                raise
     known = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
     known["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
-    # Buckets belong to the process, not to the server.
-    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in known.items():
             patch.setenv(name, value)
