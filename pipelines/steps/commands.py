@@ -13,6 +13,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from models.errors import did_you_mean
 from pipelines.steps.reporting import report_options, reporting
 
 # Said on the command line alone: what throws work away, overrules a check, or ends the command.
@@ -198,9 +199,7 @@ def check_environment(command: Command) -> None:
         if not name.startswith(f"{command.env}_"):
             continue
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise click.UsageError(f"environment variable {name}: no option has this name{hint}")
+            raise click.UsageError(f"environment variable {name}: no option has this name{did_you_mean(name, known)}")
         if known[name].envvar is None:
             raise click.UsageError(
                 f"environment variable {name}: {known[name].opts[0]} is taken from the command line alone"

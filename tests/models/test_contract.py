@@ -77,6 +77,7 @@ MAKERS = {
     "composed": _composed,
     "mask rcnn": _mask_rcnn,
     "mask rcnn resized": lambda f: _mask_rcnn(f, min_size=96, max_size=160, heads="v2"),
+    "mask rcnn of 56 cells": lambda f: _mask_rcnn(f, mask_size=56),
     "detectron2 detector": _detectron2,
     "detectron2 own scale": lambda f: _detectron2(f, **{"INPUT.MIN_SIZE_TEST": 0, "INPUT.FORMAT": "RGB"}),
     "detectron2 retinanet": lambda f: _detectron2(f, "COCO-Detection/retinanet_R_50_FPN_1x"),

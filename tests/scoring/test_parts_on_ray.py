@@ -137,6 +137,29 @@ def test_actors_score_and_publish_what_they_are_sent(tmp_path, monkeypatch):
     assert run("ray", on_actors)[0].images == 11
 
 
+@pytest.mark.parametrize("threads", [None, "3"])
+def test_a_pool_that_may_grow_asks_for_what_a_node_has_room_for(monkeypatch, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    resources = {"CPU": 64, "GPU": 3}
+    nodes = [{"Alive": True, "Resources": {"CPU": 1}}, {"Alive": False, "Resources": {"CPU": 64}}]
+    fake = SimpleNamespace(
+        data=SimpleNamespace(ActorPoolStrategy=lambda **how: how), cluster_resources=lambda: resources, nodes=lambda: nodes
+    )
+    monkeypatch.setattr(ray_runner, "import_ray", lambda: fake)
+    how = ray_runner.pool(RaySettings(actors=2, most_actors=8), 100)
+    assert how["compute"] == {"min_size": 2, "max_size": 8}
+    assert (how["num_cpus"], how["threads"], how["num_gpus"]) == (int(threads or 1), int(threads or 1), None)
+    nodes.append({"Alive": True, "Resources": {"CPU": 16}})
+    assert ray_runner.pool(RaySettings(actors=2, most_actors=8), 100)["threads"] == int(threads or 2)
+    # No more actors than there are blocks.
+    assert ray_runner.pool(RaySettings(actors=2, most_actors=8), 3)["compute"] == {"min_size": 2, "max_size": 3}
+    assert ray_runner.pool(RaySettings(actors=2, most_actors=8), 1)["compute"] == {"min_size": 1, "max_size": 1}
+    on_gpu = ray_runner.pool(RaySettings(device="cuda", actors=1, most_actors=4), 100)
+    assert (on_gpu["compute"], on_gpu["num_cpus"], on_gpu["num_gpus"]) == ({"min_size": 1, "max_size": 4}, 1, 1)
+
+
 @pytest.mark.soak
 def test_two_nodes_fill_a_bucket_while_node_actor_and_driver_are_killed(model, tmp_path, monkeypatch):
     from models.loading import load_model

@@ -179,6 +179,13 @@ def test_many_nights_end_where_one_night_does(images, tmp_path):
     assert predictor.seen == 0
     assert (result.images, result.failures, result.plan.later[-1].images) == (1, 0, 0)
     assert _sorted_rows(place) == _whole(images, tmp_path / "one")
+    # An update without parts of its own does not shift those of the next one.
+    write_image(images / "after.png", 20, 30, 77)
+    predictor, result = _update(place, images)
+    assert (predictor.seen, result.images, [one.first for one in result.plan.generations]) == (1, 2, [0, 3, 4, 5, 5])
+    assert _sorted_rows(place) == _whole(images, tmp_path / "two")
+    (images / "after.png").unlink()
+    _update(place, images)
     (images / "06.png").unlink()
     with pytest.raises(DataError, match="no images there"):
         _update(place, images)

@@ -129,7 +129,7 @@ class MaskArchitecture(DetectorArchitecture):
     mask_channels: int = Field(default=256, ge=8, le=1024, description="Channels of the mask head.")
     mask_size: Literal[28, 56] = Field(
         default=28,
-        description="Side of a mask in cells before it is pasted; 56 takes four times the head's time of 28.",
+        description="Side of a mask in cells before it is pasted; 56 is four times the head's work of 28.",
     )
 
 

@@ -51,10 +51,6 @@ class Listing:
     resumes: bool = True
     mark: str = ""
 
-    def paths(self, done: int = 0, last: str = "") -> Iterator[str]:
-        """The paths of ``stream``."""
-        return (entry.path for entry in self.stream(done, last))
-
     def has_more_than(self, count: int) -> bool:
         """Whether there are more than ``count`` images; no more than those are listed.
 
