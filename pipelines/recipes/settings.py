@@ -260,6 +260,12 @@ class UNetRecipe(_LoopRecipe):
         default=0.0, ge=0, le=0.5, description="Share of the box by which each side of a training crop moves at most."
     )
 
+    @model_validator(mode="after")
+    def _crops_have_one_plane(self) -> UNetRecipe:
+        if self.augmentation.paste:
+            raise ValueError("augmentation.paste is for detectors, whose examples have many planes; set it to 0")
+        return self
+
 
 Recipe = DetectorRecipe | MaskRecipe | Detectron2Recipe | UNetRecipe
 

@@ -47,6 +47,15 @@ class Augmentation(BaseModel):
         le=100,
         description="Largest standard deviation, of 255, of sensor noise in half of the examples.",
     )
+    paste: int = Field(
+        default=0,
+        ge=0,
+        le=50,
+        description=(
+            "Most planes of the training images, cut out by their outlines, that are pasted into an example of a detector; "
+            "none to that many, evenly."
+        ),
+    )
 
 
 def random_linear(rng: np.random.Generator, settings: Augmentation) -> np.ndarray:
@@ -164,7 +173,7 @@ def place_window(
     linear = random_linear(rng, settings) * zoom
     chosen = int(rng.integers(len(boxes))) if len(boxes) else None
     if plane_sizes:
-        linear = linear * _scale_to(rng, None if chosen is None else boxes[chosen] * zoom, plane_sizes)
+        linear = linear * scale_to(rng, None if chosen is None else boxes[chosen] * zoom, plane_sizes)
     reach = size / 2 / np.sqrt(abs(np.linalg.det(linear)))
     if chosen is not None and rng.random() < focus:
         x1, y1, x2, y2 = boxes[chosen]
@@ -181,7 +190,7 @@ def place_window(
 MOST_ENLARGED, MOST_SHRUNK = 2.0, 8.0
 
 
-def _scale_to(rng: np.random.Generator, box: np.ndarray | None, sizes: tuple[float, float]) -> float:
+def scale_to(rng: np.random.Generator, box: np.ndarray | None, sizes: tuple[float, float]) -> float:
     """The factor that brings a box to a longer side drawn from a range, evenly on a logarithmic scale."""
     target = float(np.exp(rng.uniform(np.log(sizes[0]), np.log(sizes[1]))))
     # An image without planes: as if it had one of the middle of the range.

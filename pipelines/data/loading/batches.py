@@ -20,11 +20,13 @@ from pipelines.data.loading.augment import (
     move_mask,
     random_linear,
     random_window,
+    scale_to,
     shortest_edge,
     turned_whole,
     warp,
 )
 from pipelines.data.loading.cache import ImageCache
+from pipelines.data.loading.paste import cut_out, paste
 from pipelines.data.loading.unreadable import Unreadable
 
 
@@ -91,8 +93,13 @@ class DetectorBatches:
             raise DataError(f"{self.dataset.name}: no annotated planes to train on")
         if self.masks and not self.dataset.has_masks:
             raise DataError(f"{self.dataset.name}: planes have no outlines (segmentation) to train on")
+        if self.augmentation.paste and not self.dataset.has_masks:
+            raise DataError(
+                f"{self.dataset.name}: planes have no outlines (segmentation) to be cut out by; set augmentation.paste=0"
+            )
         self._cache = ImageCache()
         self._masks: dict[tuple[int, int], CropMask] = {}
+        self._outlined = [i for i, s in enumerate(self.dataset.samples) if len(s.outlined)] if self.augmentation.paste else []
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -130,14 +137,42 @@ class DetectorBatches:
             image, affine = self._fit(image, affine, self.edges[rng.integers(len(self.edges))])
         size = image.shape[:2]
         boxes, kept = move_boxes(boxes, affine, size, self.min_visible)
+        image, pasted = self._paste(rng, image, move_boxes(sample.boxes, affine, size, 0)[0], affine)
         image = jitter_light(rng, image, self.augmentation)
         if not self.masks:
-            return Example(image, boxes)
-        masks = [move_mask(self._mask(item, int(real[k])), affine, size) for k in kept]
+            return Example(image, np.concatenate([boxes, _with_masks(image, pasted).boxes]) if pasted else boxes)
+        masks = [move_mask(self._mask(item, int(real[k])), affine, size) for k in kept] + pasted
         without = ~sample.crowd
         without[sample.outlined] = False
         hidden, _ = move_boxes(sample.boxes[without], affine, size, 0)
         return _with_masks(_painted_over(image, hidden, masks), masks)
+
+    def _paste(
+        self, rng: np.random.Generator, image: np.ndarray, taken: np.ndarray, affine: np.ndarray
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The image with planes pasted where no box of ``taken`` is, and their masks; see `paste`."""
+        if not self.augmentation.paste:
+            return image, []
+        image, masks = image.copy(), []
+        zoom = self.zoom if self.window else np.sqrt(abs(np.linalg.det(affine[:, :2])))
+        for _ in range(rng.integers(self.augmentation.paste + 1)):
+            place, whole = self.unreadable.first_readable(
+                int(rng.integers(len(self._outlined))), len(self._outlined), self._outlined_sample, self._cache.read
+            )
+            item = self._outlined[place]
+            sample = self.dataset.samples[item]
+            plane = int(rng.choice(sample.outlined))
+            linear = random_linear(rng, self.augmentation) * zoom
+            if self.plane_sizes:
+                linear = linear * scale_to(rng, sample.boxes[plane] * zoom, self.plane_sizes)
+            mask = paste(rng, image, cut_out(whole, self._mask(item, plane)), linear, taken)
+            if mask is not None:
+                masks.append(mask)
+                taken = np.concatenate([taken, _with_masks(image, [mask]).boxes])
+        return image, masks
+
+    def _outlined_sample(self, place: int) -> Sample:
+        return self.dataset.samples[self._outlined[place]]
 
     def _fit(self, image: np.ndarray, affine: np.ndarray, edge: int) -> tuple[np.ndarray, np.ndarray]:
         height, width = image.shape[:2]

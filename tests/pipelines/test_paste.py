@@ -1,0 +1,160 @@
+"""Pasted planes: their pixels, boxes and masks, and what they must not hide."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from models.errors import DataError, RecipeError
+from models.geometry.rle import CropMask, rle_boxes, rle_encode
+from pipelines.data.loading.augment import Augmentation
+from pipelines.data.loading.batches import DetectorBatches
+from pipelines.data.loading.paste import cut_out, paste
+from pipelines.data.readers.opening import open_dataset
+from pipelines.recipes.reading import load_recipe
+
+NONE = np.zeros((0, 4), np.float32)
+RED, GREEN = (200, 10, 10), (10, 200, 10)
+
+
+def _plane(left=60):
+    """A red cross on green ground, 40 x 30 pixels, and its mask."""
+    image = np.full((100, 100, 3), GREEN, np.uint8)
+    mask = np.zeros((30, 40), bool)
+    mask[12:18] = mask[:, 15:22] = True
+    image[20:50, left : left + 40][mask] = RED
+    return image, CropMask(mask, left, 20)
+
+
+def _batches(data, paste_most, **more):
+    settings = dict(batch_size=4, window=160, focus=0.8, min_visible=0.3, seed=7) | more
+    return DetectorBatches(data, Augmentation(paste=paste_most, scale=0.3), **settings)
+
+
+@pytest.mark.parametrize(("left", "scale"), [(30, 1.0), (60, 1.0), (0, 1.5), (60, 0.4)])
+def test_the_plane_and_nothing_of_its_ground_is_pasted(left, scale):
+    ground = np.full((120, 130, 3), 90, np.uint8)
+    image = ground.copy()
+    linear = np.array([[0, -scale], [scale, 0]])
+    mask = paste(np.random.default_rng(3), image, cut_out(*_plane(left)), linear, NONE)
+    assert mask.dtype == np.uint8
+    assert mask.sum() == pytest.approx(_plane()[1].mask.sum() * scale**2, rel=0.2)
+    x1, y1, x2, y2 = rle_boxes([rle_encode(mask)])[0]
+    assert (x2 - x1, y2 - y1) == pytest.approx((30 * scale, 40 * scale), abs=1)
+    inner = cv2.erode(mask, np.ones((3, 3), np.uint8)).astype(bool)
+    if scale >= 1:
+        assert inner.any()
+        assert np.abs(image[inner].astype(int) - RED).max() <= 3
+    outside = cv2.dilate(mask, np.ones((3, 3), np.uint8)) == 0
+    assert (image[outside] == 90).all()
+    # Green is in no pixel beyond what a border of half a pixel mixes.
+    assert (image[:, :, 1].astype(int) - image[:, :, 2]).max() <= 95
+
+
+def test_no_plane_is_hidden_and_no_black_ground_is_covered():
+    for seed in range(20):
+        image = np.full((120, 130, 3), 90, np.uint8)
+        image[:, 100:] = 0
+        before = image.copy()
+        taken = np.array([[0, 0, 100, 70]], np.float32)
+        mask = paste(np.random.default_rng(seed), image, cut_out(*_plane()), np.eye(2), taken)
+        assert (image[:70, :100] == before[:70, :100]).all()
+        assert (image[:, 101:] == 0).all()
+        if mask is None:
+            assert (image == before).all()
+            continue
+        assert rle_boxes([rle_encode(mask)])[0][1] >= 70
+    full = np.array([[0, 0, 130, 120]], np.float32)
+    image = np.full((120, 130, 3), 90, np.uint8)
+    assert paste(np.random.default_rng(0), image, cut_out(*_plane()), np.eye(2), full) is None
+    assert (image == 90).all()
+
+
+@pytest.mark.parametrize("scale", [0.01, 5.0])
+def test_a_plane_too_small_or_too_large_is_not_pasted(scale):
+    image = np.full((120, 130, 3), 90, np.uint8)
+    assert paste(np.random.default_rng(0), image, cut_out(*_plane()), np.eye(2) * scale, NONE) is None
+    assert (image == 90).all()
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("window", [160, None])
+def test_examples_have_the_pasted_planes_too(airfield, masks, window):
+    data = open_dataset(str(airfield), "train")
+    plain, more = (_batches(data, most, masks=masks, window=window) for most in (0, 12))
+    counts = [[len(e.boxes) for step in range(6) for e in batches[step]] for batches in (plain, more)]
+    assert sum(counts[1]) > sum(counts[0]) + 12
+    for example in more[2]:
+        assert example.boxes.dtype == np.float32
+        assert (example.boxes[:, 2:] > example.boxes[:, :2]).all()
+        if masks:
+            assert example.masks.shape == (len(example.boxes), *example.image.shape[:2])
+            assert rle_boxes([rle_encode(m) for m in example.masks]).tolist() == example.boxes.tolist()
+            # A pasted plane lies where none is.
+            assert example.masks.sum(axis=0).max() <= max(e.masks.sum(axis=0).max() for e in plain[2])
+    again = _batches(data, 12, masks=masks, window=window)[2]
+    for one, other in zip(more[2], again, strict=True):
+        assert one.image.tobytes() == other.image.tobytes()
+        assert one.boxes.tobytes() == other.boxes.tobytes()
+
+
+def test_planes_are_pasted_at_the_scale_of_the_windows(airfield):
+    data = open_dataset(str(airfield), "train")
+    sides = {}
+    for zoom, sizes in ((1.0, None), (0.5, None), (1.0, (30, 31))):
+        batches = _batches(data, 12, zoom=zoom, plane_sizes=sizes, window=256, min_visible=1.0)
+        boxes = np.concatenate([e.boxes for step in range(8) for e in batches[step]])
+        sides[zoom, sizes] = np.median((boxes[:, 2:] - boxes[:, :2]).max(axis=1))
+    assert sides[0.5, None] == pytest.approx(sides[1.0, None] / 2, rel=0.2)
+    assert sides[1.0, (30, 31)] == pytest.approx(30, abs=6)
+
+
+def test_planes_without_an_outline_stay_visible(airfield, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train").symlink_to(airfield / "train")
+    content = json.loads((airfield / "train_coco.json").read_text())
+    first = content["images"][0]["id"]
+    for annotation in content["annotations"]:
+        if annotation["image_id"] != first:
+            del annotation["segmentation"]
+    (folder / "train_coco.json").write_text(json.dumps(content))
+    data = open_dataset(str(folder), "train")
+    batches = _batches(data, 12)
+    assert len(batches._outlined) == 1
+    assert sum(len(e.boxes) for step in range(4) for e in batches[step]) > sum(
+        len(e.boxes) for step in range(4) for e in _batches(data, 0)[step]
+    )
+
+
+def test_an_image_that_cannot_be_read_gives_no_planes(airfield, tmp_path):
+    folder = tmp_path / "data"
+    (folder / "train").mkdir(parents=True)
+    for path in (airfield / "train").iterdir():
+        (folder / "train" / path.name).write_bytes(path.read_bytes())
+    (folder / "train_coco.json").write_bytes((airfield / "train_coco.json").read_bytes())
+    data = open_dataset(str(folder), "train")
+    data.samples[0].path.write_bytes(b"no image")
+    batches = _batches(data, 12)
+    for step in range(6):
+        assert all(len(e.image) for e in batches[step])
+    assert [path.endswith(data.samples[0].path.name) for path in batches.unreadable.messages()] == [True]
+
+
+def test_nothing_to_cut_out_is_one_line(airfield, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train").symlink_to(airfield / "train")
+    content = json.loads((airfield / "train_coco.json").read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    (folder / "train_coco.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"no outlines \(segmentation\) to be cut out by; set augmentation.paste=0"):
+        _batches(open_dataset(str(folder), "train"), 3)
+
+
+def test_crops_take_no_pasted_planes():
+    with pytest.raises(RecipeError, match="augmentation.paste is for detectors") as error:
+        load_recipe("demo_unet", ["augmentation.paste=3"])
+    assert len(str(error.value)) < 200
