@@ -11,6 +11,7 @@ from models.geometry.rle import CropMask, rle_boxes, rle_encode
 from pipelines.data.loading.augment import Augmentation
 from pipelines.data.loading.batches import DetectorBatches
 from pipelines.data.loading.paste import cut_out, paste
+from pipelines.data.loading.tiles import TileSettings, cut_tiles
 from pipelines.data.readers.opening import open_dataset
 from pipelines.recipes.reading import load_recipe
 
@@ -28,7 +29,7 @@ def _plane(left=60):
 
 
 def _batches(data, paste_most, **more):
-    settings = dict(batch_size=4, window=160, focus=0.8, min_visible=0.3, seed=7) | more
+    settings = {"batch_size": 4, "window": 160, "focus": 0.8, "min_visible": 0.3, "seed": 7} | more
     return DetectorBatches(data, Augmentation(paste=paste_most, scale=0.3), **settings)
 
 
@@ -122,10 +123,25 @@ def test_planes_without_an_outline_stay_visible(airfield, tmp_path):
     (folder / "train_coco.json").write_text(json.dumps(content))
     data = open_dataset(str(folder), "train")
     batches = _batches(data, 12)
-    assert len(batches._outlined) == 1
+    assert batches._donors == [0]
     assert sum(len(e.boxes) for step in range(4) for e in batches[step]) > sum(
         len(e.boxes) for step in range(4) for e in _batches(data, 0)[step]
     )
+
+
+def test_planes_that_a_border_cuts_are_not_pasted(airfield):
+    data = open_dataset(str(airfield), "train")
+    tiles = cut_tiles(data, TileSettings(size=96, overlap=0.2), 0.3)
+    whole = _batches(tiles, 12)._whole
+    cut = 0
+    for place, sample in enumerate(tiles.samples):
+        for plane in sample.outlined:
+            x1, y1, x2, y2 = rle_boxes([sample.masks[plane]])[0]
+            touches = x1 == 0 or y1 == 0 or x2 == sample.width or y2 == sample.height
+            cut += touches
+            assert not (touches and plane in whole.get(place, ()))
+    assert cut > 10
+    assert sum(map(len, whole.values())) > 10
 
 
 def test_an_image_that_cannot_be_read_gives_no_planes(airfield, tmp_path):
@@ -150,11 +166,11 @@ def test_nothing_to_cut_out_is_one_line(airfield, tmp_path):
     for annotation in content["annotations"]:
         del annotation["segmentation"]
     (folder / "train_coco.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"no outlines \(segmentation\) to be cut out by; set augmentation.paste=0"):
+    with pytest.raises(DataError, match=r"no whole plane has an outline .* set augmentation\.paste=0"):
         _batches(open_dataset(str(folder), "train"), 3)
 
 
 def test_crops_take_no_pasted_planes():
-    with pytest.raises(RecipeError, match="augmentation.paste is for detectors") as error:
+    with pytest.raises(RecipeError, match=r"augmentation\.paste is for detectors") as error:
         load_recipe("demo_unet", ["augmentation.paste=3"])
     assert len(str(error.value)) < 200

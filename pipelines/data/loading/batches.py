@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 import cv2
@@ -93,13 +94,14 @@ class DetectorBatches:
             raise DataError(f"{self.dataset.name}: no annotated planes to train on")
         if self.masks and not self.dataset.has_masks:
             raise DataError(f"{self.dataset.name}: planes have no outlines (segmentation) to train on")
-        if self.augmentation.paste and not self.dataset.has_masks:
+        self._whole = _whole_planes(self.dataset.samples) if self.augmentation.paste else {}
+        if self.augmentation.paste and not self._whole:
             raise DataError(
-                f"{self.dataset.name}: planes have no outlines (segmentation) to be cut out by; set augmentation.paste=0"
+                f"{self.dataset.name}: no whole plane has an outline (segmentation) to paste it by; set augmentation.paste=0"
             )
+        self._donors = list(self._whole)
         self._cache = ImageCache()
         self._masks: dict[tuple[int, int], CropMask] = {}
-        self._outlined = [i for i, s in enumerate(self.dataset.samples) if len(s.outlined)] if self.augmentation.paste else []
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -157,11 +159,11 @@ class DetectorBatches:
         zoom = self.zoom if self.window else np.sqrt(abs(np.linalg.det(affine[:, :2])))
         for _ in range(rng.integers(self.augmentation.paste + 1)):
             place, whole = self.unreadable.first_readable(
-                int(rng.integers(len(self._outlined))), len(self._outlined), self._outlined_sample, self._cache.read
+                int(rng.integers(len(self._donors))), len(self._donors), self._donor, self._cache.read
             )
-            item = self._outlined[place]
+            item = self._donors[place]
             sample = self.dataset.samples[item]
-            plane = int(rng.choice(sample.outlined))
+            plane = int(rng.choice(self._whole[item]))
             linear = random_linear(rng, self.augmentation) * zoom
             if self.plane_sizes:
                 linear = linear * scale_to(rng, sample.boxes[plane] * zoom, self.plane_sizes)
@@ -171,8 +173,8 @@ class DetectorBatches:
                 taken = np.concatenate([taken, _with_masks(image, [mask]).boxes])
         return image, masks
 
-    def _outlined_sample(self, place: int) -> Sample:
-        return self.dataset.samples[self._outlined[place]]
+    def _donor(self, place: int) -> Sample:
+        return self.dataset.samples[self._donors[place]]
 
     def _fit(self, image: np.ndarray, affine: np.ndarray, edge: int) -> tuple[np.ndarray, np.ndarray]:
         height, width = image.shape[:2]
@@ -191,6 +193,17 @@ class DetectorBatches:
             x1, y1, x2, y2 = crop_window(rle_boxes([rle])[0], sample.height, sample.width)
             self._masks[item, plane] = CropMask(rle_decode(rle)[y1:y2, x1:x2], x1, y1)
         return self._masks[item, plane]
+
+
+def _whole_planes(samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+    """The planes with an outline that no border of their image cuts, int64 (K,), by the place of the image; K > 0."""
+    whole = {}
+    for place, sample in enumerate(samples):
+        x1, y1, x2, y2 = sample.boxes[sample.outlined].T
+        inside = (x1 >= 1) & (y1 >= 1) & (x2 <= sample.width - 1) & (y2 <= sample.height - 1)
+        if inside.any():
+            whole[place] = sample.outlined[inside]
+    return whole
 
 
 def _painted_over(image: np.ndarray, boxes: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
