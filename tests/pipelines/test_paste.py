@@ -1,6 +1,7 @@
 """Pasted planes: their pixels, boxes and masks, and what they must not hide."""
 
 import json
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -79,6 +80,16 @@ def test_a_plane_too_small_or_too_large_is_not_pasted(scale):
     assert (image == 90).all()
 
 
+def test_a_free_place_is_tried_five_times():
+    taken = np.array([[0, 0, 130, 60]], np.float32)
+    hits = 0
+    for seed in range(100):
+        image = np.full((120, 130, 3), 90, np.uint8)
+        hits += paste(np.random.default_rng(seed), image, cut_out(*_plane()), np.eye(2), taken) is not None
+    # Of 83 places 31 to 35 are free (the mask is 30 of the 38 rows): in five tries 1 - 0.6 ** 5 = 92 %.
+    assert 84 <= hits <= 98
+
+
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("window", [160, None])
 def test_examples_have_the_pasted_planes_too(airfield, masks, window):
@@ -103,12 +114,63 @@ def test_examples_have_the_pasted_planes_too(airfield, masks, window):
 def test_planes_are_pasted_at_the_scale_of_the_windows(airfield):
     data = open_dataset(str(airfield), "train")
     sides = {}
-    for zoom, sizes in ((1.0, None), (0.5, None), (1.0, (30, 31))):
+    for zoom, sizes in ((1.0, None), (0.5, None), (1.0, (30, 31)), (0.5, (30, 31))):
         batches = _batches(data, 12, zoom=zoom, plane_sizes=sizes, window=256, min_visible=1.0)
         boxes = np.concatenate([e.boxes for step in range(8) for e in batches[step]])
         sides[zoom, sizes] = np.median((boxes[:, 2:] - boxes[:, :2]).max(axis=1))
     assert sides[0.5, None] == pytest.approx(sides[1.0, None] / 2, rel=0.2)
     assert sides[1.0, (30, 31)] == pytest.approx(30, abs=6)
+    assert sides[0.5, (30, 31)] == pytest.approx(30, abs=6)
+
+
+def test_planes_are_pasted_at_the_scale_of_fitted_images(airfield):
+    data = open_dataset(str(airfield), "train")
+    edge = min(data.samples[0].height, data.samples[0].width)
+    sides = []
+    for side in (edge, edge // 4):
+        batches = _batches(data, 20, window=None, edges=(side,), max_edge=10_000)
+        more = [e for step in range(8) for e in batches[step]]
+        plain = [e for step in range(8) for e in _batches(data, 0, window=None, edges=(side,), max_edge=10_000)[step]]
+        # Those that were pasted come last.
+        pasted = np.concatenate([m.boxes[len(p.boxes) :] for m, p in zip(more, plain, strict=True)])
+        assert len(pasted) > 10
+        sides.append(np.median((pasted[:, 2:] - pasted[:, :2]).max(axis=1)))
+    assert sides[1] == pytest.approx(sides[0] / 4, rel=0.4)
+
+
+def test_the_image_that_is_kept_is_not_changed(airfield):
+    data = open_dataset(str(airfield), "train")
+    settings = Augmentation(paste=12, mirror=False, quarter_turns=False)
+    batches = DetectorBatches(data, settings, batch_size=4, window=None, focus=0.8, min_visible=0.3, seed=7)
+    for step in range(4):
+        batches[step]
+    for sample in data.samples:
+        assert (batches._cache.read(sample) == sample.read()).all()
+
+
+def test_one_at_most_is_one_or_none(airfield):
+    data = open_dataset(str(airfield), "train")
+    more, plain = ([len(e.boxes) for step in range(6) for e in _batches(data, most)[step]] for most in (1, 0))
+    assert {m - p for m, p in zip(more, plain, strict=True)} == {0, 1}
+
+
+def test_crowds_and_slivers_are_not_covered(airfield):
+    data = open_dataset(str(airfield), "train")
+    crowded = replace(
+        data,
+        samples=tuple(
+            replace(
+                s,
+                boxes=np.concatenate([s.boxes, [[0, 0, s.width, s.height]]]).astype(np.float32),
+                crowd=np.append(s.crowd, True),
+                masks=(*s.masks, None),
+            )
+            for s in data.samples
+        ),
+    )
+    more, plain = ([len(e.boxes) for step in range(4) for e in _batches(d, 12)[step]] for d in (data, crowded))
+    assert sum(more) > sum(plain)
+    assert plain == [len(e.boxes) for step in range(4) for e in _batches(data, 0)[step]]
 
 
 def test_planes_without_an_outline_stay_visible(airfield, tmp_path):
@@ -124,6 +186,11 @@ def test_planes_without_an_outline_stay_visible(airfield, tmp_path):
     data = open_dataset(str(folder), "train")
     batches = _batches(data, 12)
     assert batches._donors == [0]
+    for step in range(4):
+        batches[step]
+    # Boxes alone want no masks, so these are of what was pasted.
+    assert {item for item, _ in batches._masks} == {0}
+    assert len(batches._masks) > 3
     assert sum(len(e.boxes) for step in range(4) for e in batches[step]) > sum(
         len(e.boxes) for step in range(4) for e in _batches(data, 0)[step]
     )

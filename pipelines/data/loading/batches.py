@@ -97,7 +97,7 @@ class DetectorBatches:
         self._whole = _whole_planes(self.dataset.samples) if self.augmentation.paste else {}
         if self.augmentation.paste and not self._whole:
             raise DataError(
-                f"{self.dataset.name}: no whole plane has an outline (segmentation) to paste it by; set augmentation.paste=0"
+                f"{self.dataset.name}: no whole plane has an outline (segmentation) to paste by; set augmentation.paste=0"
             )
         self._donors = list(self._whole)
         self._cache = ImageCache()

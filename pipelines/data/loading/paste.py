@@ -49,13 +49,13 @@ def paste(
 
     Returns:
         The plane's mask, uint8 (H, W), 1 where at least half of a pixel is the plane's; None where it was not
-        pasted, since no free place on visible ground was hit in 5 tries, or nothing would be left of it.
+        pasted: no free place on visible ground was hit in 5 tries, it is larger than the image, or no pixel would be left.
     """
     cut, mask = plane
     corners = np.array([[0, 0], [cut.shape[1], 0], [0, cut.shape[0]], cut.shape[1::-1]]) @ linear.T
     low, extent = corners.min(0), np.ceil(np.ptp(corners, axis=0) - 1e-6).astype(int)
     height, width = image.shape[:2]
-    if (extent < 2).any() or extent[0] > width or extent[1] > height:
+    if extent[0] > width or extent[1] > height:
         return None
     affine = np.concatenate([linear, -low[:, None]], axis=1)
     size = int(extent[1]), int(extent[0])
