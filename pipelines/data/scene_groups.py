@@ -66,7 +66,13 @@ def with_joined_scenes(dataset: Dataset, progress: Progress = pass_through) -> D
     joined = sorted({g for g in groups.values() if "+" in g})
     if joined:
         log.info(f"scenes that show the same ground stay together: {'; '.join(joined[:5])}" + " ..." * (len(joined) > 5))
-    if len(scenes) > 1 and len(set(groups.values())) == len(scenes):
+    if len(set(scenes)) == len(scenes) and joined:
+        log.warning(
+            f"names tell no scenes, but {len(scenes) - len(set(groups.values()))} of {len(scenes)} images show ground that "
+            "another one shows; others of such a place may lie in another fold, which makes metrics too good: say how the "
+            "names tell the scene with data.scene_pattern"
+        )
+    elif len(set(scenes)) == len(scenes) > 1:
         log.info("every image is a scene of its own; if several show one place, say so with data.scene_pattern")
     return replace(dataset, samples=tuple(replace(s, scene=groups[s.scene]) for s in dataset.samples))
 

@@ -46,6 +46,21 @@ def test_parts_of_one_ground_are_joined_whatever_they_are_called(tmp_path):
     assert found == {"a": "a+b", "b": "a+b", "c": "c", "gone": "gone"}
 
 
+def test_names_that_tell_no_scene_are_a_warning_where_images_overlap(tmp_path, caplog):
+    ground, other = _ground(1), _ground(2)
+    images = {"P00220.png": ground[:600, :600], "P00221.png": ground[300:900, 200:800], "P00230.png": other[:600, :600]}
+    with_joined_scenes(_dataset(tmp_path, images))
+    (record,) = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert "1 of 3 images show ground that another one shows" in record.message
+    assert "data.scene_pattern" in record.message
+    caplog.clear()
+    with_joined_scenes(_dataset(tmp_path, images, ["P0022", "P0022", "P0023"]))
+    assert not caplog.records
+    with caplog.at_level("INFO"):
+        with_joined_scenes(_dataset(tmp_path, {"P00220.png": ground[:600, :600], "P00230.png": other[:600, :600]}))
+    assert [(r.levelname, "every image is a scene of its own" in r.message) for r in caplog.records] == [("INFO", True)]
+
+
 def test_near_duplicates_are_joined_and_pale_images_are_not(tmp_path):
     ground = cv2.GaussianBlur(_ground(3), (0, 0), 12)
     again = np.clip(ground * 0.95 + 8, 0, 255).astype(np.uint8)
