@@ -152,21 +152,21 @@ class DetectorBatches:
     def _paste(
         self, rng: np.random.Generator, image: np.ndarray, taken: np.ndarray, affine: np.ndarray
     ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The image with planes pasted where no box of ``taken`` is, and their masks; see `paste`."""
+        """The image with planes of another one pasted where no box of ``taken`` is, and their masks; see `paste`."""
         if not self.augmentation.paste:
             return image, []
         image, masks = image.copy(), []
         zoom = self.zoom if self.window else np.sqrt(abs(np.linalg.det(affine[:, :2])))
+        # Of one image, as in the paper: each further one would have to be decoded.
+        place, whole = self.unreadable.first_readable(
+            int(rng.integers(len(self._donors))), len(self._donors), self._donor, self._cache.read
+        )
+        item = self._donors[place]
         for _ in range(rng.integers(self.augmentation.paste + 1)):
-            place, whole = self.unreadable.first_readable(
-                int(rng.integers(len(self._donors))), len(self._donors), self._donor, self._cache.read
-            )
-            item = self._donors[place]
-            sample = self.dataset.samples[item]
             plane = int(rng.choice(self._whole[item]))
             linear = random_linear(rng, self.augmentation) * zoom
             if self.plane_sizes:
-                linear = linear * scale_to(rng, sample.boxes[plane] * zoom, self.plane_sizes)
+                linear = linear * scale_to(rng, self.dataset.samples[item].boxes[plane] * zoom, self.plane_sizes)
             mask = paste(rng, image, cut_out(whole, self._mask(item, plane)), linear, taken)
             if mask is not None:
                 masks.append(mask)
