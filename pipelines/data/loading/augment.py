@@ -52,8 +52,8 @@ class Augmentation(BaseModel):
         ge=0,
         le=50,
         description=(
-            "Most planes of another training image, cut out by their outlines, that are pasted into an example of a detector; "
-            "none to that many, evenly."
+            "Most planes of another training image, cut out by their outlines, that are pasted into an example of a "
+            "detector; none to that many, evenly."
         ),
     )
 
