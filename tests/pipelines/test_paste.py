@@ -173,6 +173,49 @@ def test_crowds_and_slivers_are_not_covered(airfield):
     assert plain == [len(e.boxes) for step in range(4) for e in _batches(data, 0)[step]]
 
 
+def test_the_pixels_of_a_mask_are_those_of_its_plane(tmp_path):
+    """Each image has red planes of its own shade at places of their own, on green ground."""
+    (tmp_path / "train").mkdir()
+    images, annotations = [], []
+    for number in range(4):
+        image = np.full((200, 200, 3), GREEN, np.uint8)
+        for plane in range(3):
+            x, y = 20 + 55 * plane, 30 + 35 * number
+            image[y : y + 12 + 4 * number, x : x + 30] = (120 + 40 * number, 10, 10)
+            outline = [[x, y, x + 30, y, x + 30, y + 12 + 4 * number, x, y + 12 + 4 * number]]
+            box = [x, y, 30, 12 + 4 * number]
+            annotations.append({"id": len(annotations), "image_id": number, "category_id": 1, "bbox": box, "iscrowd": 0})
+            annotations[-1]["segmentation"] = outline
+        cv2.imwrite(str(tmp_path / "train" / f"{number}.png"), image[:, :, ::-1])
+        images.append({"id": number, "file_name": f"{number}.png", "height": 200, "width": 200})
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "plane"}]}
+    (tmp_path / "train_coco.json").write_text(json.dumps(content))
+    batches = DetectorBatches(
+        open_dataset(str(tmp_path), "train"),
+        Augmentation(paste=6),
+        batch_size=4,
+        window=None,
+        focus=0.8,
+        min_visible=0.3,
+        seed=0,
+        masks=True,
+    )
+    shades = []
+    for example in (e for step in range(6) for e in batches[step]):
+        assert len(example.masks) == len(example.boxes) >= 3
+        found = set()
+        for mask in example.masks:
+            pixels = example.image[cv2.erode(mask, np.ones((3, 3), np.uint8)) > 0].astype(int)
+            assert np.ptp(pixels, axis=0).max() <= 2
+            assert pixels[:, 1].max() <= 12
+            found.add(int(round((pixels[0, 0] - 120) / 40)))
+        shades.append(found)
+    # Its own planes and those of one other image at most; over all examples those of each.
+    assert {len(found) for found in shades} == {1, 2}
+    assert set.union(*shades) == {0, 1, 2, 3}
+    assert len({tuple(sorted(found)) for found in shades if len(found) == 2}) >= 4
+
+
 def test_planes_without_an_outline_stay_visible(airfield, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
