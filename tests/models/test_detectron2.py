@@ -166,6 +166,8 @@ def test_zoo_weights_offline_say_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
     for name in ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+    # urllib keeps the proxies of its first call for all later ones of the process.
+    monkeypatch.setattr("urllib.request._opener", None)
     cfg = make_config(FASTER, SMALL, 1)
     for weights in ("zoo", "imagenet"):
         with pytest.raises(ModelError, match="set weights to none, or to a local"):
