@@ -166,12 +166,13 @@ def test_a_rate_that_explodes_says_what_to_lower(data, tmp_path):
         train_detectron2(recipe, *data, folder=tmp_path / "nan", device="cpu")
 
 
-def test_both_engines_see_the_same_augmented_examples(data):
+@pytest.mark.parametrize("paste", [0, 6])
+def test_both_engines_see_the_same_augmented_examples(data, paste):
     from pipelines.data.loading.augment import Augmentation
     from pipelines.data.loading.batches import DetectorBatches
     from pipelines.training.detectron2.trainer import _Inputs
 
-    settings = Augmentation(rotation=25, scale=0.3, brightness=0.2, contrast=0.2, saturation=0.3)
+    settings = Augmentation(rotation=25, scale=0.3, brightness=0.2, contrast=0.2, saturation=0.3, paste=paste)
     batches = DetectorBatches(data[0], settings, batch_size=2, window=128, focus=0.8, min_visible=0.3, seed=7, masks=True)
     for step in range(4):
         for example, made in zip(batches[step], _Inputs(batches, True, 0, 1)[step], strict=True):

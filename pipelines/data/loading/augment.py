@@ -52,7 +52,7 @@ class Augmentation(BaseModel):
         ge=0,
         le=50,
         description=(
-            "Most planes of another training image, cut out by their outlines, that are pasted into an example of a "
+            "Most planes of one training image, cut out by their outlines, that are pasted into an example of a "
             "detector; none to that many, evenly."
         ),
     )

@@ -139,10 +139,10 @@ class DetectorBatches:
             image, affine = self._fit(image, affine, self.edges[rng.integers(len(self.edges))])
         size = image.shape[:2]
         boxes, kept = move_boxes(boxes, affine, size, self.min_visible)
-        image, pasted = self._paste(rng, image, move_boxes(sample.boxes, affine, size, 0)[0], affine)
+        image, pasted, tight = self._paste(rng, image, move_boxes(sample.boxes, affine, size, 0)[0], affine)
         image = jitter_light(rng, image, self.augmentation)
         if not self.masks:
-            return Example(image, np.concatenate([boxes, _with_masks(image, pasted).boxes]) if pasted else boxes)
+            return Example(image, np.concatenate([boxes, tight]))
         masks = [move_mask(self._mask(item, int(real[k])), affine, size) for k in kept] + pasted
         without = ~sample.crowd
         without[sample.outlined] = False
@@ -151,11 +151,11 @@ class DetectorBatches:
 
     def _paste(
         self, rng: np.random.Generator, image: np.ndarray, taken: np.ndarray, affine: np.ndarray
-    ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The image with planes of another one pasted where no box of ``taken`` is, and their masks; see `paste`."""
+    ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+        """The image with planes of another pasted where no box of ``taken`` is, their masks and boxes; see `paste`."""
         if not self.augmentation.paste:
-            return image, []
-        image, masks = image.copy(), []
+            return image, [], np.zeros((0, 4), np.float32)
+        image, masks, known = image.copy(), [], len(taken)
         zoom = self.zoom if self.window else np.sqrt(abs(np.linalg.det(affine[:, :2])))
         # Of one image, as in the paper: each further one would have to be decoded.
         place, whole = self.unreadable.first_readable(
@@ -170,8 +170,8 @@ class DetectorBatches:
             mask = paste(rng, image, cut_out(whole, self._mask(item, plane)), linear, taken)
             if mask is not None:
                 masks.append(mask)
-                taken = np.concatenate([taken, _with_masks(image, [mask]).boxes])
-        return image, masks
+                taken = np.concatenate([taken, _tight_boxes([mask])])
+        return image, masks, taken[known:]
 
     def _donor(self, place: int) -> Sample:
         return self.dataset.samples[self._donors[place]]
@@ -226,10 +226,14 @@ def _with_masks(image: np.ndarray, masks: list[np.ndarray]) -> Example:
     seen = [m for m in masks if m.any()]
     if not seen:
         return Example(image, np.zeros((0, 4), np.float32), np.zeros((0, *image.shape[:2]), np.uint8))
-    rows = [np.flatnonzero(m.any(axis=1))[[0, -1]] for m in seen]
-    columns = [np.flatnonzero(m.any(axis=0))[[0, -1]] for m in seen]
-    boxes = np.array([[c[0], r[0], c[1] + 1, r[1] + 1] for r, c in zip(rows, columns, strict=True)], np.float32)
-    return Example(image, boxes, np.stack(seen))
+    return Example(image, _tight_boxes(seen), np.stack(seen))
+
+
+def _tight_boxes(masks: Sequence[np.ndarray]) -> np.ndarray:
+    """The boxes xyxy float32 (K, 4) of masks (H, W), each of which has a pixel."""
+    rows = [np.flatnonzero(m.any(axis=1))[[0, -1]] for m in masks]
+    columns = [np.flatnonzero(m.any(axis=0))[[0, -1]] for m in masks]
+    return np.array([[c[0], r[0], c[1] + 1, r[1] + 1] for r, c in zip(rows, columns, strict=True)], np.float32)
 
 
 @dataclass
