@@ -310,6 +310,8 @@ def _meet(place: _Place) -> str:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK[sys.platform])
     store = distributed.FileStore(place.store, place.world)
     distributed.init_process_group(backend_of(device), store=store, rank=place.rank, world_size=place.world, timeout=WAIT)
+    # One that is done before another one has met it closes what they meet through.
+    distributed.all_reduce(torch.zeros(1))
     return device
 
 
