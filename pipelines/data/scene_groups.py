@@ -63,12 +63,13 @@ def with_joined_scenes(dataset: Dataset, progress: Progress = pass_through) -> D
         log.info(f"{len(looks)} images, more than {MOST_COMPARED}: overlaps are not looked for; scenes go by names alone")
     scenes = [s.scene for s in dataset.samples]
     groups = _unions(scenes, ((scenes[a], scenes[b]) for a, b in pairs))
-    joined = sorted({g for g in groups.values() if "+" in g})
+    sizes = Counter(groups.values())
+    joined = sorted(g for g, size in sizes.items() if size > 1)
     if joined:
         log.info(f"scenes that show the same ground stay together: {'; '.join(joined[:5])}" + " ..." * (len(joined) > 5))
     if len(set(scenes)) == len(scenes) and joined:
         log.warning(
-            f"names tell no scenes, but {len(scenes) - len(set(groups.values()))} of {len(scenes)} images show ground that "
+            f"names tell no scenes, but {sum(sizes[g] for g in joined)} of {len(scenes)} images show ground that "
             "another one shows; others of such a place may lie in another fold, which makes metrics too good: say how the "
             "names tell the scene with data.scene_pattern"
         )
