@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from models.geometry.boxes import box_area, clip_boxes
+from models.geometry.boxes import box_area, clip_boxes, pixel_sized
 from models.geometry.rle import CropMask, rle_crop, rle_paste
 from models.instances import RLE, Instances
 from models.tiling.matching import TileContext, cut_sides, greedy_match, group_cut_detections, hull_groups, members
@@ -69,8 +69,7 @@ def merge_tiles(
     # score of all in both places.
     boxes = clip_boxes(detections.boxes, height, width)
     # The black beyond the image can hold boxes of which nothing is left.
-    inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    keep = np.flatnonzero((owner == np.arange(len(owner))) & inside)
+    keep = np.intersect1d(np.flatnonzero(owner == np.arange(len(owner))), pixel_sized(boxes))
     masks = None
     if detections.masks is not None:
         masks = [rle_paste(*_within(detections.masks[i], height, width), height, width) for i in keep]

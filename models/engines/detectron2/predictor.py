@@ -21,7 +21,7 @@ from torch import nn
 
 from models.engines.detectron2.architecture import Detectron2Architecture
 from models.errors import EngineMissing, ModelError, one_line
-from models.geometry.boxes import clip_boxes, crop_window
+from models.geometry.boxes import clip_boxes, crop_window, pixel_sized
 from models.geometry.rle import rle_paste
 from models.images.rendering import DEFAULT, Rendering
 from models.instances import RLE, Instances
@@ -278,7 +278,7 @@ class Detectron2Predictor:
     @staticmethod
     def _instances(image_id: str, height: int, width: int, output: Any, masks: list[RLE] | None) -> Instances:
         boxes = clip_boxes(output.pred_boxes.tensor.float().numpy(), height, width)
-        keep = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
+        keep = pixel_sized(boxes)
         scores, labels = output.scores.float().numpy(), output.pred_classes.numpy()
         kept = None if masks is None else [masks[i] for i in keep]
         return Instances.make(image_id, height, width, boxes[keep], scores[keep], labels=labels[keep], masks=kept)

@@ -15,7 +15,7 @@ from models.engines.openvino.settings import ImageInput, TwinArchitecture
 from models.engines.unet.crops import CPU_BATCH, CropSegmenter
 from models.engines.unet.settings import CropSettings
 from models.errors import ModelError
-from models.geometry.boxes import clip_boxes
+from models.geometry.boxes import clip_boxes, pixel_sized
 from models.geometry.mask_pasting import paste_masks, sample_masks
 from models.instances import Instances
 from models.predictor import Predictor
@@ -69,7 +69,7 @@ class TwinDetector:
         boxes, scores, labels, *masks = self.network(pixels, np.array(size, np.int64), at_a_time=at_a_time)
         scale = np.array([width, height], np.float32) / np.array(size[::-1], np.float32)
         boxes = clip_boxes(boxes * np.tile(scale, 2), height, width)
-        keep = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
+        keep = pixel_sized(boxes)
         kept = labels[keep].astype(np.int64)
         if len(kept) and not (kept.min() >= 0 and kept.max() < self.classes):
             raise ModelError(f"the twin finds class {int(kept.max())}, and has {self.classes}; use --runtime torch")

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.engines.torchvision.network import DetectorArchitecture, MaskArchitecture, Pooling, build_detector
-from models.geometry.boxes import clip_boxes
+from models.geometry.boxes import clip_boxes, pixel_sized
 from models.geometry.mask_pasting import paste_masks
 from models.images.rendering import DEFAULT, Rendering
 from models.instances import Instances
@@ -135,7 +135,7 @@ class TorchvisionDetector:
     def _instances(image_id: str, image: np.ndarray, output: Mapping[str, np.ndarray]) -> Instances:
         height, width = image.shape[:2]
         boxes = clip_boxes(output["boxes"], height, width)
-        keep = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
+        keep = pixel_sized(boxes)
         masks = None
         if "masks" in output:
             masks = paste_masks(output["masks"][keep, 0], boxes[keep], height, width)
