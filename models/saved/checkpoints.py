@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from models.errors import ModelError, one_line
 from models.saved.safe_pickle import only_arrays, read_pickled_arrays
+
+log = logging.getLogger(__name__)
 
 
 def load_strict(model: nn.Module, weights: Mapping[str, torch.Tensor], name: str) -> None:
@@ -70,7 +73,7 @@ DRAWS = {
 
 
 def load_matching(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> int:
-    """Load the tensors whose name and shape fit; return how many were left out.
+    """Load the tensors whose name and shape fit, and say which stay as they were drawn; return how many.
 
     Raises:
         ModelError: none fits.
@@ -80,7 +83,15 @@ def load_matching(model: nn.Module, weights: Mapping[str, torch.Tensor], source:
     if not fitting:
         raise ModelError(f"weights {source}: no tensor fits this architecture")
     model.load_state_dict(fitting, strict=False)
-    return len(own) - len(fitting)
+    left = [k for k in own if k not in fitting]
+    if left:
+        few = len(fitting) < len(left)
+        log.log(
+            logging.WARNING if few else logging.INFO,
+            f"weights {source}: {'only ' * few}{len(fitting)} of {len(own)} tensors fit; drawn anew: "
+            f"{', '.join(left[:3])}{' ...' * (len(left) > 3)}",
+        )
+    return len(left)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -120,7 +120,8 @@ class TrainingSettings(_Settings):
 class _Recipe(_Settings):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the recipe.")
     weights: str = Field(
-        default="none", description="Weights to start from: none, a name that the library knows, or a path."
+        default="none",
+        description="Weights to start from: none, a name that the library knows, a path, or models:/NAME/VERSION.",
     )
     data: DataSettings = Field(default=DataSettings(), description="Data and how it is read.")
     augmentation: Augmentation = Field(default=Augmentation(), description="Augmentation of the training examples.")
@@ -226,7 +227,8 @@ class Detectron2Recipe(_Recipe, WindowSettings):
     task: Literal["detector", "maskrcnn"] = Field(description="Kind of training.")
     engine: Literal["detectron2"] = Field(description="Detection library.")
     weights: str = Field(
-        default="zoo", description="zoo, imagenet, none, a URL or a path; opts MODEL.WEIGHTS says the same."
+        default="zoo",
+        description="zoo, imagenet, none, a URL, a path or models:/NAME/VERSION; opts MODEL.WEIGHTS says the same.",
     )
     config: str = Field(min_length=1, description="A name of Detectron2's model zoo, or a YAML file.")
     opts: dict[str, Any] = Field(default={}, description="Detectron2's own settings as KEY: value.")

@@ -116,6 +116,7 @@ def lineage(registry: Registry, version: Resolved) -> dict[str, Any]:
     facts["code"] = f"commit {tags.get('git_commit', 'unknown')}{changed}"
     facts["run"] = f"{record.run_id} ({run.info.run_name})" if run else f"{record.run_id} (gone)"
     facts["parts"] = [f"{role}: {tags[role]}" for role in COMPONENTS if role in tags]
+    facts["starts from"] = tags.get("starts_from", "")
     facts["copied from"] = tags.get("copied_from", "")
     facts["metrics"] = _metrics(tags)
     facts["files"] = f"digest {tags.get(DIGEST, 'none')}, weights sha256 {tags.get('weights_sha256', 'unknown')}"

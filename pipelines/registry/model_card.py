@@ -71,6 +71,8 @@ def card(
     lines += ["", "**Data**: trained on " + _data(tags)]
     if "detector" in tags and "segmenter" in tags:
         lines += ["", f"**Parts**: {tags['detector']} and {tags['segmenter']}"]
+    if "starts_from" in tags:
+        lines += ["", f"**Starts from**: {tags['starts_from']}"]
     lines += ["", "**Limits**: " + "; ".join(_limits(tags, spec))]
     if alias:
         how = ", though gates failed:" if any(not c.passed for c in checks) else ", by these gates:" if checks else ""

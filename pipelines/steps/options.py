@@ -77,7 +77,7 @@ def training_options(recipe: str, name: str, engines: Sequence[str] = ()) -> Dec
             default=AS_RECIPE,
             show_default=True,
             shell_complete=files,
-            help="none, a library's weight name, or a path.",
+            help="none, a library's weight name, a path, or a registered version, models:/NAME/VERSION.",
         ),
         option(TrainingRequest, "overrides", "--set"),
         option(AblationRequest, "folds", type=click.IntRange(0)),

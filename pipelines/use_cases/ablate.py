@@ -46,7 +46,7 @@ def ablate(registry: Registry, request: AblationRequest, display: Display = SILE
         PlanesError: recipe, variants or data that cannot be used, every variant failed, or an
             equal ablation is going on.
     """
-    return ablate_planned(registry, plan_ablation(request, display), display)
+    return ablate_planned(registry, plan_ablation(request, display, registry), display)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class AblationPlan:
         return f"{'ablate' if variants > 1 else 'train'} {recipe}: {', '.join(f'{n} {what}' for n, what in counts if n)}"
 
 
-def plan_ablation(request: AblationRequest, display: Display = SILENT) -> AblationPlan:
+def plan_ablation(request: AblationRequest, display: Display = SILENT, registry: Registry | None = None) -> AblationPlan:
     """Read recipe, variants and data; nothing is written yet.
 
     Raises:
@@ -98,7 +98,9 @@ def plan_ablation(request: AblationRequest, display: Display = SILENT) -> Ablati
     for variant in variants:
         seed = first_seed(request, task, variant) if repeated else 0
         for member in ablation.members(seed, request.seeds, request.folds):
-            plan = plan_training(training_request(request, task, variant, member), part_of(folds, member))
+            plan = plan_training(
+                training_request(request, task, variant, member), part_of(folds, member), registry=registry
+            )
             trainings.append((variant, member, plan))
     if folds:
         _check_same_folds(trainings)

@@ -114,10 +114,10 @@ def search(registry: Registry, request: AblationRequest, display: Display = SILE
     Raises:
         PlanesError: see `plan_search` and `search_planned`.
     """
-    return search_planned(registry, plan_search(request, display), display)
+    return search_planned(registry, plan_search(request, display, registry), display)
 
 
-def plan_search(request: AblationRequest, display: Display = SILENT) -> SearchPlan:
+def plan_search(request: AblationRequest, display: Display = SILENT, registry: Registry | None = None) -> SearchPlan:
     """Read recipe, space and data; nothing is written yet.
 
     Raises:
@@ -136,7 +136,8 @@ def plan_search(request: AblationRequest, display: Display = SILENT) -> SearchPl
     folds = Folds(request.data, request.folds, display.items) if request.folds else None
     variant = _proposed(study.ask(), space)
     member = ablation.members(first_seed(request, task, variant), 1, request.folds)[0]
-    first = plan_training(training_request(request, task, variant, member), part_of(folds, member))
+    asked = training_request(request, task, variant, member)
+    first = plan_training(asked, part_of(folds, member), registry=registry)
     if folds is None and first.data.val is None:
         raise RecipeError(
             "--search needs something to judge trials by that is not the test set: data.val_fraction above 0, or --folds"
@@ -212,7 +213,7 @@ def _train_members(
     members = ablation.members(seed, request.seeds, request.folds)
     for member in members:
         asked = training_request(request, plan.task, variant, member)
-        one = plan_training(asked, part_of(plan.folds, member))
+        one = plan_training(asked, part_of(plan.folds, member), registry=registry)
         judge = _Judge(trial, f"val/{plan.metric}")
         training = (variant, member, one)
         listeners = [judge] if len(members) == 1 else []

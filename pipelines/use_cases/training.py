@@ -30,7 +30,7 @@ from pipelines.recipes.reading import load_recipe
 from pipelines.recipes.settings import Detectron2Recipe, Recipe, UNetRecipe
 from pipelines.registry.model_versions import Registry
 from pipelines.registry.registration import check_name
-from pipelines.registry.training_images import TrainingImages, images_of
+from pipelines.registry.training_images import TrainingImages, images_of, united
 from pipelines.tracking import mlflow_runs
 from pipelines.training.anchors import with_anchors
 from pipelines.training.detector import train_detector
@@ -42,6 +42,7 @@ from pipelines.use_cases.display import SILENT, Display
 from pipelines.use_cases.out_of_fold import read_scores
 from pipelines.use_cases.publishing import Publication, example_image, publish
 from pipelines.use_cases.requests import TrainingRequest
+from pipelines.use_cases.starting_weights import Start, starting_weights
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Plan:
     key: str
     folder: Path
     inputs: Inputs
+    start: Start
     keep_predictions: bool = False
     scores: Scores | None = None
 
@@ -101,7 +103,7 @@ def train(registry: Registry, request: TrainingRequest, display: Display = SILEN
     Raises:
         PlanesError: recipe, data, weights, engine or store that cannot be used.
     """
-    return train_plan(registry, plan_training(request), display)
+    return train_plan(registry, plan_training(request, registry=registry), display)
 
 
 def train_plan(registry: Registry, plan: Plan, display: Display = SILENT) -> Trained:
@@ -119,20 +121,29 @@ def train_plan(registry: Registry, plan: Plan, display: Display = SILENT) -> Tra
     return run_plan(registry, plan, display)
 
 
-def plan_training(request: TrainingRequest, data_of: Callable[[Recipe], TrainingData] | None = None) -> Plan:
+def plan_training(
+    request: TrainingRequest,
+    data_of: Callable[[Recipe], TrainingData] | None = None,
+    *,
+    registry: Registry | None = None,
+) -> Plan:
     """Read recipe and data; nothing is written yet.
 
     Args:
         data_of: what a recipe is trained and measured on, where it is not the splits of the request's data. The
             training then keeps its predictions for the test set.
+        registry: where a version to start from is; that of the environment where it is None.
 
     Raises:
-        PlanesError: recipe, data, engine or name that cannot be used.
+        PlanesError: recipe, data, weights, engine or name that cannot be used.
     """
     check_name(request.register_as)
     recipe = load_recipe(request.recipe, request.overrides, task=request.task, engine=request.engine)
     device = pick_device(request.device)
-    more = []
+    start = starting_weights(recipe, registry)
+    recipe = recipe.model_copy(update={"weights": start.name})
+    # Another file may have come under the same name.
+    more = [f"weights={start.digest}"] if start.digest else []
     if isinstance(recipe, Detectron2Recipe):
         require_detectron2()
         from pipelines.training.detectron2.trainer import training_config
@@ -151,7 +162,8 @@ def plan_training(request: TrainingRequest, data_of: Callable[[Recipe], Training
     key = recipe.key(data.train.digest(), data.val.digest() if data.val else "", source_digest(), *more)
     inputs = Inputs.of(recipe.key(source_digest(), *more), data.train, data.val)
     folder = Path(request.work_dir) / f"{request.register_as}-{key}"
-    plan = Plan(request, recipe, device, data, key, folder, inputs, keep_predictions=data_of is not None)
+    plan = Plan(request, recipe, device, data, key, folder, inputs, start, keep_predictions=data_of is not None)
+    start.warn_of(data.test)
     return plan if plan.folder.exists() or request.fresh else _continued(plan)
 
 
@@ -252,7 +264,7 @@ def _run_held(registry: Registry, plan: Plan, display: Display, listeners: Seque
     earlier = json.loads(noted.read_text())["run_id"] if noted.exists() else None
     tags = {"task": request.task, "recipe": plan.recipe.name, "training_key": plan.key}
     tags |= {"registered_as": request.register_as, "engine": plan.recipe.engine, "num_gpus": str(request.num_gpus)}
-    tags |= {**({"variant": request.label} if request.label else {}), **request.tags}
+    tags |= {**({"variant": request.label} if request.label else {}), **request.tags, **_start_tags(plan)}
     title = f"{request.register_as} {request.label or plan.recipe.name}"
     # What tells two runs of one recipe apart.
     changes = "" if request.label else " ".join(request.overrides)[:MOST_SHOWN]
@@ -284,6 +296,10 @@ def _run_held(registry: Registry, plan: Plan, display: Display, listeners: Seque
     return trained
 
 
+def _start_tags(plan: Plan) -> dict[str, str]:
+    return {"starts_from": plan.start.version} if plan.start.version else {}
+
+
 def _tell_unreadable(folder: Path) -> None:
     """Say and log how many images turned out unreadable while training."""
     messages = Unreadable(folder).messages()
@@ -300,6 +316,7 @@ def _log_inputs(plan: Plan) -> None:
     mlflow_runs.log_environment()
     for dataset, context in plan.data.splits():
         mlflow_runs.log_dataset(dataset, context)
+    mlflow_runs.link_model(plan.start.model_id)
     if isinstance(plan.recipe, Detectron2Recipe):
         from pipelines.training.detectron2.trainer import training_config
 
@@ -318,7 +335,7 @@ def _precision(plan: Plan) -> str:
 
 
 def _train(plan: Plan, display: Display, listeners: Sequence[Listener]) -> tuple[Path, Outcome]:
-    recipe, data = plan.recipe, plan.data
+    recipe, data = plan.recipe.model_copy(update={"weights": plan.start.local}), plan.data
     train = _training_tiles(plan, display)
     common: dict[str, Any] = {"folder": plan.folder, "device": plan.device, "listeners": listeners}
     common["num_gpus"] = plan.request.num_gpus
@@ -361,7 +378,7 @@ def _publish(registry: Registry, plan: Plan, saved: Path, run_id: str) -> Traine
         data.train,
         data.val,
         data.test,
-        {"training_key": plan.key, "recipe": plan.recipe.name, **request.tags},
+        {"training_key": plan.key, "recipe": plan.recipe.name, **request.tags, **_start_tags(plan)},
         request.register,
         _training_images(plan),
         plan.scores,
@@ -372,7 +389,5 @@ def _publish(registry: Registry, plan: Plan, saved: Path, run_id: str) -> Traine
 
 
 def _training_images(plan: Plan) -> TrainingImages:
-    """What the version is trained on; of weights of one's own, where it starts from some, nothing is known."""
-    own = plan.recipe.weights
-    unknown = [f"weights {own}"] if "/" in own or Path(own).suffix else []
-    return images_of(plan.data.train, plan.data.val).model_copy(update={"unknown": unknown})
+    """What the version is trained on, and what the weights that it starts from were."""
+    return united({"": images_of(plan.data.train, plan.data.val), plan.start.name: plan.start.images})
