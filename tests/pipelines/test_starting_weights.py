@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import pytest
@@ -16,9 +17,10 @@ from pipelines.recipes.reading import load_recipe
 from pipelines.registry.lineage import lineage, read_training_images
 from pipelines.registry.model_versions import Registry
 from pipelines.registry.training_images import images_of
-from pipelines.tracking.mlflow_runs import connect
 from pipelines.use_cases.ablate import ablate
 from pipelines.use_cases.requests import AblationRequest, TrainingRequest
+from pipelines.use_cases.search import search
+from pipelines.use_cases.starting_weights import starting_weights
 from pipelines.use_cases.training import TrainingData, plan_training, train
 from tests.pipelines.test_repeated import SMALL_COURSE
 from tests.stores import working_in
@@ -125,6 +127,42 @@ def test_another_file_under_the_same_name_is_another_training(registry, airfield
     torch.testing.assert_close(_weights(registry, "of-file/2")[name], weights[name] + 1, atol=1e-5, rtol=0)
 
 
+def test_a_saved_folder_is_a_start(registry, airfield, base):
+    folder = registry.fetch(registry.resolve("planes-unet/1"))
+    start = plan_training(_start(_request(airfield), folder)).start
+    content = (folder / "weights.safetensors").read_bytes()
+    assert (start.local, start.digest) == (str(folder), hashlib.sha256(content).hexdigest())
+
+
+def test_names_of_libraries_and_addresses_are_no_files():
+    """What they stand for is known when they are loaded; of an address nobody knows what it was trained on."""
+    kept = []
+    for recipe, name in (
+        ("detector", "coco"),
+        ("detector", "imagenet"),
+        ("unet", "noisy-student"),
+        ("demo_unet", "none"),
+        ("course_det_final", "zoo"),
+        ("course_det_final", "https://example.org/model.pkl"),
+    ):
+        start = starting_weights(load_recipe(recipe, [f"weights={name}"]))
+        kept.append((start.local, start.digest, start.images.unknown))
+    assert kept[:-1] == [(name, "", []) for name in ("coco", "imagenet", "noisy-student", "none", "zoo")]
+    assert kept[-1] == ("https://example.org/model.pkl", "", ["weights https://example.org/model.pkl"])
+
+
+def test_a_start_whose_images_cannot_be_read_is_one_of_which_nothing_is_known(
+    registry, airfield, base, monkeypatch, caplog
+):
+    def refused(*given):
+        raise RegistryError("trained_on.json: no such list")
+
+    monkeypatch.setattr("pipelines.use_cases.starting_weights.read_training_images", refused)
+    plan = plan_training(_start(_request(airfield), "models:/planes-unet/1"), registry=registry)
+    assert plan.start.images.unknown == ["weights models:/planes-unet/1"]
+    assert "what they were trained on cannot be read (trained_on.json: no such list)" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("weights", "error", "message"),
     [
@@ -169,24 +207,17 @@ def test_detectron2_starts_from_a_version_too(registry, airfield):
     assert all(torch.allclose(first[k], second[k], atol=1e-5) for k in first if "running" not in k)
 
 
-def test_seeds_start_from_a_version_of_the_registry_that_is_given(registry, airfield, base, tmp_path):
+def test_versions_are_those_of_the_registry_that_is_given(registry, airfield, base, monkeypatch):
     """Not of the one that the environment names."""
-    elsewhere = Registry(connect(f"sqlite:///{tmp_path / 'other.db'}"))
-    with pytest.raises(RegistryError, match="planes-unet"):
-        plan_training(_start(_request(airfield), "models:/planes-unet/1"), registry=elsewhere)
-    request = AblationRequest(
-        recipe="demo_unet",
-        data=str(airfield),
-        name="seeds",
-        device="cpu",
-        overrides=STILL,
-        seeds=2,
-        task="unet",
-        work_dir="w",
-    )
-    request = replace(request, overrides=(*STILL, "weights=models:/planes-unet/1"))
-    with pytest.raises(RegistryError, match="planes-unet"):
-        ablate(elsewhere, request)
+    monkeypatch.setattr(Registry, "connect", None)
+    name = "weights=models:/planes-unet/1"
+    assert train(registry, _request(airfield, register_as="one", overrides=(*STILL, name))).version == "1"
+    settings = {"recipe": "demo_unet", "data": str(airfield), "device": "cpu", "task": "unet", "work_dir": "work"}
+    settings |= {"overrides": (*STILL, name)}
+    first, second = ablate(registry, AblationRequest(name="seeds", grid=("lr=1e-9,2e-9",), **settings))
+    settings["overrides"] = (*STILL, name, "data.val_fraction=0.3")
+    (trial,) = search(registry, AblationRequest(name="tuned", grid=("lr=1e-9..1e-8",), search=1, **settings))
+    assert [r.run.data.tags["starts_from"] for r in (first, second, trial)] == ["planes-unet/1"] * 3
 
 
 def test_weights_that_fit_in_part_say_so(caplog):
