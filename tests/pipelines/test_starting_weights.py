@@ -25,6 +25,9 @@ from pipelines.use_cases.training import TrainingData, plan_training, train
 from tests.pipelines.test_repeated import SMALL_COURSE
 from tests.stores import working_in
 
+# One store for all of them.
+pytestmark = pytest.mark.xdist_group("starts")
+
 UNET = ("training.steps=2", "training.batch_size=2", "architecture.crop_size=32", "training.epochs=null")
 # So small that nothing changes: what a version holds is what it started from.
 STILL = (*UNET, "optimizer.lr=1e-12", "optimizer.weight_decay=0", "training.steps=1", "training.ema=0")
