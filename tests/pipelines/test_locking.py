@@ -100,7 +100,7 @@ def test_equal_ablations_are_not_done_twice_at_once(monkeypatch, tmp_path):
         recipe="demo_unet", data="x", name="abl", device="cpu", grid=("lr=0.1,0.2",), work_dir=str(tmp_path)
     )
     plan = SimpleNamespace(key="k", recipe=SimpleNamespace(name="demo_unet", engine="torch"))
-    monkeypatch.setattr(ablate, "plan_training", lambda request, data_of=None: plan)
+    monkeypatch.setattr(ablate, "plan_training", lambda request, data_of=None, registry=None: plan)
     monkeypatch.setattr("pipelines.ablation.ablation_key", lambda keys: "k0")
     said = "abl-k0: held by an equal ablation of abl"
     with held(lock_of(tmp_path / "abl-k0"), "an equal ablation of abl"), pytest.raises(OutputError, match=said):
