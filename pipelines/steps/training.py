@@ -18,7 +18,7 @@ from pipelines.use_cases.training import KIND, Trained, plan_training, train_pla
 
 
 def run_training(request: TrainingRequest, *, folds: int = 0, seeds: int = 1) -> None:
-    """Train and register, or train with several seeds or over folds; mistakes are reported before a store is opened.
+    """Train and register, or train with several seeds or over folds; mistakes are reported before a run is made.
 
     Raises:
         PlanesError: recipe, data, weights, engine or store that cannot be used.
