@@ -140,3 +140,15 @@ def test_it_serves_a_twin(scorer, versions, tmp_path):
     )
     assert f"planes-det/1: {len(answer)} planes in 1 images" in local.stdout
     assert answer
+
+
+def test_jobs_in_parts_need_duckdb_and_say_so(scorer, versions, root, tmp_path):
+    folder = next(Path(versions.data).rglob("test/*.png")).parent
+    arguments = ("--model", "planes-det/1", "--data", str(folder), "--out", str(tmp_path), "--part-size", "2")
+    done = _run(scorer, versions, "score", *arguments)
+    assert "jobs in parts: DuckDB is not installed; pip install duckdb" in error_line(done)
+    more = [str(scorer / "python"), "-m", "pip", "install", "-q", "-r", "requirements-scorer.txt", "duckdb"]
+    subprocess.run(more, cwd=root, check=True, capture_output=True, timeout=600)
+    done = _run(scorer, versions, "score", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.rglob("done/*"))
