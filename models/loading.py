@@ -14,7 +14,7 @@ from models.predictor import Predictor
 from models.saved.allowed_files import check_folder
 from models.saved.folder import read_weights
 from models.saved.spec import ModelSpec, read_spec
-from models.tiling.predictor import Tiled, by_tiles
+from models.tiling.predictor import by_tiles, network_of
 from models.tiling.settings import Tiling
 
 # (kind, engine) -> function that builds a predictor from (spec, weights, device), imported on use;
@@ -89,8 +89,7 @@ def load_retiled(predictor: Predictor, folder: str | Path, device: str, tiling: 
         assert isinstance(predictor, ComposedPredictor), "loaded from another folder"
         detector = load_retiled(predictor.detector, Path(folder) / DETECTOR, device, tiling)
         return ComposedPredictor(detector, predictor.segmenter, predictor.architecture)
-    network = predictor.predictor if isinstance(predictor, Tiled) else predictor
-    return by_tiles(network, retiled(spec, tiling), device)
+    return by_tiles(network_of(predictor), retiled(spec, tiling), device)
 
 
 def retiled(spec: ModelSpec, changes: Mapping[str, Any]) -> Tiling | None:

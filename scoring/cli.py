@@ -31,7 +31,7 @@ HEADINGS = {
     "Output": ("out", "score_threshold", "overlays", "rle", "geojson", "max_errors"),
     "Going on, and only what is new": ("update", "fresh", "shard", "part_size"),
     "Model and speed": ("device", "runtime", "precision", "batch", "workers"),
-    "Tiles": ("tile", "tile_overlap", "merge", "match", "merge_threshold", "full_image"),
+    "Tiles": ("tile", "tile_overlap", "merge", "match", "merge_threshold", "full_image", "turns"),
     "Ray": ("runner", "ray_address", "actors"),
 }
 
@@ -79,6 +79,13 @@ HEADINGS = {
 @click.option("--merge-threshold", default=VERSION, show_default=True, help="Least overlap of detections of one plane.")
 @click.option(
     "--full-image", default=VERSION, show_default=True, help="Longer side for a pass over the whole image; or none."
+)
+@click.option(
+    "--turns",
+    default=VERSION,
+    show_default=True,
+    type=click.Choice([VERSION, "1", "2", "4", "8"]),
+    help="Looks at each tile, turned and mirrored, that are averaged.",
 )
 @option(
     JobSettings,
@@ -279,7 +286,7 @@ def _score(models: tuple[str, ...], data: str, *, out: str, split: str, device: 
 def _tiling(options: Mapping[str, Any]) -> dict[str, object]:
     """What the options change of the versions' tiling."""
     kinds = {"tile": ("size", int), "tile_overlap": ("overlap", float), "merge": ("merge", str), "match": ("match", str)}
-    kinds |= {"merge_threshold": ("threshold", float), "full_image": ("full_image_size", int)}
+    kinds |= {"merge_threshold": ("threshold", float), "full_image": ("full_image_size", int), "turns": ("turns", int)}
     changes: dict[str, object] = {}
     for name, (key, kind) in kinds.items():
         text = options[name]

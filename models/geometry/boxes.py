@@ -91,3 +91,21 @@ def crop_window(box: Any, height: int, width: int, margin: float = 0.0) -> tuple
     right = int(max(min(np.ceil(x2 + dx), width), left + 1))
     bottom = int(max(min(np.ceil(y2 + dy), height), top + 1))
     return left, top, right, bottom
+
+
+def boxes_back(boxes: np.ndarray, size: tuple[int, int], quarters: int, mirrored: bool) -> np.ndarray:
+    """Boxes xyxy (N, 4) of an image that was mirrored, where told, and then turned, as boxes of the image as it was.
+
+    Args:
+        size: height and width of the turned image.
+        quarters: anticlockwise turns by 90 degrees, as `numpy.rot90` makes them.
+
+    >>> boxes_back(np.array([[0, 0, 2, 1]]), (4, 3), 1, False).tolist()
+    [[3, 0, 4, 2]]
+    """
+    height, width = size
+    for _ in range(quarters):
+        # A turn clockwise takes column x to row x, and row y to column height - y.
+        boxes = np.stack([height - boxes[:, 3], boxes[:, 0], height - boxes[:, 1], boxes[:, 2]], axis=1)
+        height, width = width, height
+    return np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1) if mirrored else boxes

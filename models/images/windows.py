@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from models.geometry.boxes import boxes_back
 from models.images.decoding import Source, image_size, read_image, told
 from models.images.raster import WindowedImage, tiff_layout
 from models.images.remote_bytes import WORTH_IT, RemoteBytes
@@ -17,7 +18,47 @@ from models.images.rendering import DEFAULT, Rendering
 WINDOWED_PIXELS = 100_000_000
 WINDOWED_SUFFIXES = (".tif", ".tiff")
 
-AnyImage = np.ndarray | WindowedImage
+
+
+class TurnedImage:
+    """An image mirrored, where told, and then turned anticlockwise, window by window: RGB uint8 (H, W, 3) by ``shape``.
+
+    Args:
+        image: array or `WindowedImage`; nothing of it is copied or read before a window is asked for.
+        quarters: turns by 90 degrees, 0 to 3.
+    """
+
+    def __init__(self, image: np.ndarray | WindowedImage, quarters: int, mirrored: bool) -> None:
+        self.image, self.quarters, self.mirrored = image, quarters, mirrored
+        height, width = image.shape[:2]
+        self.shape = (width, height, 3) if quarters % 2 else (height, width, 3)
+
+    def __getitem__(self, key: tuple[slice, slice]) -> np.ndarray:
+        """RGB uint8 (h, w, 3) of two slices without steps.
+
+        Raises:
+            DataError: that part of a file is damaged.
+        """
+        (y1, y2, _), (x1, x2, _) = (s.indices(extent) for s, extent in zip(key, self.shape[:2], strict=True))
+        window = np.array([[x1, y1, max(x1, x2), max(y1, y2)]])
+        x1, y1, x2, y2 = boxes_back(window, self.shape[:2], self.quarters, self.mirrored)[0].tolist()
+        return self._turned(np.asarray(self.image[y1:y2, x1:x2]))
+
+    def check(self) -> None:
+        """See `WindowedImage`."""
+        if isinstance(self.image, WindowedImage):
+            self.image.check()
+
+    def shrunk(self, height: int, width: int) -> np.ndarray:
+        """The whole image at that size."""
+        size = (width, height) if self.quarters % 2 else (height, width)
+        return self._turned(_shrunk_to(self.image, *size))
+
+    def _turned(self, pixels: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(np.rot90(pixels[:, ::-1] if self.mirrored else pixels, self.quarters))
+
+
+AnyImage = np.ndarray | WindowedImage | TurnedImage
 
 
 def open_image(path: Source, rendering: Rendering = DEFAULT) -> AnyImage:
@@ -54,9 +95,13 @@ def shrunk(image: AnyImage, longest: int) -> np.ndarray:
     height, width = image.shape[:2]
     scale = min(1.0, longest / max(height, width))
     size = max(1, round(height * scale)), max(1, round(width * scale))
-    if isinstance(image, WindowedImage):
-        return image.shrunk(*size)
-    return image if size == (height, width) else cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+    return _shrunk_to(image, *size)
+
+
+def _shrunk_to(image: AnyImage, height: int, width: int) -> np.ndarray:
+    if not isinstance(image, np.ndarray):
+        return image.shrunk(height, width)
+    return image if image.shape[:2] == (height, width) else cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
 # Brightness between the 1st and the 99th percentile, of 255, below which an image is called pale or dark as read.

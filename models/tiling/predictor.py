@@ -9,13 +9,14 @@ import numpy as np
 
 from models.geometry.rescaling import rescaled, weighted
 from models.images.raster import WindowedImage
-from models.images.windows import AnyImage, shrunk
+from models.images.windows import AnyImage, TurnedImage, shrunk
 from models.instances import Instances
 from models.predictor import Predictor
 from models.runtime.out_of_memory import predict_in_halves
 from models.runtime.timing import timed
 from models.tiling.merging import TileResult, merge_tiles
 from models.tiling.settings import Tiling, Window, cut_tile, scaled_tile, tile_grid
+from models.tiling.turns import Turned
 
 # Tiles per forward pass. On a CPU a batch is no gain in itself (15 tiles of 512 pixels,
 # torchvision's MobileNet Faster R-CNN: 7.8 s one by one, 11.5 s in batches of 4).
@@ -37,7 +38,7 @@ class Tiled:
         """Planes in images of any sizes, arrays or `WindowedImage`; see `Predictor`."""
         tile_results = self.predict_tiles(images)
         for image in images:
-            if isinstance(image, WindowedImage):
+            if isinstance(image, (WindowedImage, TurnedImage)):
                 image.check()
         return [self._merged(str(i), image, tile_results[i]) for i, image in enumerate(images)]
 
@@ -97,6 +98,8 @@ class Tiled:
 
 def tiling_of(predictor: object) -> Tiling | None:
     """The tiling of a predictor, or of the detector of a composition; None where it predicts whole images."""
+    if isinstance(predictor, Turned):
+        predictor = predictor.predictor
     if isinstance(predictor, Tiled):
         return predictor.tiling
     inner = getattr(predictor, "detector", None)
@@ -104,8 +107,18 @@ def tiling_of(predictor: object) -> Tiling | None:
 
 
 def by_tiles(predictor: Predictor, tiling: Tiling | None, device: str) -> Predictor:
-    """The predictor wrapped to work by tiles; itself where there is no tiling."""
-    return predictor if tiling is None else Tiled(predictor, tiling, device)
+    """The predictor wrapped to work by tiles, which are turned where the tiling says so; itself where there is no tiling."""
+    if tiling is None:
+        return predictor
+    tiled = Tiled(predictor, tiling, device)
+    return tiled if tiling.turns == 1 else Turned(tiled, tiling.turns)
+
+
+def network_of(predictor: Predictor) -> Predictor:
+    """What `by_tiles` wrapped."""
+    while isinstance(predictor, (Turned, Tiled)):
+        predictor = predictor.predictor
+    return predictor
 
 
 def _shows_nothing_new(tile: np.ndarray, window: Window, shared: int) -> bool:

@@ -61,6 +61,13 @@ class Tiling(BaseModel):
             "adds what the others do not see and outvotes none of them. null: 1 for all."
         ),
     )
+    turns: Literal[1, 2, 4, 8] = Field(
+        default=1,
+        description=(
+            "Looks at each tile (test-time augmentation), whose boxes are averaged: 2 turns it upside down, 4 by all quarter "
+            "turns, 8 mirrors it too. Takes as many times as long."
+        ),
+    )
     batch: int | None = Field(
         default=None, ge=1, le=1024, description="Tiles per forward pass; null: 1 on a CPU, 16 on a GPU."
     )

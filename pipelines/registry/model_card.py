@@ -117,7 +117,8 @@ def _limits(tags: dict[str, str], spec: ModelSpec) -> list[str]:
     limits = []
     if spec.tiling is not None:
         zooms = "" if spec.tiling.zooms == (1.0,) else f" at scales {', '.join(f'{z:g}' for z in spec.tiling.zooms)}"
-        limits.append(f"predicts by tiles of {spec.tiling.size} pixels{zooms}")
+        turns = "" if spec.tiling.turns == 1 else f", each looked at {spec.tiling.turns} times"
+        limits.append(f"predicts by tiles of {spec.tiling.size} pixels{zooms}{turns}")
     rendering = spec.rendering.range if isinstance(spec.rendering.range, str) else "{} to {}".format(*spec.rendering.range)
     limits.append(f"reads values as {rendering}, bands {spec.rendering.bands or 'auto'}")
     small = _metrics(tags).get("APs")

@@ -219,8 +219,9 @@ def decisive_settings(predictor: Predictor, rendering: Rendering, settings: JobS
 
 
 def _tiling_settings(tiling: Tiling) -> dict[str, Any]:
-    """As manifests have them; without the scales where there is but one, so that older jobs can be gone on with."""
-    return tiling.model_dump(mode="json", exclude={"zooms", "zoom_weights"} if tiling.zooms == (1.0,) else None)
+    """As manifests have them; without scales and turns where there is but one, so that older jobs can be gone on with."""
+    one = {"zooms", "zoom_weights"} if tiling.zooms == (1.0,) else set()
+    return tiling.model_dump(mode="json", exclude=one | ({"turns"} if tiling.turns == 1 else set()))
 
 
 def _write(job: JobResult, dataset: Dataset, has_masks: bool, settings: JobSettings, manifest: Manifest) -> None:

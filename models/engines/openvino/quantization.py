@@ -23,7 +23,7 @@ from models.predictor import Predictor
 from models.saved.allowed_files import NETWORK_FILE
 from models.saved.folder import write_folder
 from models.saved.spec import parse_architecture, read_spec
-from models.tiling.predictor import Tiled
+from models.tiling.predictor import network_of
 
 GET_IT = "NNCF, which quantises networks, is not installed: pip install nncf (the extra 'openvino')"
 # Inputs of the network that ranges are taken from; at 800 x 1333 pixels each has 13 MB.
@@ -104,7 +104,7 @@ def recorded_inputs(predictor: Predictor, examples: Iterable[Example]) -> list[l
 
     No more than these are held at a time, however large the examples are.
     """
-    inner: Any = predictor.predictor if isinstance(predictor, Tiled) else predictor
+    inner: Any = network_of(predictor)
     by_example: list[list[list[np.ndarray]]] = []
     for image, boxes in examples:
         with _recording(inner) as recorder:
