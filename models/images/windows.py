@@ -19,7 +19,6 @@ WINDOWED_PIXELS = 100_000_000
 WINDOWED_SUFFIXES = (".tif", ".tiff")
 
 
-
 class TurnedImage:
     """An image mirrored, where told, and then turned anticlockwise, window by window: RGB uint8 (H, W, 3) by ``shape``.
 

@@ -107,7 +107,7 @@ def tiling_of(predictor: object) -> Tiling | None:
 
 
 def by_tiles(predictor: Predictor, tiling: Tiling | None, device: str) -> Predictor:
-    """The predictor wrapped to work by tiles, which are turned where the tiling says so; itself where there is no tiling."""
+    """The predictor wrapped to work by tiles, and on turned images where the tiling says so; itself without a tiling."""
     if tiling is None:
         return predictor
     tiled = Tiled(predictor, tiling, device)

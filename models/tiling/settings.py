@@ -64,8 +64,8 @@ class Tiling(BaseModel):
     turns: Literal[1, 2, 4, 8] = Field(
         default=1,
         description=(
-            "Looks at each tile (test-time augmentation), whose boxes are averaged: 2 turns it upside down, 4 by all quarter "
-            "turns, 8 mirrors it too. Takes as many times as long."
+            "Looks at each image, whose boxes and scores are averaged (test-time augmentation): 2 turns it upside down "
+            "too, 4 by all quarter turns, 8 mirrors it as well. Takes as many times as long."
         ),
     )
     batch: int | None = Field(

@@ -23,7 +23,7 @@ SAME_PLANE = 0.5
 
 
 class Turned:
-    """Predictor that looks at each image 2, 4 or 8 times: as it is and upside down, at all four quarter turns, mirrored too.
+    """Predictor that looks at each image 2, 4 or 8 times: upside down too, at all four quarter turns, mirrored as well.
 
     Of a predictor by tiles each look has tiles of its own, laid from the corner that is its upper left one.
     """
@@ -79,7 +79,8 @@ def fused(looks: Sequence[Instances]) -> Instances:
 
     The best box that is left is a plane, together with the box of its class in each look that is nearest to it. Boxes
     become their mean, weighted by score, and scores their sum by the number of looks, so that what one look alone takes
-    for a plane loses most of its score. A mask is that of the best look. Further boxes of a look on the same plane are dropped.
+    for a plane loses most of its score. A mask is that of the best look. Further boxes of a look on the same plane are
+    dropped.
     """
     source = np.repeat(np.arange(len(looks)), [len(i) for i in looks])
     boxes = np.concatenate([i.boxes for i in looks]).astype(np.float64)

@@ -145,6 +145,25 @@ class _LoopRecipe(_Recipe):
         return self.training.seed
 
 
+class SyntheticSettings(_Settings):
+    """Drawn airfields (as `make_airfield` draws them) among the training windows; boxes and masks of them are exact."""
+
+    share: float = Field(default=0.15, gt=0, lt=1, description="Share of the windows that show drawn airfields.")
+    zoom: float = Field(default=0.75, ge=0.05, le=4, description="Scale at which their windows are cut.")
+    scenes: int = Field(default=150, ge=1, le=10_000, description="Drawn scenes of 1,024 x 1,024 pixels; 2 MB each.")
+    lengths: tuple[float, float] = Field(
+        default=(18.0, 150.0), description="Least and greatest length of a drawn plane in pixels, before zoom."
+    )
+    fighters: float = Field(default=0.3, ge=0, le=1, description="Share of the drawn planes that are fighters.")
+    seed: int = Field(default=0, ge=0, description="Seed of the drawn scenes.")
+
+    @model_validator(mode="after")
+    def _least_first(self) -> SyntheticSettings:
+        if not 8 <= self.lengths[0] <= self.lengths[1] <= 400:
+            raise ValueError(f"lengths: expected least and greatest, 8 to 400 pixels, found {list(self.lengths)}")
+        return self
+
+
 class WindowSettings(_Settings):
     """What a detector is trained on and how it predicts."""
 
@@ -171,6 +190,9 @@ class WindowSettings(_Settings):
     min_visible: float = Field(
         default=0.35, gt=0, le=1, description="Share of a cut plane that must be inside for it to count."
     )
+    synthetic: SyntheticSettings | None = Field(
+        default=None, description="Drawn airfields among the training windows, for kinds of planes that the data lack."
+    )
     tiles: TileSettings | None = Field(default=None, description="A fixed grid of tiles to train on instead of windows.")
     tiling: Tiling | None = Field(
         default=None,
@@ -186,6 +208,8 @@ class WindowSettings(_Settings):
             raise ValueError("window and tiles exclude each other; set one of them to null")
         if self.window is None and (self.plane_sizes is not None or self.window_zoom != 1):
             raise ValueError("plane_sizes and window_zoom scale windows; set window, or plane_sizes=null and window_zoom=1")
+        if self.window is None and self.synthetic is not None:
+            raise ValueError("synthetic mixes drawn windows with those of the data; set window, or synthetic=null")
         if self.plane_sizes is not None and not 4 <= self.plane_sizes[0] <= self.plane_sizes[1]:
             raise ValueError(
                 f"plane_sizes: expected least and largest in pixels, 4 or more, found {list(self.plane_sizes)}"

@@ -28,6 +28,7 @@ from pipelines.training.loop import Job, Listener, Outcome, run
 from pipelines.training.pictures import VALIDATION_SAMPLE
 from pipelines.training.processes import train_in_processes
 from pipelines.training.shared_detector import SharedLoss
+from pipelines.training.synthetic import draw_scenes, drawn_windows
 
 
 def train_detector(
@@ -47,6 +48,7 @@ def train_detector(
     Raises:
         PlanesError: data, settings or weights that cannot be used.
     """
+    draw_scenes(recipe, folder)
     outcome = train_in_processes(
         _train,
         (recipe, train, val, folder),
@@ -74,6 +76,8 @@ def _train(
     network = build_detector(recipe.architecture, 1, recipe.weights if group.rank == 0 else "none")
     model = channels_last(network)
     masks = recipe.task == "maskrcnn"
+    # With a size given, the network scales the images itself.
+    zoom = recipe.architecture.zoom if recipe.architecture.min_size is None else 1.0
     batches = DetectorBatches(
         train,
         recipe.augmentation,
@@ -82,10 +86,10 @@ def _train(
         focus=recipe.focus,
         min_visible=recipe.min_visible,
         seed=recipe.seed,
-        # With a size given, the network scales the images itself.
-        zoom=recipe.window_zoom * (recipe.architecture.zoom if recipe.architecture.min_size is None else 1.0),
+        zoom=recipe.window_zoom * zoom,
         plane_sizes=recipe.plane_sizes,
         masks=masks,
+        other=drawn_windows(recipe, folder, zoom),
         unreadable=Unreadable(folder),
     )
 

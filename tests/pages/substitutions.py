@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 # So little training detects planes everywhere, and all of them would be outlined.
-FEW = "training.evaluate_every=4 training.checkpoint_every=4 architecture.max_detections=20"
+FEW = "training.evaluate_every=4 training.checkpoint_every=4 architecture.max_detections=20 synthetic=null"
 CROPS = "training.evaluate_every=4 training.checkpoint_every=4 architecture.crop_size=64"
 DETECTRON2 = (
     "SOLVER.MAX_ITER 2 SOLVER.IMS_PER_BATCH 2 TEST.EVAL_PERIOD 2 SOLVER.CHECKPOINT_PERIOD 2 "

@@ -26,7 +26,7 @@ def _recipe(*overrides):
     return load_recipe("detector_scratch", ("architecture.anchor_sizes=auto", *overrides), task="detector")
 
 
-WHOLE = ("window=null", "window_zoom=1", "augmentation.scale=0")
+WHOLE = ("window=null", "window_zoom=1", "augmentation.scale=0", "synthetic=null")
 
 
 def test_anchors_are_where_the_planes_are():

@@ -294,7 +294,7 @@ def test_the_recipe_s_scales_reach_the_windows(monkeypatch, airfield, tmp_path):
     monkeypatch.setattr("pipelines.training.detector.DetectorBatches", capture)
     data = open_dataset(str(airfield), "train")
     for overrides, zoom in ((("window_zoom=1",), 1.0), (("window_zoom=0.5", "architecture.zoom=0.5"), 0.25)):
-        recipe = load_recipe("detector_scratch", (*overrides, "plane_sizes=[20,90]"))
+        recipe = load_recipe("detector_scratch", (*overrides, "plane_sizes=[20,90]", "synthetic=null"))
         with pytest.raises(CapturedError) as caught:
             train_detector(recipe, data, None, folder=tmp_path, device="cpu")
         assert (caught.value.args[0]["zoom"], caught.value.args[0]["plane_sizes"]) == (zoom, (20, 90))

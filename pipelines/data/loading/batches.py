@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import cv2
 import numpy as np
@@ -64,13 +64,23 @@ class Example:
     masks: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class OtherWindows:
+    """Another data set from which a share of the windows comes, cut at a scale of its own."""
+
+    dataset: Dataset
+    share: float
+    zoom: float
+
+
 @dataclass
 class DetectorBatches:
     """Batch ``step`` -> list of Example; the same for every engine.
 
     With ``window`` pixels set, random windows are cut; else whole images are used, both
     scaled by ``zoom``, and where ``edges`` is given brought to one of those shorter sides,
-    at most ``max_edge`` long. ``masks``: make masks too. ``unreadable``: images that cannot be
+    at most ``max_edge`` long. ``masks``: make masks too. ``other``: a share of the examples, drawn by
+    chance, is of that data set instead, whose images are no part of an epoch. ``unreadable``: images that cannot be
     read are noted there, and others take their place.
     """
 
@@ -87,6 +97,7 @@ class DetectorBatches:
     masks: bool = False
     edges: tuple[int, ...] = (0,)
     max_edge: int = 0
+    other: OtherWindows | None = None
     unreadable: Unreadable = field(default_factory=Unreadable)
 
     def __post_init__(self) -> None:
@@ -102,6 +113,9 @@ class DetectorBatches:
         self._donors = list(self._whole)
         self._cache = ImageCache()
         self._masks: dict[tuple[int, int], CropMask] = {}
+        self._others = None
+        if self.other is not None:
+            self._others = replace(self, dataset=self.other.dataset, zoom=self.other.zoom, other=None)
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -117,6 +131,8 @@ class DetectorBatches:
         return [self._example(item, np.random.default_rng([self.seed, 2, step, i])) for i, item in mine]
 
     def _example(self, item: int, rng: np.random.Generator) -> Example:
+        if self.other is not None and self._others is not None and rng.random() < self.other.share:
+            return self._others._example(int(rng.integers(len(self.other.dataset))), rng)
         samples = self.dataset.samples
         item, image = self.unreadable.first_readable(item, len(samples), samples.__getitem__, self._cache.read)
         sample = samples[item]

@@ -43,10 +43,20 @@ class Aircraft:
     livery: tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
-def random_aircraft(rng: np.random.Generator) -> Aircraft:
-    """Draw one of four families (airliner, business jet, propeller, fighter) with random proportions."""
+# Airliners, business jets, propellers, of each other.
+FAMILIES = (0.5, 0.2, 0.18)
+FIGHTERS = 0.12
+
+
+def random_aircraft(rng: np.random.Generator, fighters: float = FIGHTERS) -> Aircraft:
+    """Draw one of four families (airliner, business jet, propeller, fighter) with random proportions.
+
+    Args:
+        fighters: share of fighters; the other families keep their shares among themselves.
+    """
     livery = LIVERIES[rng.choice(len(LIVERIES), p=LIVERY_SHARES)]
-    family = rng.choice(4, p=[0.5, 0.2, 0.18, 0.12])
+    others = [share * (1 - fighters) / sum(FAMILIES) for share in FAMILIES]
+    family = rng.choice(4, p=[*others, fighters])
     u = rng.uniform
     if family == 0:
         return Aircraft(

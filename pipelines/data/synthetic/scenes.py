@@ -19,7 +19,7 @@ from models.geometry.boxes import xyxy_to_xywh
 from models.geometry.rle import rle_area, rle_boxes, rle_paste
 from models.instances import RLE
 from pipelines.data.synthetic import ground
-from pipelines.data.synthetic.aircraft import Patch, draw_aircraft, random_aircraft
+from pipelines.data.synthetic.aircraft import FIGHTERS, Patch, draw_aircraft, random_aircraft
 from pipelines.files import write_bytes
 from pipelines.locking import held, lock_of
 
@@ -39,6 +39,7 @@ class AirfieldSettings:
         length_min: shortest plane in pixels.
         length_max: longest plane in pixels.
         seed: the same seed draws the same scenes.
+        fighters: share of the planes that are fighters.
     """
 
     train: int = 60
@@ -49,6 +50,7 @@ class AirfieldSettings:
     length_min: float = 26.0
     length_max: float = 130.0
     seed: int = 0
+    fighters: float = FIGHTERS
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def _park(
             break
         heading = parked + rng.normal(0, 0.08) if rng.random() < 0.45 else rng.uniform(0, 2 * np.pi)
         length = float(np.exp(rng.uniform(np.log(settings.length_min), np.log(settings.length_max))))
-        drawn = draw_aircraft(random_aircraft(rng), tuple(_spot(rng, aprons, size)), length, float(heading), light)
+        plane = random_aircraft(rng, settings.fighters)
+        drawn = draw_aircraft(plane, tuple(_spot(rng, aprons, size)), length, float(heading), light)
         patch = _inside(drawn, size)
         # A plane of which the border leaves a sliver is no sensible truth.
         if patch is None or patch.mask.sum() < 0.02 * length**2 or patch.mask.sum() < 24:
@@ -226,6 +229,9 @@ def _prepare(folder: Path, settings: AirfieldSettings, progress: Callable[[Itera
     # Says that what is in the folder is ours, until the marker says that it is whole.
     marker, begun = folder / "airfield.json", folder / "airfield.begun"
     made = {"format": FORMAT, **asdict(settings)}
+    if settings.fighters == FIGHTERS:
+        # As folders of releases without this setting have it.
+        del made["fighters"]
     if marker.exists():
         if json.loads(marker.read_text()) == made:
             return False

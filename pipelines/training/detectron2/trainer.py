@@ -29,6 +29,7 @@ from pipelines.training.detector import validation_metrics
 from pipelines.training.group import check_processes
 from pipelines.training.loop import Interrupt, Listener, Outcome, step_loader
 from pipelines.training.pictures import VALIDATION_SAMPLE, Pictures
+from pipelines.training.synthetic import draw_scenes, drawn_windows
 
 OUTCOME = "outcome.json"
 LOG = "detectron2.log"
@@ -104,6 +105,7 @@ def train_detectron2(
     from detectron2.engine import launch
 
     folder.mkdir(parents=True, exist_ok=True)
+    draw_scenes(recipe, folder)
     try:
         with _gpus_hidden(num_gpus > 1 and device == "cpu"):
             launch(_work, num_gpus, dist_url="auto", args=(recipe, train, val, folder, device, listeners))
@@ -228,6 +230,7 @@ def _batches(recipe: Detectron2Recipe, cfg: Any, train: Dataset) -> DetectorBatc
         masks=has_masks(cfg),
         edges=edges,
         max_edge=cfg.INPUT.MAX_SIZE_TRAIN,
+        other=drawn_windows(recipe, Path(cfg.OUTPUT_DIR)),
         unreadable=Unreadable(Path(cfg.OUTPUT_DIR)),
     )
 
