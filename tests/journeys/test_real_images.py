@@ -32,7 +32,8 @@ def test_a_detector_trains_on_real_tiles_and_scores_a_real_image(tmp_path, isaid
     real = Project(tmp_path, isaid)
     pattern = r"data.scene_pattern='^P(\d{4})'"
     # Six steps teach nothing: whole images at half scale show as much, in less time.
-    settings = f"training.steps=6 training.checkpoint_every=3 tiling=null architecture.zoom=0.5 synthetic.scenes=4 {pattern}"
+    settings = f"training.steps=6 training.checkpoint_every=3 tiling=null architecture.zoom=0.5 {pattern}"
+    settings += " synthetic.scenes=4"
     real.step("train_detector", "--data", str(dota), "--recipe", "detector_scratch", "--set", settings)
     real.step("promote", "--data", str(isaid))
     done = real.score("--model", "planes-det/Production", "--data", str(isaid / "test_coco.json"), "--out", "out")
