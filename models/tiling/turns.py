@@ -97,8 +97,6 @@ def fused(looks: Sequence[Instances]) -> Instances:
     labels = np.concatenate([i.labels for i in looks])
     owner = greedy_match(boxes, np.argsort(-scores, kind="stable"), labels, threshold=SAME_PLANE)
     near = overlap(boxes, owner, np.arange(len(boxes)), metric="iou")
-    # A box is nearest to itself, also one without an area.
-    near[owner == np.arange(len(boxes))] = 1
     order = np.lexsort((-near, source, owner))
     first = np.ones(len(order), bool)
     first[1:] = (owner[order][1:] != owner[order][:-1]) | (source[order][1:] != source[order][:-1])

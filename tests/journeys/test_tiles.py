@@ -102,6 +102,8 @@ def test_other_tiles_can_be_given(tiled):
         "0.4",
         "--full-image",
         "256",
+        "--turns",
+        "2",
         "--batch",
         "3",
     )
@@ -116,6 +118,7 @@ def test_other_tiles_can_be_given(tiled):
         "batch": 3,
         "zooms": [1.0],
         "zoom_weights": None,
+        "turns": 2,
     }
     refused = project.score("--model", "planes-unet/1", "--data", str(project.data), "--tile", "128", code=1)
     assert "segments planes in given boxes" in error_line(refused)

@@ -19,6 +19,8 @@ from models.instances import Instances
 from models.tiling.predictor import Tiled, by_tiles, network_of, tiling_of
 from models.tiling.settings import Tiling
 from models.tiling.turns import Turned, fused, looks_of, turned_back
+from scoring.jobs.job import decisive_settings
+from scoring.requests import JobSettings
 
 
 def _image(seed: int, height: int, width: int) -> np.ndarray:
@@ -202,3 +204,22 @@ def test_a_remote_file_that_changed_between_the_looks_is_told(monkeypatch):
     monkeypatch.setattr(TurnedImage, "check", lambda self: checks.append(self.quarters))
     Turned(Tiled(Painted(), Tiling(size=48)), 4).predict([image.image])
     assert checks == [1, 2, 3]
+
+
+def test_a_turned_file_is_checked_as_the_file_is(tmp_path, monkeypatch):
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", width=8, height=9, count=3, dtype="uint8") as file:
+        file.write(np.ones((3, 9, 8), np.uint8))
+    checked = []
+    monkeypatch.setattr(WindowedImage, "check", checked.append)
+    TurnedImage(np.zeros((4, 4, 3), np.uint8), 1, False).check()
+    image = WindowedImage(tmp_path / "a.tif")
+    TurnedImage(image, 1, False).check()
+    assert checked == [image]
+
+
+def test_manifests_of_one_look_are_those_of_releases_that_knew_no_more():
+    for turns, there in ((1, False), (4, True)):
+        predictor = by_tiles(Painted(), Tiling(size=64, turns=turns), "cpu")
+        decisive = decisive_settings(predictor, Rendering(), JobSettings(), "cpu")["tiling"]
+        assert ("turns" in decisive) == there
+        assert decisive["size"] == 64
