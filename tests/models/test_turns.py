@@ -210,7 +210,7 @@ def test_a_turned_file_is_checked_as_the_file_is(tmp_path, monkeypatch):
     with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", width=8, height=9, count=3, dtype="uint8") as file:
         file.write(np.ones((3, 9, 8), np.uint8))
     checked = []
-    monkeypatch.setattr(WindowedImage, "check", checked.append)
+    monkeypatch.setattr(WindowedImage, "check", lambda self: checked.append(self))
     TurnedImage(np.zeros((4, 4, 3), np.uint8), 1, False).check()
     image = WindowedImage(tmp_path / "a.tif")
     TurnedImage(image, 1, False).check()
