@@ -13,7 +13,7 @@ from pipelines.data.loading.augment import Augmentation
 from pipelines.data.loading.batches import DetectorBatches, OtherWindows
 from pipelines.data.readers.opening import open_dataset
 from pipelines.data.synthetic.aircraft import random_aircraft
-from pipelines.data.synthetic.scenes import AirfieldSettings, prepare_airfield
+from pipelines.data.synthetic.scenes import AirfieldSettings, draw_scene, prepare_airfield
 from pipelines.recipes.reading import load_recipe
 from pipelines.training.detector import train_detector
 from pipelines.training.synthetic import draw_scenes, drawn_windows
@@ -74,6 +74,8 @@ def test_scenes_are_drawn_once_for_all_trainings_of_the_same_settings(tmp_path):
         draw_scenes(recipe, tmp_path / name)
     [place] = tmp_path.glob("synthetic-*[0-9a-f]")
     written = (place / "train_coco.json").stat().st_mtime_ns
+    made = json.loads((place / "airfield.json").read_text())
+    assert (made["fighters"], made["length_min"], made["length_max"]) == (recipe.synthetic.fighters, 18, 40)
     draw_scenes(load_recipe("detector_scratch", [*TINY, "synthetic.share=0.9", "synthetic.zoom=2"]), tmp_path / "three")
     assert (place / "train_coco.json").stat().st_mtime_ns == written
     draw_scenes(load_recipe("detector_scratch", [*TINY, "synthetic.seed=1"]), tmp_path / "four")
@@ -141,3 +143,35 @@ def test_an_airfield_of_an_earlier_release_is_still_its_own(tmp_path):
     prepare_airfield(tmp_path / "b", replace(settings, fighters=0.5))
     assert json.loads((tmp_path / "b" / "airfield.json").read_text())["fighters"] == 0.5
     assert not prepare_airfield(tmp_path / "b", replace(settings, fighters=0.5))
+
+
+def test_scenes_have_the_fighters_asked_for():
+    none, all_of_them = (draw_scene(AirfieldSettings(size=256, fighters=share), "train", 0) for share in (0.0, 1.0))
+    assert not np.array_equal(none.image, all_of_them.image)
+
+
+class CapturedError(Exception):
+    pass
+
+
+def test_the_scale_of_the_network_comes_on_top(airfield, tmp_path, monkeypatch):
+    def capture(*_, **settings):
+        raise CapturedError(settings)
+
+    monkeypatch.setattr("pipelines.training.detector.DetectorBatches", capture)
+    recipe = load_recipe("detector_scratch", [*TINY, "synthetic.zoom=0.8", "architecture.zoom=0.5"])
+    with pytest.raises(CapturedError) as caught:
+        train_detector(recipe, open_dataset(str(airfield), "train"), None, folder=tmp_path / "t", device="cpu")
+    assert caught.value.args[0]["other"].zoom == pytest.approx(0.4)
+
+
+def test_detectron2_sees_them_too(airfield, tmp_path):
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    from pipelines.training.detectron2.trainer import _batches, training_config
+
+    recipe = load_recipe("demo_detector_detectron2", TINY)
+    draw_scenes(recipe, tmp_path / "t")
+    cfg = training_config(recipe, tmp_path / "t", "cpu")
+    batches = _batches(recipe, cfg, open_dataset(str(airfield), "train"))
+    assert batches.other.share == 0.3
+    assert len(batches.other.dataset) == 2
