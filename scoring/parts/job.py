@@ -188,8 +188,8 @@ class LocalParts:
             if mark is None:
                 bar.whole(done.totals, bar.shown - shown)
             yield number, done
-        if self.scratch.is_dir() and not any(self.scratch.iterdir()):
-            self.scratch.rmdir()
+        # Also of parts that were marked by a process that was killed before it had removed what it worked in.
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def peak_megabytes(self) -> dict[str, float]:
         """See `PartRunner`."""

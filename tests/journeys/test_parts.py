@@ -156,3 +156,8 @@ def test_killed_while_it_scores_into_a_bucket_it_ends_the_same(project, survey, 
         assert "4 of them scored before" in done.stdout or "7 of them scored before" in done.stdout
         assert _tables(place) == _tables(Place(tmp_path / "here" / "planes-det-1"))
         assert not list((tmp_path / "cache").rglob("part-*"))
+        # As a kill between a part's mark and the removal of its folder leaves it.
+        [folder] = (tmp_path / "cache" / "scoring").iterdir()
+        (folder / ".parts" / "part-000000").mkdir(parents=True)
+        project.score(*survey, "--out", "s3://jobs/out", **known)
+        assert not list((tmp_path / "cache").rglob("part-*"))
