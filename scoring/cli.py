@@ -85,7 +85,7 @@ HEADINGS = {
     default=VERSION,
     show_default=True,
     type=click.Choice([VERSION, "1", "2", "4", "8"]),
-    help="Looks at each tile, turned and mirrored, that are averaged.",
+    help="Looks at each image, turned and mirrored, that are averaged.",
 )
 @option(
     JobSettings,

@@ -117,7 +117,7 @@ def _limits(tags: dict[str, str], spec: ModelSpec) -> list[str]:
     limits = []
     if spec.tiling is not None:
         zooms = "" if spec.tiling.zooms == (1.0,) else f" at scales {', '.join(f'{z:g}' for z in spec.tiling.zooms)}"
-        turns = "" if spec.tiling.turns == 1 else f", each looked at {spec.tiling.turns} times"
+        turns = "" if spec.tiling.turns == 1 else f", in {spec.tiling.turns} looks at each image"
         limits.append(f"predicts by tiles of {spec.tiling.size} pixels{zooms}{turns}")
     rendering = spec.rendering.range if isinstance(spec.rendering.range, str) else "{} to {}".format(*spec.rendering.range)
     limits.append(f"reads values as {rendering}, bands {spec.rendering.bands or 'auto'}")

@@ -10,13 +10,18 @@ from pathlib import Path
 from pipelines.data.loading.batches import OtherWindows
 from pipelines.data.readers.opening import open_dataset
 from pipelines.data.synthetic.scenes import AirfieldSettings, prepare_airfield
-from pipelines.recipes.settings import SyntheticSettings, WindowSettings
+from pipelines.recipes.settings import DetectorRecipe, Detectron2Recipe, MaskRecipe, SyntheticSettings, WindowSettings
 
 log = logging.getLogger(__name__)
 
+# Of what a class of planes is called.
+PLANES = ("plane", "aircraft", "jet", "fighter", "airliner")
 
-def draw_scenes(recipe: WindowSettings, folder: Path) -> None:
+
+def draw_scenes(recipe: DetectorRecipe | MaskRecipe | Detectron2Recipe, folder: Path) -> None:
     """Draw what the recipe asks for, unless that is done; one process does it, and others of the same settings wait.
+
+    A warning is given where the class of the data does not sound like planes: the drawn ones would be taught as it.
 
     Args:
         folder: of the training.
@@ -26,6 +31,11 @@ def draw_scenes(recipe: WindowSettings, folder: Path) -> None:
     """
     if recipe.synthetic is not None:
         place = _place(recipe.synthetic, folder)
+        if not any(word in recipe.data.category.lower() for word in PLANES):
+            log.warning(
+                f"synthetic: the drawn windows show planes, which are taught as {recipe.data.category!r}; "
+                "set synthetic=null to train without them"
+            )
         if prepare_airfield(place, _airfield(recipe.synthetic)):
             log.info(f"{recipe.synthetic.scenes} synthetic scenes drawn in {place}")
 

@@ -86,16 +86,19 @@ def test_scenes_are_drawn_once_for_all_trainings_of_the_same_settings(tmp_path):
     assert other.dataset.has_masks
 
 
-def test_the_drawn_windows_do_not_follow_the_class_or_the_range_of_the_data(tmp_path):
+def test_the_drawn_windows_do_not_follow_the_class_or_the_range_of_the_data(tmp_path, caplog):
     recipe = load_recipe("detector_scratch", [*TINY, "data.category=ship", "data.range=[0,10000]"])
+    draw_scenes(load_recipe("detector_scratch", [*TINY, "data.category=Airplane"]), tmp_path / "one")
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
     draw_scenes(recipe, tmp_path / "one")
+    assert "the drawn windows show planes, which are taught as 'ship'" in caplog.text
     sample = drawn_windows(recipe, tmp_path / "one").dataset.samples[0]
     assert len(sample.boxes)
     assert sample.read().mean() > 20
 
 
 def test_a_training_sees_them(airfield, tmp_path, monkeypatch):
-    """Through the trainer: a network that is given drawn windows alone has never seen an image of the data."""
+    """Through the trainer, which hands them to the batches."""
     seen = []
     original = DetectorBatches._example
 
